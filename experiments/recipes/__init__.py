@@ -1,0 +1,31 @@
+"""One file a method; each holds `RECIPES`, by name."""
+
+from typing import Any, NamedTuple
+
+
+class Recipe(NamedTuple):
+    """What to run and what was published; all training images learn (no hold-out), as in the papers."""
+
+    method: str
+    dataset: str
+    backbone: str
+    hyperparameters: dict[str, Any] = {}
+    image_size: int = 224
+    center_crop: int | None = None
+    mask_threshold: int = 0
+    seeds: tuple[int, ...] = (0,)
+    published: dict[str, dict[str, Any]] = {}
+    """Metric -> {"value": fraction, "source": where it stands}."""
+    notes: str = ""
+
+
+MTD = {"dataset": "mtd", "mask_threshold": 127}
+"""Magnetic Tile Defects in DifferNet's split: 761 training images, 191 good and 392 defective test images; plain resize."""
+BOTTLE = {"dataset": "mvtec_bottle", "image_size": 256, "center_crop": 224}
+"""MVTec AD's bottle, 256 -> 224."""
+RESNET50 = "resnet50.caffe_in1k"
+
+
+def published(source: str, **values: float) -> dict[str, dict[str, Any]]:
+    """Published numbers of one source, as fractions."""
+    return {metric: {"value": value, "source": source} for metric, value in values.items()}

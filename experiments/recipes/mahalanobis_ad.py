@@ -1,0 +1,17 @@
+"""Mahalanobis AD, arXiv:2005.14140, on the stages of a ResNet-50 (the paper's headline network is EfficientNet-B4).
+
+    python experiments/run.py mahalanobis_ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+
+A few minutes on two CPU cores, nearly all of it the network.
+"""
+
+from recipes import MTD, RESNET50, Recipe
+
+LAYERS = {"layers": ("layer1", "layer2", "layer3")}
+RECIPES = {
+    "mahalanobis_ad_mtd": Recipe("mahalanobis_ad", backbone=RESNET50, hyperparameters=LAYERS, **MTD),
+    "mahalanobis_ad_mtd_npca": Recipe(
+        "mahalanobis_ad", backbone=RESNET50, hyperparameters=LAYERS | {"reduction": "npca"}, **MTD
+    ),
+    "mahalanobis_ad_pillqc": Recipe("mahalanobis_ad", "pillqc", RESNET50, LAYERS),
+}

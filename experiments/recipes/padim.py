@@ -1,0 +1,28 @@
+"""PaDiM, arXiv:2011.08785: 100 random channels of a ResNet-18, 550 of a ResNet-50.
+
+    python experiments/run.py padim_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py padim_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+
+MTD takes about 10 minutes and 10 GB on two CPU cores (3,136 covariances of 550 x 550 are 3.8 GB).
+"""
+
+from recipes import BOTTLE, MTD, RESNET50, Recipe, published
+
+RECIPES = {
+    "padim_mtd": Recipe(
+        "padim",
+        backbone=RESNET50,
+        published=published(
+            "IM-IAD, ResNet-18, 256 px", image_AUROC=0.885, image_AP=0.944, pixel_AUROC=0.768, pixel_AUPRO=0.798
+        ),
+        **MTD,
+    ),
+    "padim_bottle": Recipe(
+        "padim",
+        backbone="resnet18.tv_in1k",
+        seeds=(0, 1, 2),
+        published=published("anomalib, ResNet-18, 256 px", image_AUROC=0.994, pixel_AUROC=0.983),
+        **BOTTLE,
+    ),
+    "padim_pillqc": Recipe("padim", "pillqc", RESNET50),
+}

@@ -1,0 +1,169 @@
+"""Runs recipes and writes experiments/results/<recipe>.json; nothing else writes there but the benchmarks.
+
+    python experiments/run.py patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+
+Several recipes on the same data share decoded and embedded images. `--smoke` runs a recipe in seconds, on a few small
+images of the demo data with random weights, and is what the tests do; give it another `--results`.
+"""
+
+import importlib
+import pkgutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import recipes
+
+import jaxad
+import jaxad.backbones
+from jaxad.artifact import write_json
+from jaxad.data import Dataset, open_data
+from jaxad.detector import peak_bytes
+from jaxad.fit import EmbeddingCache
+from jaxad.metrics import evaluate
+
+
+@dataclass
+class Options:
+    """Run recipes."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Recipes by name; see experiments/recipes/."""
+    data: str = "demo"
+    """The data set: a folder, or whatever `jaxad fit` takes."""
+    weights: Path | None = None
+    """The backbone's weights; none: those of `jaxad weights fetch`, or the embedded ones."""
+    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    smoke: bool = False
+    """A few small demo images and random weights."""
+
+
+def all_recipes() -> dict[str, recipes.Recipe]:
+    """Every recipe of every file in experiments/recipes."""
+    found: dict[str, recipes.Recipe] = {}
+    for module in pkgutil.iter_modules(recipes.__path__):
+        found |= importlib.import_module(f"recipes.{module.name}").RECIPES
+    return found
+
+
+def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCache, opened: dict, frozen: dict) -> None:
+    """Runs one recipe on all categories and seeds, and writes its result."""
+    preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
+    if options.smoke:
+        preprocess = dict(image_size=64, center_crop=None)
+    entries: dict[str, Any] = {}
+    for seed in recipe.seeds:
+        detector = jaxad.Detector(
+            recipe.method,
+            backbone=recipe.backbone,
+            weights=None if options.smoke else options.weights,
+            holdout=0,
+            seed=seed,
+            **preprocess,
+            **recipe.hyperparameters,
+        )
+        backbone = detector.backbones[0]
+        if backbone not in frozen and options.smoke:
+            frozen[backbone] = jaxad.backbones.backbone(backbone).init(jax.random.key(0))
+        detector.frozen = frozen.get(backbone)
+        frozen[backbone] = detector.load_frozen()
+        key = (detector.preprocess, recipe.mask_threshold)
+        if key not in opened:
+            source = "demo" if options.smoke else options.data
+            opened[key] = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
+        for category, split in opened[key].items():
+            if split.test is None:
+                raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")
+            few = slice(0, 8) if options.smoke else slice(None)
+            part = measure(detector, split.train.subset(few), split.test.subset(few), cache)
+            entries.setdefault(category, []).append(part)
+            print(name, category, f"seed {seed}", {k: round(v, 4) for k, v in part["metrics"].items()}, flush=True)
+    categories = {category: summary(parts) for category, parts in entries.items()}
+    means = {k: float(np.mean([c["metrics"][k]["mean"] for c in categories.values()])) for k in evaluated(categories)}
+    stds = {k: float(np.mean([c["metrics"][k]["std"] for c in categories.values()])) for k in means}
+    everything = [part for parts in entries.values() for part in parts]
+    record = {
+        "recipe": name,
+        "method": recipe.method,
+        "dataset": recipe.dataset,
+        "category": next(iter(categories)) if len(categories) == 1 else None,
+        "backbone": backbone,
+        "weights": jaxad.backbones.source(backbone, options.weights).get("sha256") if not options.smoke else None,
+        "hyperparameters": recipe.hyperparameters,
+        "image_size": preprocess["image_size"],
+        "center_crop": preprocess["center_crop"],
+        "seeds": list(recipe.seeds),
+        "metrics": {k: {"mean": means[k], "std": stds[k]} for k in means},
+        "categories": categories if len(categories) > 1 else {},
+        "published": recipe.published,
+        "n_train": sum(p[0]["n_train"] for p in entries.values()),
+        "n_test": sum(p[0]["n_test"] for p in entries.values()),
+        "seconds": {k: float(np.mean([p["seconds"][k] for p in everything])) for k in everything[0]["seconds"]},
+        "peak_bytes": peak_bytes(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": " ".join(["python", *sys.argv]),
+        "notes": recipe.notes,
+    }
+    write_json(options.results / f"{name}.json", record)
+
+
+def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:
+    """Fits on one category, scores its test set and evaluates."""
+    detector.fit(train, cache=cache, progress=progress)
+    started = time.perf_counter()
+    parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress)]
+    per_image = (time.perf_counter() - started) / len(test)
+    pixel = None if parts[0].pixel is None else np.concatenate([s.pixel for s in parts])
+    masks = test.masks(range(len(test))) if pixel is not None else None
+    report = evaluate(np.concatenate([s.image for s in parts]), test.labels, pixel, masks)
+    return {
+        "metrics": report.values,
+        "reasons": report.reasons,
+        "n_train": len(train),
+        "n_test": len(test),
+        "seconds": {"compile": detector.seconds["compile"], "fit": detector.seconds["fit"], "score_per_image": per_image},
+    }
+
+
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds."""
+    metrics = {k: np.array([p["metrics"][k] for p in parts]) for k in parts[0]["metrics"]}
+    values = {k: {"mean": float(v.mean()), "std": float(v.std())} for k, v in metrics.items() if not np.isnan(v).any()}
+    return {"metrics": values, "reasons": parts[0]["reasons"]}
+
+
+def evaluated(categories: dict[str, Any]) -> list[str]:
+    """The metrics that every category has."""
+    first = next(iter(categories.values()))["metrics"]
+    return [k for k in first if all(k in c["metrics"] for c in categories.values())]
+
+
+def progress(what: str, done: int, total: int) -> None:
+    """One line, rewritten."""
+    print(f"\r{what} {done}/{total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def main(options: Options) -> None:
+    """Runs every recipe asked for."""
+    known = all_recipes()
+    unknown = [name for name in options.names if name not in known]
+    if unknown or not options.names:
+        raise SystemExit(f"recipes are {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}")
+    cache: EmbeddingCache = {}
+    opened: dict[Any, Any] = {}
+    frozen: dict[str, Any] = {}
+    for name in options.names:
+        run(name, known[name], options, cache, opened, frozen)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

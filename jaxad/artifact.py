@@ -1,0 +1,122 @@
+"""A fitted model on disk: `model.safetensors` (the state) and `model.json` (how to rebuild what it belongs to). No pickle."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxad.base import State
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it: a killed run leaves no half file behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON (NaN becomes null) atomically."""
+    write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; a broken one is a ValueError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be JSON, but reading it failed ({error}): write it again") from error
+
+
+def save_state(directory: str | Path, state: State, description: dict[str, Any]) -> None:
+    """Writes a fitted state and its description.
+
+    Args:
+        directory: Created where missing; a model in it is replaced.
+        state: Any pytree of arrays.
+        description: JSON values; enough for the reader to build the state's structure again.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(_named(state), temporary)
+        os.replace(temporary, directory / "model.safetensors")
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    write_json(directory / "model.json", {"format": FORMAT, **description})
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """The description of a saved model.
+
+    Raises:
+        FileNotFoundError: There is no model.
+        ValueError: It is of a later format.
+    """
+    path = Path(directory) / "model.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no fitted model in {directory}: expected model.json and model.safetensors, as `fit` writes them")
+    description = read_json(path)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}, got {description.get('format')}: update jaxad or fit again")
+    return description
+
+
+def load_state(directory: str | Path, structure: State) -> State:
+    """Reads a state back into the structure of `structure`; shapes and types are those of the file.
+
+    Raises:
+        FileNotFoundError: There is no model.
+        ValueError: The file is damaged or holds other arrays.
+    """
+    path = Path(directory) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no fitted model in {directory}: model.safetensors is missing")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fit again or restore a copy") from error
+    paths, tree = jax.tree_util.tree_flatten_with_path(structure)
+    names = [_name(path) for path, _ in paths]
+    if set(names) != set(tensors):
+        raise ValueError(f"{path} must hold the arrays {', '.join(sorted(names))}; got {', '.join(sorted(tensors))}")
+    return jax.tree.unflatten(tree, [jax.numpy.asarray(tensors[name]) for name in names])
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "state"
+
+
+def _named(state: State) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {_name(path): np.ascontiguousarray(leaf) for path, leaf in leaves}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, no paths and no numpy: null, strings and numbers stand for them."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,21 @@
+"""Pretrained feature extractors by name: pure functions over frozen weights.
+
+`backbone("resnet50")` gives the architecture, `load("resnet50")` its weights, `features(...)` the `embed` of a method.
+"""
+
+from jaxad.backbones.networks import Backbone, backbone, features
+from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, resolve, source
+
+__all__ = [
+    "Backbone",
+    "Weights",
+    "available",
+    "backbone",
+    "cache_dir",
+    "features",
+    "fetch",
+    "import_file",
+    "load",
+    "resolve",
+    "source",
+]

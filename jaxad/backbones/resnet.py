@@ -1,0 +1,64 @@
+"""ResNet and Wide ResNet feature pyramids in flax.linen, with batch norm folded into the convolutions.
+
+Paper: Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385; Wide Residual Networks, BMVC 2016,
+    arXiv:1605.07146.
+Reference: torchvision.models.resnet (parameter names, "v1.5": a stage's stride sits in its 3x3 convolution) and the
+    original Caffe release ("v1": the stride sits in the first 1x1 convolution).
+"""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxad.backbones.convolution import Conv, Source
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+BLOCKS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "wide_resnet50_2": (3, 4, 6, 3),
+    "wide_resnet101_2": (3, 4, 23, 3),
+}
+
+
+class ResNet(nn.Module):
+    """Feature maps of a ResNet by stage name; nothing past the last wanted stage is computed."""
+
+    architecture: str
+    stride_in_1x1: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
+        relu = jax.nn.relu
+        bottleneck = self.architecture not in ("resnet18", "resnet34")
+        width_factor = 2 if self.architecture.startswith("wide") else 1
+        x = relu(Conv(64, 7, 2, name="conv1")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        maps = {}
+        for s in range(max(map(STAGES.index, layers)) + 1):
+            planes = 64 * 2**s
+            out = planes * 4 if bottleneck else planes
+            for i in range(BLOCKS[self.architecture][s]):
+                stride = 2 if i == 0 and s > 0 else 1
+                prefix = f"{STAGES[s]}.{i}."
+                if bottleneck:
+                    first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
+                    y = relu(Conv(planes * width_factor, 1, first, name=prefix + "conv1")(x))
+                    y = relu(Conv(planes * width_factor, 3, second, name=prefix + "conv2")(y))
+                    y = Conv(out, 1, name=prefix + "conv3")(y)
+                else:
+                    y = relu(Conv(planes, 3, stride, name=prefix + "conv1")(x))
+                    y = Conv(planes, 3, name=prefix + "conv2")(y)
+                if stride != 1 or x.shape[-1] != out:
+                    x = Conv(out, 1, stride, name=prefix + "downsample.0")(x)
+                x = relu(x + y)
+            maps[STAGES[s]] = x
+        return {layer: maps[layer] for layer in layers}
+
+
+def source(module: str) -> Source:
+    """The names of a convolution and its batch norm in torchvision's and timm's checkpoints."""
+    return Source(module, module.replace("downsample.0", "downsample.1").replace("conv", "bn"))

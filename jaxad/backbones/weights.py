@@ -1,0 +1,333 @@
+"""Weight files: the user's, those of the cache, those of the package; fetched, imported, checked and read.
+
+Only safetensors are read, with torchvision's or timm's names in them; nothing is ever unpickled. The environment:
+`JAXAD_CACHE` (the folder of the files), `JAXAD_OFFLINE=1` (never use the network), `JAXAD_WEIGHTS_URL` (a mirror of the
+hub).
+"""
+
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from email.message import Message
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxad.backbones import registry
+from jaxad.backbones.networks import backbone
+from jaxad.base import Frozen
+
+ATTEMPTS = 3
+TIMEOUT = 30.0
+"""Seconds without an answer after which a connection is given up."""
+ABANDONED = 600.0
+"""Seconds after which a partial download that nobody writes to may be resumed by another process."""
+CHUNK = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""(bytes so far, bytes in all)."""
+
+
+class Weights(NamedTuple):
+    """A set of weights that `load` knows by name."""
+
+    name: str
+    plain: str | None
+    """The plain name that means this set, if any."""
+    state: str
+    """`cached`, `embedded` (in the package) or `not fetched`."""
+    path: Path | None
+    url: str | None
+    """None: no official file, `import_file` one."""
+    sha256: str | None
+
+
+def cache_dir() -> Path:
+    """The folder of fetched and imported weights: $JAXAD_CACHE, or jaxad/weights in the user's cache folder."""
+    if folder := os.environ.get("JAXAD_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxad" / "weights"
+
+
+def available() -> list[Weights]:
+    """All registered weights and where they are."""
+    rows = []
+    for entry in registry.ENTRIES.values():
+        path = next((p for p in _places(entry) if p.is_file()), None)
+        state = "not fetched" if path is None else "cached" if path.parent == cache_dir() else "embedded"
+        plain = entry.architecture if registry.PLAIN[entry.architecture] is entry else None
+        rows.append(Weights(entry.name, plain, state, path, entry.url, entry.sha256))
+    return rows
+
+
+def resolve(name: str, weights: str | Path | None) -> str:
+    """The full name of the network that a weights file is for.
+
+    Args:
+        name: A backbone, plain (`resnet50`) or full (`resnet50.caffe_in1k`).
+        weights: A file, or None.
+
+    Returns:
+        The file's stem where it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
+    """
+    entry = registry.lookup(name)
+    if weights is None or name in registry.ENTRIES:
+        return name
+    variant = _variant(entry, Path(weights))
+    return name if variant is None else variant.name
+
+
+def load(name: str, weights: str | Path | None = None) -> Frozen:
+    """Reads a backbone's weights: from that file, or else from the user's cache, or else from the package.
+
+    Args:
+        name: A backbone.
+        weights: A safetensors file with torchvision's or timm's names. The deepest stages may be missing.
+
+    Returns:
+        The frozen weights, for `backbone(name).apply` and `features(name, ...)`.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no weights of that name on this machine.
+        ValueError: The file is no safetensors file, or of another architecture or variant.
+    """
+    path = _locate(name, weights)
+    entry = registry.lookup(name)
+    variant = _variant(entry, path) or entry
+    if (variant.stride_in_1x1, variant.normalization) != (entry.stride_in_1x1, entry.normalization):
+        raise ValueError(f"{path} holds the variant {variant.name}: ask for that backbone instead of {name}")
+    return jax.tree.map(jnp.asarray, _read(name, path))
+
+
+def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
+    """Where `load(name, weights)` reads the weights, for the record of a run.
+
+    Returns:
+        The file's `path` and `sha256`.
+
+    Raises:
+        FileNotFoundError: As `load`.
+    """
+    path = _locate(name, weights)
+    return {"path": str(path), "sha256": _sha256(path)}
+
+
+def import_file(path: str | Path, name: str | None = None) -> Path:
+    """Copies a weights file of the user's into the cache, after checking it against the architecture.
+
+    Args:
+        path: A safetensors file in float32, float16 or bfloat16 with torchvision's or timm's names.
+        name: The backbone that it is for; None takes the file's stem (`resnet50.tv_in1k.safetensors`).
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no safetensors file, or of another architecture.
+    """
+    path = Path(path)
+    entry = registry.lookup(path.stem if name is None else resolve(name, path))
+    _read(entry.name, _locate(entry.name, path))
+    target = cache_dir() / f"{entry.name}.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _temporary(target)
+    try:
+        shutil.copyfile(path, part)
+        _publish(part, target, _sha256(part))
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def fetch(name: str, progress: Progress | None = None) -> Path:
+    """Downloads official weights into the cache, unless they are there; a broken download is resumed.
+
+    The file appears under its name only when it is whole and its sha256 is right. Any number of processes may fetch the
+    same weights at once: each writes to a file of its own.
+
+    Args:
+        name: A backbone.
+        progress: Called with the bytes so far and the bytes in all.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: The server has no such file.
+        ValueError: There are no official weights of that name, or the file's sha256 is wrong.
+        OSError: `JAXAD_OFFLINE` is set, or the server cannot be reached or breaks off.
+    """
+    entry = registry.lookup(name)
+    held = next((path for path in _places(entry) if path.is_file()), None)
+    if held is not None:
+        return held
+    url = entry.url
+    if url is None:
+        raise ValueError(f"{entry.name} has no official download; import a file of it: jaxad weights import FILE")
+    elsewhere = f"download {url} elsewhere as {entry.name}.safetensors and run: jaxad weights import FILE"
+    if os.environ.get("JAXAD_OFFLINE", "0") not in ("", "0"):
+        raise OSError(f"JAXAD_OFFLINE is set and {entry.name} is not in {cache_dir()}: unset it, or {elsewhere}")
+    target = cache_dir() / f"{entry.name}.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _claim(target)
+    try:
+        stated = _download(url, part, progress, elsewhere)
+    except BaseException:
+        if part.exists():
+            os.replace(part, _leftover(target))
+        raise
+    digest, wanted = _sha256(part), entry.sha256 or stated
+    if digest != wanted:
+        part.unlink()
+        reason = f"has the sha256 {digest}, expected {wanted}" if wanted else "cannot be checked: no sha256 is known"
+        raise ValueError(f"{url} {reason}; it was discarded: try again, or {elsewhere}")
+    _publish(part, target, digest)
+    return target
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the sha256 that the hub states when it redirects to its file server."""
+
+    sha256: str | None = None
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.sha256 = _checksum(headers) or self.sha256
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _checksum(headers: Message) -> str | None:
+    """The sha256 in the headers: the hub gives it as the tag of a file in large-file storage."""
+    tags = (headers.get(key, "").strip('"') for key in ("X-Linked-Etag", "ETag"))
+    return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
+
+
+def _download(url: str, part: Path, progress: Progress | None, elsewhere: str) -> str | None:
+    """Appends to `part` what it lacks of the file; returns the sha256 that the server states, if it does."""
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)
+    size, total, reason = 0, None, ""
+    for _ in range(ATTEMPTS):
+        start = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        try:
+            response = opener.open(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 416:  # nothing is left to send; the sha256 tells whether that is right
+                return redirects.sha256 or _checksum(error.headers)
+            kind = FileNotFoundError if error.code == 404 else OSError
+            raise kind(f"{url} cannot be fetched: HTTP {error.code} {error.reason}; {elsewhere}") from None
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            raise ConnectionError(f"{url} cannot be reached ({cause}): check the network, or {elsewhere}") from None
+        with response:
+            sha256 = redirects.sha256 or _checksum(response.headers)
+            start = start if response.status == 206 else 0
+            length = response.headers.get("Content-Length")
+            total = start + int(length) if length else None
+            with part.open("ab" if start else "wb") as file:
+                while total is None or file.tell() < total:
+                    try:
+                        chunk = response.read(CHUNK)
+                    except (OSError, http.client.HTTPException) as error:
+                        reason = f" ({error})"
+                        break
+                    if not chunk:
+                        break
+                    file.write(chunk)
+                    if progress is not None:
+                        progress(file.tell(), total or file.tell())
+                size = file.tell()
+        if total is None or size == total:
+            return sha256
+    raise ConnectionError(f"{url} broke off after {size} of {total} bytes{reason}: run again to resume, or {elsewhere}")
+
+
+def _leftover(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+
+
+def _claim(target: Path) -> Path:
+    """A partial download nobody else writes to: one left behind, taken over by an atomic rename, or a new name."""
+    mine = _temporary(target)
+    for part in (_leftover(target), *target.parent.glob(f"{target.name}.*.part")):
+        try:
+            if part == _leftover(target) or time.time() - part.stat().st_mtime > ABANDONED:
+                os.rename(part, mine)
+                break
+        except FileNotFoundError:
+            continue  # another process was faster
+    return mine
+
+
+def _publish(part: Path, target: Path, digest: str) -> None:
+    """Gives a finished file its name, with its sha256 beside it in the format of sha256sum."""
+    os.replace(part, target)
+    note = _temporary(target)
+    note.write_text(f"{digest}  {target.name}\n")
+    os.replace(note, target.with_suffix(".sha256"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _places(entry: registry.Entry) -> tuple[Path, ...]:
+    """Where the weights may lie: the cache, the package."""
+    return cache_dir() / f"{entry.name}.safetensors", Path(__file__).with_name(f"{entry.name}.safetensors")
+
+
+def _variant(entry: registry.Entry, path: Path) -> registry.Entry | None:
+    """The variant of the architecture that a file's stem names, if it names one."""
+    variant = registry.ENTRIES.get(path.stem)
+    return variant if variant is not None and variant.architecture == entry.architecture else None
+
+
+def _locate(name: str, weights: str | Path | None) -> Path:
+    """The file that `load` reads."""
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"no weights file {path}; `jaxad weights list` shows those known by name")
+        return path
+    entry = registry.lookup(name)
+    for path in _places(entry):
+        if path.is_file():
+            return path
+    get = f"run `jaxad weights fetch {name}`, or " if entry.url else ""
+    raise FileNotFoundError(f"the weights {entry.name} are not on this machine: {get}give a file (--weights PATH)")
+
+
+def _read(name: str, path: Path) -> Frozen:
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        raise ValueError(
+            f"weights must be safetensors, got {path}; convert it where torch is installed: python -c "
+            '"import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
+            f'torch.load(sys.argv[1], weights_only=True).items()}}, sys.argv[2])" {path.name} {name}.safetensors'
+        )
+    try:
+        tensors: dict[str, np.ndarray] = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"weights must be safetensors, got {path}: {error}") from None
+    try:
+        return backbone(name).fold(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit: {error}") from None

@@ -1,0 +1,287 @@
+"""One category of a data set as lazily decoded images, and `open_data`, which opens any source.
+
+A source is read by a small function that yields `Record`s; everything else (checks, splitting by category, decoding) is
+shared. To add a folder layout, write such a function and give it a line in `jaxad.data.folders.LAYOUTS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from jaxad.data import folders, images
+from jaxad.data.images import Preprocess, Size
+from jaxad.data.records import GOOD, Record
+
+
+class Split(NamedTuple):
+    """The two parts of one category."""
+
+    train: "Dataset"
+    test: "Dataset | None"
+
+
+class Arrays(NamedTuple):
+    """Images in memory: (n, h, w) or (n, h, w, 1|3|4), uint8, uint16 or float in [0, 1]."""
+
+    train: Any
+    """Normal images."""
+    test: Any = None
+    labels: Any = None
+    """(n,) of the test images: 0 normal, 1 anomalous; without them they follow from the masks, or are unknown."""
+    masks: Any = None
+    """(n, h, w) of the test images: bool, or numbers compared with `mask_threshold`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The images of one category and split. Nothing is decoded before it is asked for, and nothing is kept."""
+
+    name: str
+    category: str
+    split: str
+    records: tuple[Record, ...]
+    preprocess: Preprocess
+    mask_threshold: int
+    has_masks: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """What each image is called: its path, its TFDS id, or "array[3]"."""
+        return tuple(record.path for record in self.records)
+
+    @functools.cached_property
+    def labels(self) -> Int32[np.ndarray, "n"]:
+        """0 normal, 1 anomalous, -1 unknown (never in a training set)."""
+        return np.array([record.label for record in self.records], np.int32)
+
+    @functools.cached_property
+    def defects(self) -> tuple[str, ...]:
+        """The kind of defect of each image; "good" for normal ones."""
+        return tuple(record.defect for record in self.records)
+
+    @functools.cached_property
+    def image_size(self) -> Size:
+        """(height, width) after preprocessing."""
+        return self.preprocess.output_size(self.preprocess.resize or self.original_size(0))
+
+    def images(self, indices: Iterable[int]) -> UInt8[np.ndarray, "b h w 3"]:
+        """Decodes and preprocesses the images at `indices` in parallel.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or cannot be decoded, or sizes differ without `resize`.
+        """
+        chosen = [self.records[i] for i in indices]
+        batch = np.empty((len(chosen), *self.image_size, 3), np.uint8)
+
+        def load(position: int) -> None:
+            record = chosen[position]
+            image = images.read(record.image, record.path, self.preprocess)
+            if image.shape[:2] != self.image_size:
+                raise _mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
+            batch[position] = image
+
+        images.in_threads(load, range(len(chosen)))
+        return batch
+
+    def masks(self, indices: Iterable[int]) -> Bool[np.ndarray, "b h w"] | None:
+        """Decodes the masks at `indices`, preprocessed like the images; normal images have empty ones.
+
+        Returns:
+            None where the data have no masks.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or cannot be decoded, or is not of its image's size.
+        """
+        if not self.has_masks:
+            return None
+        chosen = [self.records[i] for i in indices]
+        batch = np.zeros((len(chosen), *self.image_size), np.bool_)
+
+        def load(position: int) -> None:
+            record = chosen[position]
+            if record.mask is not None:
+                _check_mask_size(record)
+                batch[position] = images.read_mask(
+                    record.mask, f"the mask of {record.path}", self.preprocess, self.mask_threshold
+                )
+
+        images.in_threads(load, range(len(chosen)))
+        return batch
+
+    def original(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The image at its original resolution, upright."""
+        return images.read(self.records[index].image, self.records[index].path)
+
+    def original_size(self, index: int) -> Size:
+        """(height, width) of `original(index)`, from the file's header."""
+        return images.size_of(self.records[index].image, self.records[index].path)
+
+    def subset(self, indices: Any) -> "Dataset":
+        """The images at `indices`: integers, a boolean mask or a slice."""
+        chosen = np.arange(len(self))[indices if isinstance(indices, slice) else np.asarray(indices)]
+        return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen))
+
+
+def open_data(
+    source: Any,
+    *,
+    category: str | None = None,
+    preprocess: Preprocess = images.DEFAULT,
+    mask_threshold: int = 0,
+    layout: str = "auto",
+    train_anomalies: bool = False,
+) -> dict[str, Split]:
+    """Opens a data set, whatever it is made of.
+
+    Args:
+        source: a folder (of normal images, or in one of the layouts of `folders.LAYOUTS`), a CSV file, one image file,
+            a list of image files, "tfds:NAME" or "tfds:NAME:DATA_DIR", "demo", an array of normal images, a list of
+            arrays, an `Arrays`, or a mapping from categories to arrays or `Arrays`.
+        category: the only category wanted; None or "all" for all.
+        preprocess: resize and crop.
+        mask_threshold: a mask pixel counts where it is above.
+        layout: one of `folders.LAYOUTS`; "auto" recognizes it. "flat" takes any folder for one set of images.
+        train_anomalies: keep the anomalous images of the training split, if there are any, instead of leaving them out.
+
+    Returns:
+        The training and test set of each category, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: the source or one of its files does not exist.
+        ValueError: anything else that is wrong with it: no images, no normal images in the training split, an unknown
+            category or layout, a broken CSV, floats outside [0, 1], masks that are not of their images' size or missing
+            for a part of the anomalous images, mixed sizes without `resize`.
+    """
+    preprocess.check()
+    name, records = _read(source, layout)
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        group = groups.setdefault(record.category, [])
+        if category in (None, "all", record.category):
+            group.append(record)
+    if not groups:
+        raise ValueError(f"no images found in {source}: expected files ending in {' '.join(sorted(images.EXTENSIONS))}")
+    if category not in (None, "all", *groups):
+        raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(groups))}")
+    groups = {key: group for key, group in groups.items() if group}
+    splits = {}
+    for key in sorted(groups):
+        group = groups[key] if train_anomalies else [r for r in groups[key] if r.split != "train" or r.label == 0]
+        parts = {split: tuple(r for r in group if r.split == split) for split in ("train", "test")}
+        if not any(record.label == 0 for record in parts["train"]):
+            raise ValueError(
+                f"category {key!r} of {name} has no normal training images: expected train/good, or rows with split "
+                "train and label good"
+            )
+        _check(group, preprocess)
+        has_masks = any(record.mask is not None for record in group)
+        train, test = (
+            Dataset(name, key, split, part, preprocess, mask_threshold, has_masks) for split, part in parts.items()
+        )
+        splits[key] = Split(train, test if len(test) else None)
+    return splits
+
+
+def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
+    """The name of the data set and its records."""
+    if isinstance(source, str) and source.startswith("tfds:"):
+        from jaxad.data import tfds
+
+        return tfds.read(source)
+    if isinstance(source, str) and source == "demo":
+        from jaxad.data import demo
+
+        return "demo", demo.records()
+    if isinstance(source, str | Path):
+        return folders.read(Path(source), layout)
+    if isinstance(source, Mapping):
+        return "arrays", (record for key, value in source.items() for record in _array_records(str(key), value))
+    if isinstance(source, Sequence) and all(isinstance(item, str | Path) for item in source):
+        return "files", folders.files([Path(item) for item in source])
+    return "arrays", _array_records("arrays", source)
+
+
+def _array_records(category: str, value: Any) -> Iterator[Record]:
+    arrays = value if isinstance(value, Arrays) else Arrays(value)
+    train = _stack(arrays.train, "train")
+    yield from (Record(f"array[{i}]", image, category, "train") for i, image in enumerate(train))
+    if arrays.test is None:
+        if arrays.labels is not None or arrays.masks is not None:
+            raise ValueError("labels and masks belong to test images, got test=None: pass Arrays(train, test, ...)")
+        return
+    test = _stack(arrays.test, "test")
+    masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
+    if arrays.labels is not None:
+        labels = np.asarray(arrays.labels).tolist()
+    elif masks is not None:
+        labels = [int(mask.any()) for mask in masks]
+    else:
+        labels = [-1] * len(test)
+    for kind, given in (("labels", labels), ("masks", masks)):
+        if given is not None and len(given) != len(test):
+            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(given)}")
+    kinds = {0: GOOD, 1: "anomalous", -1: ""}
+    for i, (image, label) in enumerate(zip(test, labels, strict=True)):
+        if label not in kinds:
+            raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
+        mask = masks[i] if masks is not None and label else None
+        yield Record(f"array[{i}]", image, category, "test", kinds[label], mask)
+
+
+def _stack(given: Any, kind: str) -> list[np.ndarray]:
+    """The images of an array or of a list of arrays, checked as a whole."""
+    if isinstance(given, list | tuple):
+        return [_stack(np.asarray(item)[None], f"{kind}[{i}]")[0] for i, item in enumerate(given)]
+    array = np.asarray(given)
+    if array.ndim == 3 and array.shape[2] in (1, 3, 4):
+        raise ValueError(f"images must lead with their number, got one image of shape {array.shape}: pass image[None]")
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
+        raise ValueError(f"{kind} must have shape (n, h, w) or (n, h, w, 1|3|4), got {array.shape} of {array.dtype}")
+    images.to_uint8(array if np.issubdtype(array.dtype, np.floating) else array[:1], kind)
+    return list(array)
+
+
+def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
+    """Finds what can be found without decoding: missing files and masks, masks and images of a wrong size."""
+    for record in records:
+        if isinstance(record.image, Path) and not record.image.is_file():
+            raise FileNotFoundError(f"image file not found: {record.path}")
+    masked = [record for record in records if record.mask is not None]
+    without = [record.path for record in records if record.label == 1 and record.mask is None]
+    if masked and without:
+        raise ValueError(
+            f"every anomalous image needs a mask, or none: {len(without)} have none, the first is {without[0]}"
+        )
+    images.in_threads(_check_mask_size, [record for record in masked if not callable(record.mask)])
+    if preprocess.resize is None:
+        present = [record for record in records if not callable(record.image)]
+        sizes = images.in_threads(lambda record: images.size_of(record.image, record.path), present)
+        for record, size in zip(present, sizes, strict=True):
+            if preprocess.output_size(size, record.path) != preprocess.output_size(sizes[0]):
+                raise _mixed_sizes(record.path, size, present[0].path, sizes[0])
+
+
+def _check_mask_size(record: Record) -> None:
+    assert record.mask is not None
+    size = images.size_of(record.image, record.path)
+    mask_size = images.size_of(record.mask, f"the mask of {record.path}")
+    if mask_size != size:
+        raise ValueError(
+            f"a mask must have the size of its image, got {mask_size[0]} x {mask_size[1]} for the "
+            f"{size[0]} x {size[1]} image {record.path}: make the mask anew"
+        )
+
+
+def _mixed_sizes(path: str, size: Size, first_path: str, first: Size) -> ValueError:
+    return ValueError(
+        f"images must have one size where resize is None, got {size[0]} x {size[1]} in {path} but "
+        f"{first[0]} x {first[1]} in {first_path}: set resize"
+    )

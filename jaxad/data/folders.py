@@ -1,0 +1,179 @@
+"""Readers of folders and tables of images: each yields one `Record` per image."""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxad.data.images import EXTENSIONS, read_mask
+from jaxad.data.records import GOOD, Record, kind_of
+
+
+class Layout(NamedTuple):
+    """A way to arrange a data set in a folder."""
+
+    matches: Callable[[Path], bool]
+    read: Callable[[Path], Iterator[Record]]
+
+
+def read(source: Path, layout: str = "auto") -> tuple[str, Iterator[Record]]:
+    """Reads a folder, a CSV file or one image.
+
+    Args:
+        source: the path.
+        layout: a name in `LAYOUTS`, or "auto" for the first that matches.
+
+    Returns:
+        The name of the data set and its records.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: there is no such layout, or the path does not fit it.
+    """
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ValueError(f"no layout {layout!r}: choose auto or one of {', '.join(LAYOUTS)}")
+    if not source.exists():
+        raise FileNotFoundError(f"no such file or folder: {source}")
+    if source.is_file():
+        return source.stem, table(source) if source.suffix.lower() == ".csv" else files([source])
+    name = source.resolve().name
+    if layout == "auto":
+        layout = next(key for key, candidate in LAYOUTS.items() if candidate.matches(source))
+        if layout == "flat":
+            _refuse_mixture(source)
+    return name, LAYOUTS[layout].read(source)
+
+
+def files(paths: Iterable[Path], category: str = "files") -> Iterator[Record]:
+    """Image files as normal training images."""
+    return (Record(str(path), path, category, "train") for path in paths)
+
+
+def flat(root: Path) -> Iterator[Record]:
+    """All images under a folder, at any depth, as normal training images."""
+    return files(_images(root, "**/*"), root.resolve().name)
+
+
+def mvtec(root: Path) -> Iterator[Record]:
+    """MVTec AD: train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png, for one category or a root of many.
+
+    Normal images may also lie in folders named ok or normal, or directly in train; masks may lack the _mask and be of
+    any image type, and there may be none at all.
+    """
+    categories = [root] if _is_category(root) else [path for path in sorted(root.iterdir()) if _is_category(path)]
+    for folder in categories:
+        category = folder.resolve().name
+        for path in _images(folder / "train", "*"):
+            yield Record(str(path), path, category, "train")
+        for split in ("train", "test"):
+            for kind in _folders(folder / split):
+                defect = kind_of(kind.name)
+                masks = {}
+                if defect != GOOD:
+                    found = _images(folder / "ground_truth" / kind.name, "*")
+                    masks = {path.stem.removesuffix("_mask"): path for path in found}
+                for path in _images(kind, "*"):
+                    yield Record(str(path), path, category, split, defect, masks.get(path.stem))
+
+
+def visa(root: Path) -> Iterator[Record]:
+    """VisA: a root with split_csv/1cls.csv (object, split, label, image, mask)."""
+    columns = {"category": "object", "split": "split", "label": "label", "image_path": "image", "mask_path": "mask"}
+    return _rows(root / "split_csv" / "1cls.csv", root, columns)
+
+
+def table(path: Path) -> Iterator[Record]:
+    """A CSV file with image_path, label, split and, if wanted, mask_path and category; paths are relative to the file.
+
+    The label is good, ok, normal or 0 for a normal image, empty for an unknown one (test only), else the defect.
+    """
+    columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path")}
+    return _rows(path, path.parent, columns)
+
+
+def ksdd2(root: Path) -> Iterator[Record]:
+    """KolektorSDD2: train and test hold <id>.png and <id>_GT.png; an image is anomalous where its mask is not empty."""
+    for split in ("train", "test"):
+        for path in _images(root / split, "*"):
+            if not path.stem.endswith("_GT"):
+                mask = path.with_name(f"{path.stem}_GT{path.suffix}")
+                bad = read_mask(mask, str(mask)).any()
+                yield Record(str(path), path, "ksdd2", split, "defect" if bad else GOOD, mask if bad else None)
+
+
+def mtd(root: Path) -> Iterator[Record]:
+    """Magnetic tile defects as published: MT_<class>/Imgs/<id>.jpg and .png, and DifferNet's mtd_train_filenames.txt.
+
+    The 761 defect-free images of that list are for training, all others for testing. The masks are noisy: they want
+    `mask_threshold=127`.
+    """
+    names = root / "mtd_train_filenames.txt"
+    if not names.is_file():
+        raise FileNotFoundError(f"MTD needs the list of its training images: put mtd_train_filenames.txt into {root}")
+    train = {Path(line.strip()).name for line in names.read_text().splitlines()}
+    for folder in sorted(root.glob("MT_*")):
+        kind = folder.name.removeprefix("MT_").lower()
+        for path in _images(folder / "Imgs", "*"):
+            if path.suffix.lower() == ".jpg":
+                if kind == "free":
+                    yield Record(str(path), path, "mtd", "train" if path.name in train else "test")
+                else:
+                    yield Record(str(path), path, "mtd", "test", kind, path.with_suffix(".png"))
+
+
+LAYOUTS = {
+    "visa": Layout(lambda root: (root / "split_csv" / "1cls.csv").is_file(), visa),
+    "mtd": Layout(lambda root: (root / "MT_Free").is_dir(), mtd),
+    "ksdd2": Layout(lambda root: any(root.glob("train/*_GT.*")), ksdd2),
+    "mvtec": Layout(lambda root: _is_category(root) or any(_is_category(path) for path in root.iterdir()), mvtec),
+    "flat": Layout(lambda root: True, flat),
+}
+"""Every layout of a folder, in the order in which they are tried."""
+
+
+def _is_category(folder: Path) -> bool:
+    return (folder / "train").is_dir() or ((folder / "test").is_dir() and (folder / "ground_truth").is_dir())
+
+
+def _images(folder: Path, pattern: str) -> list[Path]:
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _refuse_mixture(root: Path) -> None:
+    """A folder with a subfolder of normal images beside others is no set of normal images."""
+    kinds = [path for path in _folders(root) if _images(path, "**/*")]
+    normal = [path.name for path in kinds if kind_of(path.name) == GOOD]
+    if normal and len(kinds) > len(normal):
+        others = ", ".join(path.name for path in kinds if path.name not in normal)
+        raise ValueError(
+            f"a folder must hold normal images only, got {normal[0]} beside {others} in {root}: "
+            f"pass {root / normal[0]}, or move them to train/good and test/<defect>"
+        )
+
+
+def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
+    """Records of a CSV file whose `columns` say under which name each field stands."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        present = reader.fieldnames or []
+        missing = [columns[key] for key in ("image_path", "label", "split") if columns[key] not in present]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: its first line is {','.join(present)!r}")
+        for row in reader:
+            fields = ("image_path", "label", "split", "mask_path", "category")
+            image, label, split, mask, category = ((row.get(columns[field]) or "").strip() for field in fields)
+            defect = kind_of(label)
+            where = f"line {reader.line_num} of {path}"
+            if not image:
+                raise ValueError(f"image_path must not be empty, in {where}: complete or remove the line")
+            if split not in ("train", "test"):
+                raise ValueError(f"split must be train or test, got {split!r} in {where}: correct it")
+            if split == "train" and not defect:
+                raise ValueError(f"a training image needs a label, got none in {where}: write good or the defect")
+            masked = root / mask if mask and defect != GOOD else None
+            yield Record(str(root / image), root / image, category or path.stem, split, defect, masked)

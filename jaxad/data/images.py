@@ -1,0 +1,246 @@
+"""Decoding of image files and arrays to RGB uint8, resizing, cropping, and the way back to the original frame.
+
+What becomes of the many kinds of images: gray is repeated to three channels; 16-bit images are scaled by their full
+scale (65535 becomes 255), whatever their content; floats must lie in [0, 1]; alpha is composited over black; palettes
+and CMYK become RGB; EXIF rotation is applied; of several frames the first counts.
+"""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Size = tuple[int, int]
+"""(height, width)."""
+Source = Path | np.ndarray | Callable[[], bytes | np.ndarray]
+"""Where an image comes from: a file, an array, or a function that returns an encoded file or an array."""
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2"})
+"""File name endings, in lower case, taken for images."""
+
+_ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded or has pixels that make no sense."""
+
+
+class Preprocess(NamedTuple):
+    """What is done to every image and mask after decoding: first `resize`, then `center_crop`."""
+
+    resize: Size | None = (224, 224)
+    """(height, width) to squash to, with antialiased bilinear weights; masks take the nearest pixel."""
+    center_crop: Size | None = None
+    """(height, width) of the centered window to keep."""
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that are not positive or a crop larger than the resized image."""
+        for field, size in zip(self._fields, self, strict=True):
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ValueError(f"{field} must be two positive numbers (height, width), got {size}")
+        if self.resize and self.center_crop:
+            self.output_size(self.resize)
+
+    def output_size(self, size: Size, name: str = "the resized image") -> Size:
+        """The size that an image of `size` has afterwards; ValueError where the crop does not fit into it."""
+        size = self.resize or size
+        if self.center_crop is None:
+            return size
+        if self.center_crop[0] > size[0] or self.center_crop[1] > size[1]:
+            raise ValueError(
+                f"center_crop must fit into the image, got {self.center_crop} for {size[0]} x {size[1]} ({name}): "
+                "shrink center_crop or enlarge resize"
+            )
+        return self.center_crop
+
+    def window(self, size: Size) -> tuple[slice, slice]:
+        """The rows and columns that `center_crop` keeps of an already resized image of `size`."""
+        crop = self.center_crop or size
+        top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
+        return slice(top, top + crop[0]), slice(left, left + crop[1])
+
+
+DEFAULT = Preprocess()
+ORIGINAL = Preprocess(None)
+"""Every image in its own size."""
+PAPER = Preprocess((256, 256), (224, 224))
+"""The preset of most papers: resize to 256, keep the central 224."""
+
+
+def to_uint8(array: Shaped[np.ndarray, "..."], name: str) -> UInt8[np.ndarray, "..."]:
+    """Brings pixel values to 8 bits.
+
+    Args:
+        array: bool, uint8, uint16 (full scale: 65535 becomes 255) or float in [0, 1].
+        name: what to call the array in errors.
+
+    Raises:
+        ImageError: another type, or floats outside [0, 1].
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return np.where(array, np.uint8(255), np.uint8(0))
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):
+            raise ImageError(
+                f"float pixels must lie in [0, 1], got {low:.6g} to {high:.6g} in {name}: scale them or pass uint8"
+            )
+        return np.round(array * 255).astype(np.uint8)
+    raise ImageError(f"pixels must be uint8, uint16 or float in [0, 1], got {array.dtype} in {name}")
+
+
+def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes one image, turns it upright, and preprocesses it.
+
+    Args:
+        source: the file, array or function.
+        name: what to call it in errors.
+        preprocess: resize and crop; without `resize` and `center_crop` the image keeps its original size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: the file cannot be decoded, or its pixels are of no known range.
+        ValueError: the crop does not fit into the image.
+    """
+    with _opened(source, name) as image:
+        if preprocess.resize and image.format == "JPEG":
+            height, width = preprocess.resize if not _turned(image) else preprocess.resize[::-1]
+            image.draft(image.mode, (2 * width, 2 * height))  # the decoder halves while twice the wanted size is left
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_gray_or_rgb(image, name)
+        if preprocess.resize:
+            image = image.resize((preprocess.resize[1], preprocess.resize[0]), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+    preprocess.output_size(pixels.shape[:2], name)
+    pixels = pixels[preprocess.window(pixels.shape[:2])]
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def read_mask(
+    source: Source, name: str, preprocess: Preprocess = ORIGINAL, threshold: int = 0
+) -> Bool[np.ndarray, "h w"]:
+    """Decodes one mask: True where any channel is above `threshold`, in the mask's own units (bool masks: where True).
+
+    It is resized by taking the nearest pixel, and cropped like its image. Errors as in `read`.
+    """
+    with _opened(source, name) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            image = _to_gray_or_rgb(image, name)
+        pixels = np.asarray(image)
+    pixels = pixels.max(axis=2) if pixels.ndim == 3 else pixels
+    mask = pixels if pixels.dtype == np.bool_ else np.greater(pixels, threshold)
+    height, width = mask.shape
+    resized = preprocess.resize or (height, width)
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(np.intp)[window]
+        for new, old, window in zip(resized, (height, width), preprocess.window(resized), strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+def size_of(source: Source, name: str) -> Size:
+    """The original (height, width), upright; reads the header only where the source is a file. Errors as in `read`."""
+    if isinstance(source, np.ndarray):
+        return source.shape[0], source.shape[1]
+    with _opened(source, name) as image:
+        return (image.width, image.height) if _turned(image) else (image.height, image.width)
+
+
+def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
+    """`[function(item) for item in items]`, computed by one thread per processor; the first error is raised."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, items))
+
+
+def to_original(
+    heat_map: Float[np.ndarray, "h w"], original_size: Size, preprocess: Preprocess
+) -> Float[np.ndarray, "height width"]:
+    """Takes a heat map back to the frame of the original image.
+
+    Args:
+        heat_map: one value per pixel of the preprocessed image.
+        original_size: (height, width) of the original image.
+        preprocess: what was done to the image.
+
+    Returns:
+        float32, bilinearly resized; the border that was cropped away holds the map's minimum.
+
+    Raises:
+        ValueError: the map has not the size that `preprocess` gives.
+    """
+    expected = preprocess.output_size(original_size)
+    if heat_map.shape != expected:
+        raise ValueError(f"the heat map must have the size of the preprocessed image {expected}, got {heat_map.shape}")
+    resized = preprocess.resize or original_size
+    frame = np.full(resized, heat_map.min(), np.float32)
+    frame[preprocess.window(resized)] = heat_map
+    if resized == original_size:
+        return frame
+    height, width = original_size
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+
+
+@contextlib.contextmanager
+def _opened(source: Source, name: str) -> Iterator[Image.Image]:
+    """Opens an image; whatever the decoder raises meanwhile becomes one line that names the file."""
+    try:
+        made = source() if callable(source) else source
+        if isinstance(made, np.ndarray):
+            yield _from_array(made, name)
+        else:
+            with Image.open(io.BytesIO(made) if isinstance(made, bytes) else made) as image:
+                yield image
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image file not found: {name}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {name} is too large to decode ({error}): cut it into tiles") from error
+    except (OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, zlib.error) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a known image format" if unknown else str(error).partition("\n")[0]
+        raise ImageError(f"cannot decode {name} ({reason or type(error).__name__}): repair or remove it") from error
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise ImageError(f"an image must have shape (h, w) or (h, w, 1|3|4), got {array.shape} for {name}")
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name))
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the stored image lies on its side."""
+    return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+
+
+def _to_gray_or_rgb(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
+    if mode == "F" or mode.startswith("I"):
+        pixels = np.asarray(image)
+        if mode != "F":
+            low, high = int(pixels.min()), int(pixels.max())
+            if low < 0 or high > 65535:
+                raise ImageError(f"integer pixels must lie in 0..65535, got {low} to {high} in {name}: rescale them")
+            pixels = pixels.astype(np.uint16)
+        return Image.fromarray(to_uint8(pixels, name))
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    return image.convert("L" if mode == "1" else "RGB")

@@ -1,0 +1,104 @@
+"""Reads prepared TensorFlow Datasets without TensorFlow, through random access to array_record files."""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxad.data import builders  # noqa: F401  (registers our builders)
+from jaxad.data.records import GOOD, Record, kind_of
+
+_SOURCE = re.compile(r"tfds:(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
+
+
+def read(source: str) -> tuple[str, Iterator[Record]]:
+    """Reads a prepared data set that has the features image and label, and perhaps mask, category, defect and id.
+
+    Where the label has a class named good, ok or normal, or has no named classes and is 0, the image is normal. Other
+    classes make the data set one-vs-rest: each class is a category whose training images are normal and whose test set
+    is that of all classes.
+
+    Args:
+        source: "tfds:NAME" or "tfds:NAME:DATA_DIR"; NAME may hold a configuration and a version (name/config:1.0.0).
+
+    Returns:
+        The name of the data set and its records.
+
+    Raises:
+        FileNotFoundError: there is no such data set, or it has not been prepared as array_record.
+        ValueError: the source is misspelt, or the data set lacks a feature or a training split.
+    """
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise ValueError(f"a TFDS source must read tfds:NAME or tfds:NAME:DATA_DIR, got {source!r}")
+    name, data_dir = match["name"], match["data_dir"]
+    try:
+        builder: Any = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise FileNotFoundError(f"TFDS knows no data set {name!r} in {data_dir or 'its default folder'}") from None
+    features = builder.info.features
+    if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(features):
+        raise ValueError(f"{source} must have the features image and label, got {features}")
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"{source} is not prepared in {builder.data_dir}: run tfds.builder({name!r}).download_and_prepare("
+            "file_format='array_record')"
+        )
+    images = [key for key in ("image", "mask") if key in features]
+    for key in images:
+        if not isinstance(features[key], tfds.features.Image) or features[key].np_dtype == np.float32:
+            raise ValueError(f"{key} of {source} must be an integer Image feature, got {features[key]}")
+    splits = {"train": "train", "test": "test" if "test" in builder.info.splits else "validation"}
+    skip: Any = {key: tfds.decode.SkipDecoding() for key in images}
+    try:
+        data = {
+            split: builder.as_data_source(key, decoders=skip)
+            for split, key in splits.items()
+            if key in builder.info.splits
+        }
+    except NotImplementedError as error:
+        raise FileNotFoundError(
+            f"{source} is prepared as {builder.info.file_format}, which needs TensorFlow: prepare it anew with "
+            "file_format='array_record'"
+        ) from error
+    return builder.name, _records(builder.name, features, data)
+
+
+def _records(name: str, features: Any, data: dict[str, Any]) -> Iterator[Record]:
+    names = getattr(features["label"], "names", None) or ()
+    one_vs_rest = bool(names) and not any(kind_of(label) == GOOD and label != "0" for label in names)
+    for split, index, source, example in _examples(data):
+        given = {key: _text(features[key], value) for key, value in example.items() if key not in ("image", "mask")}
+        path = f"{name}/{given.get('id', f'{split}/{index}')}"
+        image = functools.partial(_fetch, source, index, "image")
+        label = given["label"]
+        if one_vs_rest:
+            for category in names if split == "test" else (label,):
+                yield Record(path, image, category, split, GOOD if category == label else label)
+        else:
+            defect = kind_of(label)
+            defect = defect if defect == GOOD else given.get("defect", defect)
+            mask = functools.partial(_fetch, source, index, "mask") if "mask" in features and defect != GOOD else None
+            yield Record(path, image, given.get("category", name), split, defect, mask)
+
+
+def _examples(data: dict[str, Any]) -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
+    """Every example with its split, index and source, read by the handful: many at once is faster, but takes memory."""
+    for split, source in data.items():
+        for start in range(0, len(source), 64):
+            indices = range(start, min(start + 64, len(source)))
+            for index, example in zip(indices, source.__getitems__(indices), strict=True):
+                yield split, index, source, example
+
+
+def _fetch(source: Any, index: int, key: str) -> bytes:
+    return source[index][key]
+
+
+def _text(feature: Any, value: Any) -> str:
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(int(value))
+    return value.decode() if isinstance(value, bytes) else str(value)

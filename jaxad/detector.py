@@ -1,0 +1,293 @@
+"""The facade: any method, a folder of photographs in, scores and heat maps out."""
+
+import inspect
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+import jaxad.backbones
+from jaxad import artifact
+from jaxad.base import Frozen, Method, State
+from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.fit import EmbeddingCache, Progress, abstract_state, fit, score
+from jaxad.methods import factory
+from jaxad.metrics import Threshold, conformal_threshold
+from jaxad.metrics import threshold as thresholds
+
+EMBEDDED = "pdn_small"
+"""The backbone that comes with the package and needs no download."""
+
+
+class Prediction(NamedTuple):
+    """The result of `Detector.predict`, one entry an image, in order."""
+
+    paths: tuple[str, ...]
+    pred_score: Float[np.ndarray, "n"]
+    """Anomaly scores: higher is more anomalous; not normalized."""
+    pred_label: Bool[np.ndarray, "n"] | None
+    """Whether the score is above the image threshold; None where there is no threshold."""
+    anomaly_map: Float[np.ndarray, "n h w"] | None
+    """Heat maps on the preprocessed image; None for methods without."""
+    pred_mask: Bool[np.ndarray, "n h w"] | None
+    """Where the heat map is above the pixel threshold."""
+
+
+class Detector:
+    """Learns from normal images, then scores new ones; the same class for every method.
+
+    Args:
+        method: A name in `jaxad.methods.METHODS`.
+        backbone: A name in `jaxad weights list`, or several for an ensemble; None is the small one that comes with the
+            package, which needs no download. The published numbers belong to larger ones.
+        weights: A safetensors file of the backbone (several for several); None: the cache of `jaxad weights fetch`.
+        image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
+        center_crop: Height and width cut out of the middle afterwards.
+        holdout: Share of the normal images kept from learning, to set the threshold by; 0 uses all images and gives no
+            threshold.
+        fpr: Wanted false-positive rate of the threshold.
+        seed: Seed of everything random.
+        batch_size: Images at a time.
+        hyperparameters: Those of the method's factory.
+
+    Raises:
+        ValueError: An unknown method, backbone or hyper-parameter, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        method: str = "patchcore",
+        *,
+        backbone: str | Sequence[str] | None = None,
+        weights: str | Path | Sequence[str | Path] | None = None,
+        image_size: int | tuple[int, int] | None = 224,
+        center_crop: int | tuple[int, int] | None = None,
+        holdout: float = 0.2,
+        fpr: float = 0.05,
+        seed: int = 0,
+        batch_size: int = 16,
+        **hyperparameters: Any,
+    ) -> None:
+        if not 0 <= holdout < 1:
+            raise ValueError(f"holdout must be in [0, 1), got {holdout}")
+        if not 0 < fpr < 1:
+            raise ValueError(f"fpr must be in (0, 1), got {fpr}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        known = set(inspect.signature(factory(method)).parameters) - {"backbone", "image_size"}
+        unknown = sorted(set(hyperparameters) - known)
+        if unknown:
+            raise ValueError(f"{method} has the hyper-parameters {', '.join(sorted(known))}; got {', '.join(unknown)}")
+        self.method_name, self.hyperparameters = method, hyperparameters
+        names = (backbone,) if isinstance(backbone, str) else tuple(backbone or (EMBEDDED,))
+        files = (weights,) if isinstance(weights, (str, Path)) else tuple(weights or (None,) * len(names))
+        if len(files) != len(names):
+            raise ValueError(f"every backbone needs its weights: got {len(names)} backbones and {len(files)} files")
+        self.weights = tuple(None if file is None else Path(file) for file in files)
+        self.backbones = tuple(map(jaxad.backbones.resolve, names, self.weights))
+        self.preprocess = Preprocess(_pair(image_size), _pair(center_crop))
+        self.preprocess.check()
+        self.holdout, self.fpr, self.seed, self.batch_size = holdout, fpr, seed, batch_size
+        self.frozen: Frozen = None
+        self.method: Method | None = None
+        self.state: State | None = None
+        self.image_threshold: Threshold | None = None
+        self.pixel_threshold: Threshold | None = None
+        self.n_train = self.n_heldout = 0
+        self.seconds: dict[str, float] = {}
+        self._built: tuple[tuple[int, int], Method] | None = None
+        self._build(self.preprocess.output_size(self.preprocess.resize) if self.preprocess.resize else (224, 224))
+
+    def fit(
+        self,
+        source: Any,
+        *,
+        category: str | None = None,
+        mask_threshold: int = 0,
+        cache: EmbeddingCache | None = None,
+        checkpoint_dir: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> "Detector":
+        """Learns from the normal images of a source.
+
+        Args:
+            source: Whatever `jaxad.data.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
+            category: Which product class, where the source has several.
+            mask_threshold: A mask pixel counts where it is above.
+            cache: Embedded images shared between detectors; they must share `frozen` too.
+            checkpoint_dir: Where progress is kept so that a killed run resumes.
+            progress: Called with what is done, the images done and the images in all.
+
+        Returns:
+            The detector itself.
+        """
+        data = source if isinstance(source, Dataset) else self._one(source, category, mask_threshold, "train")
+        method, frozen = self._build(data.image_size), self.load_frozen()
+        key = jax.random.key(self.seed)
+        held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
+        order = np.random.default_rng(self.seed).permutation(len(data))
+        chosen, held = np.sort(order[held_out:]), np.sort(order[:held_out])
+        options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
+        learned = fit(method, frozen, data.subset(chosen) if held_out else data, key, checkpoint_dir=checkpoint_dir, **options)
+        self.state, self.n_train, self.n_heldout = learned.state, len(chosen), held_out
+        self.seconds = {"compile": learned.compile_seconds, "fit": learned.run_seconds}
+        self.image_threshold = self.pixel_threshold = None
+        if held_out:
+            started = time.perf_counter()
+            parts = [s for _, s in score(method, self.state, frozen, data.subset(held), **options)]
+            self.image_threshold = conformal_threshold(np.concatenate([s.image for s in parts]), self.fpr)
+            if parts[0].pixel is not None:
+                self.pixel_threshold = conformal_threshold(np.concatenate([s.pixel.max((1, 2)) for s in parts]), self.fpr)
+            self.seconds["threshold"] = time.perf_counter() - started
+        return self
+
+    def score(self, data: Dataset, *, cache: EmbeddingCache | None = None, progress: Progress | None = None):
+        """Scores batch by batch: yields (indices, `Scores`); memory does not grow with the number of images.
+
+        Raises:
+            ValueError: The detector is not fitted, or the images are of another size than those it was fitted on.
+        """
+        if self.state is None or self._built is None:
+            raise ValueError("a detector must be fitted before it scores: call fit, or jaxad.load a saved one")
+        if data.image_size != self._built[0]:
+            raise ValueError(f"images must be {self._built[0]} (height, width) as in fit, got {data.image_size}: set image_size")
+        options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
+        return score(self._built[1], self.state, self.load_frozen(), data, **options)
+
+    def predict(self, source: Any, *, category: str | None = None, progress: Progress | None = None) -> Prediction:
+        """Scores images and compares with the thresholds.
+
+        Args:
+            source: A path, a list of paths, a folder, an array (h w, h w c or n h w c), or a `Dataset`. Of a folder in
+                a layout with a test split, the test images.
+            category: Which product class, where the source has several.
+            progress: As for `fit`.
+        """
+        data = source if isinstance(source, Dataset) else self._one(source, category, 0, "test")
+        parts = [scores for _, scores in self.score(data, progress=progress)]
+        image = np.concatenate([s.image for s in parts])
+        pixel = None if parts[0].pixel is None else np.concatenate([s.pixel for s in parts])
+        label = None if self.image_threshold is None else image > self.image_threshold.value
+        mask = None if pixel is None or self.pixel_threshold is None else pixel > self.pixel_threshold.value
+        return Prediction(data.paths, image, label, pixel, mask)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied."""
+        if self.state is None or self._built is None:
+            raise ValueError("a detector must be fitted before it is saved: call fit")
+        sources = map(jaxad.backbones.source, self.backbones, self.weights)
+        description = self.recipe() | {
+            "backbones": [{"name": n, **s} for n, s in zip(self.backbones, sources, strict=True)],
+            "image_size": self._built[0],
+            "n_train": self.n_train,
+        }
+        artifact.save_state(directory, self.state, description)
+        self.save_thresholds(directory)
+
+    def save_thresholds(self, directory: str | Path) -> None:
+        """Writes threshold.json alone."""
+        both = {"image": self.image_threshold, "pixel": self.pixel_threshold}
+        values = {k: None if v is None else thresholds.to_json(v) for k, v in both.items()}
+        artifact.write_json(Path(directory) / "threshold.json", values)
+
+    def recipe(self) -> dict[str, Any]:
+        """All that was asked for, as JSON values."""
+        return {
+            "method": self.method_name,
+            "hyperparameters": self.hyperparameters,
+            "preprocess": self.preprocess._asdict(),
+            "holdout": self.holdout,
+            "fpr": self.fpr,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def load_frozen(self) -> Frozen:
+        """The pretrained weights, read once; assign `frozen` to share them between detectors."""
+        if self.frozen is None:
+            loaded = tuple(map(jaxad.backbones.load, self.backbones, self.weights))
+            self.frozen = jax.tree.map(jax.numpy.asarray, loaded if len(loaded) > 1 else loaded[0])
+        return self.frozen
+
+    def _build(self, image_size: tuple[int, int]) -> Method:
+        """The method for images of that size."""
+        if self._built is None or self._built[0] != image_size:
+            make = factory(self.method_name)
+            given = {"backbone": self.backbones if len(self.backbones) > 1 else self.backbones[0], "image_size": image_size}
+            accepted = {k: v for k, v in given.items() if k in inspect.signature(make).parameters}
+            self._built = image_size, make(**accepted, **self.hyperparameters)
+        return self._built[1]
+
+    def _one(self, source: Any, category: str | None, mask_threshold: int, split: str) -> Dataset:
+        """The only category of a source, or the one asked for."""
+        if isinstance(source, np.ndarray) and (source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))):
+            source = source[None]
+        opened = open_data(source, category=category, preprocess=self.preprocess, mask_threshold=mask_threshold)
+        if len(opened) > 1:
+            raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")
+        only = next(iter(opened.values()))
+        return only.train if split == "train" or only.test is None else only.test
+
+
+def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | None = None) -> Detector:
+    """A saved detector.
+
+    Args:
+        directory: What `Detector.save` or `jaxad fit` wrote.
+        weights: Where the backbone's weights are now, if not where they were.
+
+    Raises:
+        FileNotFoundError: There is no model, or the backbone's weights are gone.
+        ValueError: The files are damaged.
+    """
+    directory = Path(directory)
+    saved = artifact.read_description(directory)
+    files = [entry["path"] for entry in saved["backbones"]]
+    resize, crop = (None if v is None else tuple(v) for v in (saved["preprocess"]["resize"], saved["preprocess"]["center_crop"]))
+    hyperparameters = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["hyperparameters"].items()}
+    detector = Detector(
+        saved["method"],
+        backbone=[entry["name"] for entry in saved["backbones"]],
+        weights=weights if weights is not None else files if any(files) else None,
+        image_size=resize,
+        center_crop=crop,
+        **{k: saved[k] for k in ("holdout", "fpr", "seed", "batch_size")},
+        **hyperparameters,
+    )
+    size = tuple(saved["image_size"])
+    method, frozen = detector._build(size), detector.load_frozen()
+    image = jax.ShapeDtypeStruct((saved["n_train"], *size, 3), np.uint8)
+    spec = jax.eval_shape(method.embed, frozen, image)
+    detector.state = artifact.load_state(directory, abstract_state(method, frozen, spec))
+    detector.n_train = saved["n_train"]
+    path = directory / "threshold.json"
+    values = artifact.read_json(path) if path.is_file() else {}
+    detector.image_threshold, detector.pixel_threshold = (
+        thresholds.from_json(values[k]) if values.get(k) else None for k in ("image", "pixel")
+    )
+    return detector
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: of the accelerator where it tells, else of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = (size, size) if isinstance(size, int) else tuple(itertools.islice(size, 3))
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"a size must be one positive number or (height, width), got {size}")
+    return pair

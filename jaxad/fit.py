@@ -1,0 +1,385 @@
+"""The driver: the only place with epochs, loops over data, checkpoints and progress.
+
+Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk, with progress,
+a look at the loss and, where wanted, a checkpoint between two chunks.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, Stage, State
+from jaxad.data import Dataset
+
+Progress = Callable[[str, int, int], None]
+"""(what, images done, images in all), called between chunks."""
+
+CHUNK = 8
+"""Steps of one `lax.scan`."""
+CACHE_BYTES = 4 << 30
+"""Embedded images kept in host memory at most; beyond, they are computed anew."""
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite."""
+
+
+class Fitted(NamedTuple):
+    """What `fit` returns."""
+
+    state: State
+    compile_seconds: float
+    run_seconds: float
+    metrics: dict[str, np.ndarray]
+    """The diagnostics of the last stage that has any, one entry a step."""
+
+
+class Program:
+    """A jitted function that compiles ahead of time, so that compile time is told apart from run time."""
+
+    def __init__(self, fn: Callable, **options: Any) -> None:
+        self._jit = jax.jit(fn, **options)
+        self._executables: dict[Hashable, Callable] = {}
+        self.compile_seconds = 0.0
+
+    def __call__(self, *args: PyTree) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        key = (tree, tuple((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves))
+        if key not in self._executables:
+            started = time.perf_counter()
+            self._executables[key] = self._jit.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._executables[key](*args)
+
+
+class _Programs(NamedTuple):
+    updates: tuple[Program, ...]
+    finalizes: tuple[Program, ...]
+    score: Program
+
+
+@functools.lru_cache(maxsize=64)
+def _embed_program(embed: EmbedFn) -> Program:
+    return Program(embed)
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(method: Method) -> _Programs:
+    def scan_updates(stage: Stage) -> Callable:
+        def run(state: State, frozen: Frozen, key: Key, first: jax.Array, batches: Batch):
+            steps = first + jnp.arange(batches.valid.shape[0])
+
+            def body(state: State, step_and_batch):
+                step, batch = step_and_batch
+                return stage.update(jax.random.fold_in(key, step), state, frozen, batch)
+
+            return jax.lax.scan(body, state, (steps, batches))
+
+        return run
+
+    return _Programs(
+        tuple(Program(scan_updates(stage), donate_argnums=0) for stage in method.stages),
+        tuple(Program(lambda key, state, frozen, f=stage.finalize: f(key, state, frozen)) for stage in method.stages),
+        Program(method.score),
+    )
+
+
+class Embedding:
+    """The embedded images of one data set, computed on demand and kept where they fit into `CACHE_BYTES`.
+
+    One instance serves all stages and epochs of a fit, and all methods whose `embed` is the same function.
+    """
+
+    def __init__(self, embed: EmbedFn, frozen: Frozen, data: Dataset, batch_size: int, keep: bool) -> None:
+        self._program, self._frozen, self._data, self._batch_size = _embed_program(embed), frozen, data, batch_size
+        image = jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8)
+        self.spec = jax.eval_shape(embed, frozen, image)
+        bytes_needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.spec))
+        self._kept: PyTree | None = None
+        self._done = np.zeros(len(data), bool)
+        if keep and bytes_needed <= CACHE_BYTES:
+            self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self.spec)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return self._program.compile_seconds
+
+    def batches(self, order: np.ndarray) -> Iterator[tuple[np.ndarray, PyTree]]:
+        """Yields (indices, x) batch by batch; the last batch may be short, its `x` is padded by repetition.
+
+        The next batch is decoded while the current one is worked on.
+        """
+        parts = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        with ThreadPoolExecutor(1) as decoder:
+            pending = decoder.submit(self._images, parts[0])
+            for i, part in enumerate(parts):
+                images = pending.result()
+                if i + 1 < len(parts):
+                    pending = decoder.submit(self._images, parts[i + 1])
+                padded = np.resize(part, self._batch_size)
+                if images is None:
+                    yield part, jax.tree.map(lambda kept, rows=padded: jnp.asarray(kept[rows]), self._kept)
+                    continue
+                x = self._program(self._frozen, jnp.asarray(images[np.resize(np.arange(len(part)), self._batch_size)]))
+                if self._kept is not None:
+                    for kept, leaf in zip(jax.tree.leaves(self._kept), jax.tree.leaves(x), strict=True):
+                        kept[part] = np.asarray(leaf)[: len(part)]
+                    self._done[part] = True
+                yield part, x
+
+    def _images(self, part: np.ndarray) -> np.ndarray | None:
+        return None if self._done[part].all() else self._data.images(part)
+
+
+EmbeddingCache = dict[Hashable, Embedding]
+"""Give the same dictionary to several calls of `fit` and `score` to compute shared features once."""
+
+
+def embedding(
+    method: Method, frozen: Frozen, data: Dataset, batch_size: int, cache: EmbeddingCache | None, keep: bool
+) -> Embedding:
+    """The embedding of a data set, from the cache where it is there."""
+    if cache is None:
+        return Embedding(method.embed, frozen, data, batch_size, keep)
+    key = (method.embed, id(frozen), id(data), batch_size)
+    if key not in cache:
+        cache[key] = Embedding(method.embed, frozen, data, batch_size, True)
+    return cache[key]
+
+
+def fit(
+    method: Method,
+    frozen: Frozen,
+    data: Dataset,
+    key: Key,
+    *,
+    batch_size: int = 16,
+    cache: EmbeddingCache | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Learns a method from a data set.
+
+    Args:
+        method: What a factory of `jaxad.methods` returned.
+        frozen: Pretrained weights (`jaxad.backbones.load`), None for methods without.
+        data: The training images.
+        key: A JAX random key; the same key gives the same model.
+        batch_size: Images at a time, where the stage does not ask for its own number.
+        cache: Embedded images shared between calls.
+        checkpoint_dir: Where progress is kept so that a killed run resumes; delete it to start afresh.
+        checkpoint_seconds: Least time between two checkpoints.
+        progress: Called between chunks.
+
+    Raises:
+        ValueError: There are no images.
+        NonFiniteLoss: The loss became NaN or infinite; names stage, epoch and step.
+    """
+    if len(data) == 0:
+        raise ValueError("fitting needs at least one normal image, got none")
+    started, compiled = time.perf_counter(), 0.0
+    programs = _programs(method)
+    several = sum(stage.epochs for stage in method.stages) > 1
+    embedded = embedding(method, frozen, data, batch_size, cache, several)
+    before = _compile_seconds(programs, embedded)
+    state = jax.jit(lambda key, frozen: method.init(key, frozen, embedded.spec))(jax.random.fold_in(key, 0), frozen)
+    position = (0, 0)
+    diagnostics: dict[str, np.ndarray] = {}
+    saver = _Saver(checkpoint_dir, checkpoint_seconds)
+    with saver:
+        position, state = saver.restore(method, state, key, frozen)
+        for s, stage in enumerate(method.stages):
+            if s < position[0]:
+                continue
+            stage_key = jax.random.fold_in(key, s + 1)
+            first_step = position[1] if s == position[0] else 0
+            collected: list[dict[str, np.ndarray]] = []
+            for step, chunk in _chunks(stage, embedded, data, stage_key, batch_size, first_step):
+                state, metrics = programs.updates[s](state, frozen, stage_key, jnp.int32(step), chunk)
+                metrics = jax.tree.map(np.asarray, metrics)
+                _check_loss(metrics, stage, step, _steps_per_epoch(stage, len(data), batch_size))
+                collected.append(metrics)
+                done = step + chunk.valid.shape[0]
+                total = _steps_per_epoch(stage, len(data), batch_size) * stage.epochs
+                if progress:
+                    size = stage.batch_size or batch_size
+                    images = len(data) * stage.epochs
+                    progress(stage.name, min(done * size, images) if done < total else images, images)
+                saver.save((s, done), state)
+            state = programs.finalizes[s](jax.random.fold_in(stage_key, 1 << 30), state, frozen)
+            jax.block_until_ready(state)
+            saver.save((s + 1, 0), state)
+            if collected and collected[0]:
+                diagnostics = {k: np.concatenate([m[k] for m in collected]) for k in collected[0]}
+    compiled = _compile_seconds(programs, embedded) - before
+    return Fitted(state, compiled, time.perf_counter() - started - compiled, diagnostics)
+
+
+def score(
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    data: Dataset,
+    *,
+    batch_size: int = 16,
+    cache: EmbeddingCache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[np.ndarray, Scores]]:
+    """Scores a data set batch by batch, in order; memory does not grow with the number of images.
+
+    Yields:
+        Indices into the data set and the scores of these images, as numpy arrays.
+
+    Raises:
+        ValueError: A score is not finite; names the image.
+    """
+    program = _programs(method).score
+    embedded = embedding(method, frozen, data, batch_size, cache, False)
+    done = 0
+    for part, x in embedded.batches(np.arange(len(data))) if len(data) else ():
+        scores = jax.tree.map(lambda leaf, n=len(part): np.asarray(leaf)[:n], program(state, frozen, x))
+        finite = np.isfinite(scores.image)
+        if not finite.all():
+            where = data.paths[part[np.argmin(finite)]]
+            raise ValueError(f"scores must be finite, got {scores.image[~finite][0]} for {where}: the model is degenerate")
+        done += len(part)
+        if progress:
+            progress("score", done, len(data))
+        yield part, scores
+
+
+def score_all(method: Method, state: State, frozen: Frozen, data: Dataset, **options: Any) -> Scores:
+    """The scores of a whole data set at once; arguments as for `score`."""
+    parts = [scores for _, scores in score(method, state, frozen, data, **options)]
+    if not parts:
+        raise ValueError("scoring needs at least one image, got none")
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def abstract_state(method: Method, frozen: Frozen, spec: PyTree, stage: int | None = None) -> State:
+    """Shapes and types of the state as a stage begins, or of the fitted model (`stage` None); nothing is computed."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda k, f: method.init(k, f, spec), key, frozen)
+    for done in method.stages[:stage]:
+        state = jax.eval_shape(done.finalize, key, state, frozen)
+    return state
+
+
+def _compile_seconds(programs: _Programs, embedded: Embedding) -> float:
+    compiled = (*programs.updates, *programs.finalizes, programs.score)
+    return sum(program.compile_seconds for program in compiled) + embedded.compile_seconds
+
+
+def _steps_per_epoch(stage: Stage, n: int, batch_size: int) -> int:
+    size = stage.batch_size or batch_size
+    return max(1, n // min(size, n)) if stage.shuffle else math.ceil(n / size)
+
+
+def _chunks(
+    stage: Stage, embedded: Embedding, data: Dataset, key: Key, batch_size: int, first_step: int
+) -> Iterator[tuple[int, Batch]]:
+    """Stacked batches of up to `CHUNK` steps, from `first_step` on, which begins a chunk."""
+    n = len(data)
+    size = min(stage.batch_size or batch_size, n) if stage.shuffle else stage.batch_size or batch_size
+    steps = _steps_per_epoch(stage, n, batch_size)
+    for epoch in range(stage.epochs):
+        if (epoch + 1) * steps <= first_step:
+            continue
+        order = np.arange(n)
+        if stage.shuffle:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, (1 << 29) + epoch), n))[: steps * size]
+        begin = max(0, first_step - epoch * steps)
+        rows = _rows(embedded.batches(order[begin * size :]), size)
+        for start in range(begin, steps, CHUNK):
+            batches = [_batch(data, *next(rows), size) for _ in range(min(CHUNK, steps - start))]
+            yield epoch * steps + start, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def _rows(batches: Iterator[tuple[np.ndarray, PyTree]], size: int) -> Iterator[tuple[np.ndarray, PyTree]]:
+    """Cuts the embedding's batches anew into `size` rows; the last may have fewer indices but is padded as well."""
+    indices, x = np.empty(0, int), None
+    for part, more in batches:
+        real = jax.tree.map(lambda leaf, n=len(part): leaf[:n], more) if len(part) < jax.tree.leaves(more)[0].shape[0] else more
+        indices = np.concatenate([indices, part])
+        x = real if x is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, real)
+        while len(indices) >= size:
+            yield indices[:size], jax.tree.map(lambda leaf: leaf[:size], x)
+            indices = indices[size:]
+            x = jax.tree.map(lambda leaf: leaf[size:], x) if len(indices) else None
+    if len(indices):
+        repeat = np.resize(np.arange(len(indices)), size)
+        yield indices, jax.tree.map(lambda leaf: leaf[repeat], x)
+
+
+def _batch(data: Dataset, indices: np.ndarray, x: PyTree, size: int) -> Batch:
+    padded = np.resize(indices, size)
+    masks = data.masks(padded) if data.has_masks and data.split == "train" else None
+    return Batch(
+        x,
+        jnp.arange(size) < len(indices),
+        jnp.asarray(data.labels[padded], jnp.int32),
+        None if masks is None else jnp.asarray(masks),
+        jnp.asarray(padded, jnp.int32),
+    )
+
+
+def _check_loss(metrics: dict[str, np.ndarray], stage: Stage, step: int, steps_per_epoch: int) -> None:
+    loss = metrics.get("loss")
+    if loss is None or np.isfinite(loss).all():
+        return
+    bad = step + int(np.argmin(np.isfinite(loss)))
+    raise NonFiniteLoss(
+        f"the loss must stay finite, got {loss[bad - step]} in stage {stage.name}, epoch {bad // steps_per_epoch + 1}, "
+        f"step {bad + 1}: lower the learning rate or look for broken images"
+    )
+
+
+class _Saver:
+    """Keeps the newest checkpoint of a fit in a directory; does nothing without one."""
+
+    def __init__(self, directory: str | Path | None, seconds: float) -> None:
+        self._directory = None if directory is None else Path(directory).absolute()
+        self._seconds, self._saved = seconds, time.monotonic()
+
+    def __enter__(self) -> "_Saver":
+        if self._directory is not None:
+            policy = ocp.training.preservation_policies.LatestN(1)
+            self._checkpoints = ocp.training.Checkpointer(
+                self._directory, preservation_policy=policy, cleanup_tmp_directories=True
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._directory is not None:
+            self._checkpoints.close()
+
+    def restore(self, method: Method, state: State, key: Key, frozen: Frozen) -> tuple[tuple[int, int], State]:
+        """The position (stage, step) and state to go on from; the beginning where nothing is saved."""
+        latest = None if self._directory is None else self._checkpoints.latest
+        if latest is None:
+            return (0, 0), state
+        position = latest.metadata
+        stage, step = latest.custom_metadata["position"] if isinstance(latest.custom_metadata, dict) else position
+        abstract = jax.eval_shape(lambda s: s, state)
+        for done in method.stages[:stage]:
+            abstract = jax.eval_shape(done.finalize, key, abstract, frozen)
+        return (stage, step), self._checkpoints.load(latest.step, abstract)
+
+    def save(self, position: tuple[int, int], state: State) -> None:
+        """Saves, unless the last save was a moment ago."""
+        if self._directory is None or time.monotonic() - self._saved < self._seconds:
+            return
+        stage, step = position
+        self._checkpoints.save(stage * (1 << 32) + step, state, custom_metadata={"position": [stage, step]})
+        self._saved = time.monotonic()

@@ -1,0 +1,28 @@
+"""The published methods by name; every one is a factory of `jaxad.base.Method`."""
+
+from collections.abc import Callable
+
+from jaxad.base import Method
+from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+from jaxad.methods.padim import padim
+from jaxad.methods.patchcore import patchcore
+from jaxad.methods.spade import spade
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "mahalanobis_ad": mahalanobis_ad,
+    "padim": padim,
+    "patchcore": patchcore,
+    "spade": spade,
+}
+"""Name -> factory."""
+
+
+def factory(name: str) -> Callable[..., Method]:
+    """The factory of that name.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"the method must be one of {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]

@@ -1,0 +1,103 @@
+"""PaDiM: one Gaussian per image position over features of several stages.
+
+Stored: for every position of the layer1 grid the mean and the Cholesky factor of the covariance (plus epsilon I) of a
+fixed random subset of the stacked channels (Eq. 1). A position scores its Mahalanobis distance (Eq. 2), an image the
+maximum of the smoothed heat map. The moments are merged batch by batch, so memory does not grow with the images.
+
+Paper: PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization, ICPR Workshops 2021,
+    arXiv:2011.08785.
+Reference: none official; https://github.com/xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master.
+Differences: none. Deeper stages are upsampled to the layer1 grid by repetition, as in the reference.
+Results: experiments/recipes/padim.py
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxad.backbones import features
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
+from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
+from jaxad.ops.heatmap import stack_maps, upsample_blur
+
+
+class PadimMoments(NamedTuple):
+    """Running moments of every position."""
+
+    channels: Int[Array, "d"]
+    moments: Moments
+
+
+class PadimGaussian(NamedTuple):
+    """A Gaussian for every position of the grid."""
+
+    channels: Int[Array, "d"]
+    mean: Float[Array, "p d"]
+    factor: Float[Array, "p d d"]
+    """Lower Cholesky factors of the covariances."""
+
+
+def padim(
+    *,
+    backbone: str = "wide_resnet50_2",
+    layers: tuple[str, ...] = ("layer1", "layer2", "layer3"),
+    image_size: tuple[int, int] = (224, 224),
+    n_features: int | Literal["all"] | None = None,
+    epsilon: float = 0.01,
+    sigma: float = 4.0,
+) -> Method:
+    """PaDiM.
+
+    Args:
+        backbone: The network that describes positions.
+        layers: Its stages, the finest first.
+        image_size: (height, width) of the images, which is that of the heat map.
+        n_features: Channels drawn at random; "all" keeps every one; None is the paper's: 100 of up to 448 channels
+            (ResNet-18), else 550.
+        epsilon: Added to the diagonal of the covariances.
+        sigma: Smoothing of the heat map in pixels.
+
+    Raises:
+        ValueError: A hyper-parameter is out of its range.
+    """
+    if n_features not in ("all", None) and not (isinstance(n_features, int) and n_features >= 1):
+        raise ValueError(f'n_features must be 1 or more, or "all", got {n_features}')
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be above 0, got {epsilon}")
+
+    def stack(x: dict[str, Array]) -> Float[Array, "b h w c"]:
+        return stack_maps([x[layer] for layer in layers], "nearest")
+
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> PadimMoments:
+        del frozen
+        _, h, w, c = jax.eval_shape(stack, spec).shape
+        wanted = {"all": c, None: 100 if c <= 448 else 550}.get(n_features, n_features)
+        if wanted > c:
+            raise ValueError(f"n_features must be at most {c} (the channels of {', '.join(layers)} together), got {wanted}")
+        channels = jnp.sort(jax.random.permutation(key, c)[:wanted])
+        return PadimMoments(channels, moments_init((h * w, wanted)))
+
+    def collect(key: Key, state: PadimMoments, frozen: Frozen, batch: Batch) -> tuple[PadimMoments, dict]:
+        del key, frozen
+        return state._replace(moments=moments_update(state.moments, select(state.channels, batch.x), batch.valid)), {}
+
+    def select(channels: Int[Array, "d"], x: dict[str, Array]) -> Float[Array, "b p d"]:
+        stacked = stack(x)
+        return stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])[..., channels]
+
+    def factorize(key: Key, state: PadimMoments, frozen: Frozen) -> PadimGaussian:
+        del key, frozen
+        count, mean, scatter = state.moments
+        covariance = scatter / jnp.maximum(count - 1, 1) + epsilon * jnp.eye(mean.shape[-1])
+        return PadimGaussian(state.channels, mean, jnp.linalg.cholesky(covariance, symmetrize_input=False))
+
+    def score(state: PadimGaussian, frozen: Frozen, x: dict[str, Array]) -> Scores:
+        del frozen
+        h, w = x[layers[0]].shape[1:3]
+        distance = mahalanobis(select(state.channels, x), state.mean, state.factor)
+        pixel = upsample_blur(distance.reshape(-1, h, w), image_size, sigma)
+        return Scores(pixel.max((1, 2)), pixel)
+
+    return Method(features(backbone, layers), init, (Stage("collect", collect, factorize),), score)

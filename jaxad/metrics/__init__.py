@@ -1,0 +1,43 @@
+"""Metrics on raw scores, exact and streaming, and thresholds. See docs/metrics.md for the definitions."""
+
+from jaxad.metrics import streaming
+from jaxad.metrics.exact import (
+    METRICS,
+    Curve,
+    Report,
+    aupro,
+    auroc,
+    average_precision,
+    curve,
+    evaluate,
+    f1_max,
+    region_weights,
+)
+from jaxad.metrics.threshold import (
+    Threshold,
+    conformal_threshold,
+    edited,
+    from_json,
+    oracle_threshold,
+    to_json,
+)
+
+__all__ = [
+    "METRICS",
+    "Curve",
+    "Report",
+    "Threshold",
+    "aupro",
+    "auroc",
+    "average_precision",
+    "conformal_threshold",
+    "curve",
+    "edited",
+    "evaluate",
+    "f1_max",
+    "from_json",
+    "oracle_threshold",
+    "region_weights",
+    "streaming",
+    "to_json",
+]

@@ -1,0 +1,299 @@
+"""Exact metrics of raw scores, in float64 on the host, with ties handled as scikit-learn does.
+
+A threshold at which only normal samples enter changes no metric's ingredients but the false positives, so all four
+metrics follow from the operating points at the distinct scores of the anomalous samples. One sort of the normal scores
+(values only), one of the few anomalous ones and a binary search give these points: `Curve`.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy.typing import ArrayLike
+from scipy import ndimage
+
+METRICS = (
+    "image_AUROC",
+    "image_AP",
+    "image_F1max",
+    "pixel_AUROC",
+    "pixel_AP",
+    "pixel_F1max",
+    "pixel_AUPRO",
+)
+"""Names of all metrics, in the order of every table."""
+
+
+class Report(NamedTuple):
+    """What `evaluate` found."""
+
+    values: dict[str, float]
+    """Every name of `METRICS`: a fraction in [0, 1], or NaN where the metric is undefined."""
+    reasons: dict[str, str]
+    """Why a metric is NaN; holds the undefined ones only."""
+
+
+class Curve(NamedTuple):
+    """The k operating points at which anomalous samples enter, from the highest score down."""
+
+    score: Shaped[np.ndarray, "k"]
+    """Distinct scores of the anomalous samples, descending; a sample is detected where its score >= this."""
+    above: Int[np.ndarray, "k"]
+    """Normal samples with a strictly higher score."""
+    normal: Int[np.ndarray, "k"]
+    """Normal samples with this score or a higher one: false positives."""
+    anomalous: Int[np.ndarray, "k"]
+    """Anomalous samples with this score or a higher one: true positives."""
+    overlap: Float[np.ndarray, "k"]
+    """Per-region overlap: the detected fraction of a region, averaged over all regions."""
+    n_normal: int
+    n_anomalous: int
+
+
+def finite(scores: ArrayLike, name: str) -> Shaped[np.ndarray, "..."]:
+    """`scores` as float32 if they are, float64 otherwise."""
+    array = np.asarray(scores)
+    array = array if array.dtype == np.float32 else array.astype(np.float64)
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} of {array.size} that are NaN or infinite")
+    return array
+
+
+def _binary(labels: ArrayLike, name: str, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
+    """`labels` as booleans of the wanted shape."""
+    array = np.asarray(labels)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape of their scores, got {array.shape} for scores of {shape}")
+    if array.dtype == np.bool_:
+        return array
+    known = (array == 0) | (array == 1)
+    if not known.all():
+        raise ValueError(f"{name} must be 0 (normal) or 1 (anomalous), got {array[~known].flat[0]}: leave others out")
+    return array.astype(np.bool_)
+
+
+def curve(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> Curve:
+    """Operating points of a detector, for ROC, precision-recall and per-region-overlap curves.
+
+    Args:
+        scores: any shape, higher is more anomalous.
+        labels: of the same shape; 0 normal, 1 anomalous.
+        weights: of the same shape; the overlap of the anomalous samples in their region (`region_weights`). None counts
+            all of them as one region, whose overlap is the true-positive rate.
+
+    Returns:
+        The curve; without anomalous samples it has no points.
+
+    Raises:
+        ValueError: non-finite scores, labels other than 0 and 1, or shapes that differ.
+    """
+    scores = finite(scores, "scores")
+    labels = _binary(labels, "labels", scores.shape)
+    normal = np.sort(scores[~labels])
+    anomalous = scores[labels]
+    order = np.argsort(anomalous)[::-1]
+    ranked = anomalous[order]
+    last = np.flatnonzero(ranked != np.append(ranked[1:], ranked.dtype.type(-np.inf)))  # of every group of ties
+    if weights is None:
+        overlap = (last + 1) / max(ranked.size, 1)
+    else:
+        gained = np.cumsum(np.asarray(weights)[labels][order], dtype=np.float64)
+        overlap = gained[last] / gained[-1:]  # the number of regions, and exactly 1 at the end
+    score = ranked[last]
+    return Curve(
+        score,
+        normal.size - np.searchsorted(normal, score, "right"),
+        normal.size - np.searchsorted(normal, score, "left"),
+        last + 1,
+        overlap,
+        normal.size,
+        ranked.size,
+    )
+
+
+def _auroc(points: Curve) -> float:
+    gained = np.diff(points.anomalous, prepend=0)
+    beaten = points.n_normal - (points.above + points.normal) / 2
+    return float(gained @ beaten / points.n_normal / points.n_anomalous)
+
+
+def _average_precision(points: Curve) -> float:
+    gained = np.diff(points.anomalous, prepend=0)
+    return float(gained @ (points.anomalous / (points.anomalous + points.normal)) / points.n_anomalous)
+
+
+def f1(points: Curve) -> Float[np.ndarray, "k"]:
+    """The F1 score at every operating point."""
+    return 2 * points.anomalous / (points.anomalous + points.normal + points.n_anomalous)
+
+
+def _aupro(points: Curve, fpr_limit: float) -> float:
+    before = np.append(0.0, points.overlap[:-1])
+    fpr = np.append(np.stack([points.above, points.normal], 1).ravel() / points.n_normal, 1.0)
+    pro = np.append(np.stack([before, points.overlap], 1).ravel(), points.overlap[-1])
+    inside = np.searchsorted(fpr, fpr_limit, "right")
+    x = np.concatenate([[0.0], fpr[:inside], [fpr_limit]])
+    y = np.concatenate([[0.0], pro[:inside], [np.interp(fpr_limit, fpr, pro, left=0.0)]])
+    return float(np.trapezoid(y, x) / fpr_limit)
+
+
+def undefined(points: Curve, what: str) -> str | None:
+    """Why no metric of these points exists, None if all do."""
+    if points.n_anomalous == 0:
+        return f"none of the {points.n_normal} {what}s is anomalous"
+    if points.n_normal == 0:
+        return f"none of the {points.n_anomalous} {what}s is normal"
+    return None
+
+
+def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that an anomalous sample outscores a normal one, ties counting half.
+
+    Args:
+        scores: any shape, higher is more anomalous.
+        labels: of the same shape; 0 normal, 1 anomalous.
+
+    Returns:
+        A fraction in [0, 1]; NaN unless both classes are there.
+
+    Raises:
+        ValueError: non-finite scores, labels other than 0 and 1, or shapes that differ.
+    """
+    points = curve(scores, labels)
+    return math.nan if undefined(points, "sample") else _auroc(points)
+
+
+def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Precision averaged over recall as a step function (no interpolation), with tied samples entering together.
+
+    Arguments, result and errors are those of `auroc`.
+    """
+    points = curve(scores, labels)
+    return math.nan if undefined(points, "sample") else _average_precision(points)
+
+
+def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
+    """The best F1 over all thresholds: an oracle figure, since the test labels choose the threshold.
+
+    Arguments, result and errors are those of `auroc`.
+    """
+    points = curve(scores, labels)
+    return math.nan if undefined(points, "sample") else float(f1(points).max())
+
+
+def region_weights(masks: ArrayLike) -> Float[np.ndarray, "n h w"]:
+    """The overlap that each pixel contributes to its region: 1 / area inside a region, 0 outside.
+
+    Regions are the 8-connected components of a mask, as in the official MVTec AD evaluation.
+
+    Args:
+        masks: (n, h, w), 0 normal, 1 anomalous.
+
+    Returns:
+        Weights in float64; those of one region sum to one.
+
+    Raises:
+        ValueError: masks that are not (n, h, w) or hold other values.
+    """
+    masks = np.asarray(masks)
+    if masks.ndim != 3:
+        raise ValueError(f"masks must be (n, h, w), got {masks.shape}")
+    masks = _binary(masks, "masks", masks.shape)
+    weights = np.zeros(masks.shape)
+    some = np.flatnonzero(masks.any((1, 2)))
+    within_image = np.zeros((3, 3, 3), int)
+    within_image[1] = 1
+    regions = np.empty((len(some), *masks.shape[1:]), np.int32)
+    ndimage.label(masks[some], within_image, regions)
+    area = np.bincount(regions.ravel()).astype(np.float64)
+    area[:1] = np.inf
+    weights[some] = (1 / area)[regions]
+    return weights
+
+
+def aupro(scores: ArrayLike, masks: ArrayLike, fpr_limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate, divided by that rate.
+
+    The overlap is the detected fraction of a region, averaged over the regions of all images; the false-positive rate
+    is that of the normal pixels of all images, good ones included. Exact at every threshold, linear in between.
+
+    Source: Bergmann et al., MVTec AD, CVPR 2019 and IJCV 2021 (per-region overlap).
+
+    Args:
+        scores: (n, h, w), higher is more anomalous.
+        masks: (n, h, w), 0 normal, 1 anomalous.
+        fpr_limit: in (0, 1].
+
+    Returns:
+        A fraction in [0, 1]; NaN without anomalous or without normal pixels.
+
+    Raises:
+        ValueError: non-finite scores, shapes that differ, or a limit outside (0, 1].
+    """
+    check_limit(fpr_limit)
+    points = curve(scores, masks, region_weights(masks))
+    return math.nan if undefined(points, "pixel") else _aupro(points, fpr_limit)
+
+
+def check_limit(fpr_limit: float) -> None:
+    """Raises ValueError outside (0, 1]."""
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"fpr_limit must be in (0, 1], got {fpr_limit}")
+
+
+def summarize(points: Curve, prefix: str, fpr_limit: float) -> Report:
+    """The metrics of one curve: those of `METRICS` whose name starts with the prefix, "image" or "pixel"."""
+    names = [name for name in METRICS if name.startswith(prefix)]
+    reason = undefined(points, prefix)
+    if reason:
+        return Report(dict.fromkeys(names, math.nan), dict.fromkeys(names, reason))
+    values = {
+        f"{prefix}_AUROC": _auroc(points),
+        f"{prefix}_AP": _average_precision(points),
+        f"{prefix}_F1max": float(f1(points).max()),
+        f"{prefix}_AUPRO": _aupro(points, fpr_limit),
+    }
+    return Report({name: values[name] for name in names}, {})
+
+
+def evaluate(
+    image_scores: ArrayLike,
+    labels: ArrayLike,
+    pixel_scores: ArrayLike | None = None,
+    masks: ArrayLike | None = None,
+    fpr_limit: float = 0.3,
+) -> Report:
+    """All metrics of a test set.
+
+    Args:
+        image_scores: (n,), higher is more anomalous, never normalized.
+        labels: (n,), 0 normal, 1 anomalous.
+        pixel_scores: (n, h, w), or None where the method gives no maps.
+        masks: (n, h, w), 0 normal, 1 anomalous; the good images' masks, all zero, belong to it. None where the data
+            have no masks.
+        fpr_limit: integration limit of pixel_AUPRO, in (0, 1].
+
+    Returns:
+        A value for every name of `METRICS`, NaN with a reason where it is undefined.
+
+    Raises:
+        ValueError: non-finite scores (with their number), labels other than 0 and 1, shapes that differ.
+    """
+    check_limit(fpr_limit)
+    if np.ndim(image_scores) != 1:
+        raise ValueError(f"image_scores must be (n,), got {np.shape(image_scores)}")
+    image = summarize(curve(image_scores, labels), "image", fpr_limit)
+    if pixel_scores is None or masks is None:
+        missing = "the method gives no anomaly maps" if pixel_scores is None else "the data have no masks"
+        names = [name for name in METRICS if name.startswith("pixel")]
+        pixel = Report(dict.fromkeys(names, math.nan), dict.fromkeys(names, missing))
+    else:
+        if np.shape(pixel_scores)[:1] != np.shape(image_scores):
+            raise ValueError(
+                f"pixel_scores must be (n, h, w) for {np.size(image_scores)} images, got {np.shape(pixel_scores)}"
+            )
+        points = curve(pixel_scores, masks, region_weights(masks))
+        pixel = summarize(points, "pixel", fpr_limit)
+    return Report(image.values | pixel.values, image.reasons | pixel.reasons)

@@ -1,0 +1,1 @@
+"""Pure array functions used by two methods or more."""

@@ -1,0 +1,115 @@
+"""Greedy k-center coresets: exact, but many centers a pass over the points instead of one."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxad.ops.knn import squared_distances
+
+CANDIDATES = 1024
+ACCEPTED = 256
+ROWS = 8192
+
+
+class Coreset(NamedTuple):
+    """The chosen points, in the order in which the greedy algorithm picks them."""
+
+    index: Int[Array, "k"]
+    """Rows of the points; those at and past `size` are 0."""
+    size: Int[Array, ""]
+    """How many rows are chosen: k, or the number of valid points where that is smaller."""
+    radius: Float[Array, ""]
+    """Largest distance of a valid point to its nearest center."""
+    passes: Int[Array, ""]
+    """Passes made over the points."""
+
+
+def greedy_coreset(
+    points: Float[Array, "n d"],
+    k: int,
+    first: Int[Array, ""] | int = 0,
+    valid: Bool[Array, "n"] | None = None,
+    size: Int[Array, ""] | None = None,
+) -> Coreset:
+    """Farthest-point (greedy k-center) selection, a 2-approximation of the smallest covering radius.
+
+    The plain algorithm takes the point farthest from all centers, then updates every distance: one pass over all points
+    for each center. Here a pass looks at the farthest `CANDIDATES` points and runs the algorithm among them alone for as
+    long as the farthest of them is farther than the next point outside was at the start: distances only shrink, so no
+    outsider can be the next center. Then one matrix product updates all distances to the centers found. The centers and
+    their order are those of the plain algorithm.
+
+    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265, alg. 1.
+
+    Args:
+        points: Vectors to choose from.
+        k: Centers wanted, within 1..n.
+        first: Row of the first center; a valid one.
+        valid: Points that may be chosen and must be covered; all if None.
+        size: Where given, stop at so many centers (at most k).
+
+    Returns:
+        The centers, their number and the covering radius.
+
+    Raises:
+        ValueError: k is not within 1..n.
+    """
+    n, d = points.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"the size of the coreset must be within 1..{n} (the number of points), got {k}")
+    valid = jnp.ones(n, bool) if valid is None else valid
+    goal = jnp.minimum(jnp.sum(valid, dtype=jnp.int32), k)
+    goal = goal if size is None else jnp.minimum(goal, size.astype(jnp.int32))
+    candidates = min(CANDIDATES, n - 1)
+    accepted = min(ACCEPTED, max(candidates, 1))
+    blocks = -(-n // ROWS)
+    rows = -(-n // blocks)
+    points = points - jnp.where(valid[:, None], points, 0).sum(0) / jnp.maximum(valid.sum(), 1).astype(points.dtype)
+    points = jnp.where(valid[:, None], points, 0)
+    blocked = jnp.pad(points, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
+
+    def shrink(nearest, centers, count):
+        """The squared distances after `count` of these centers have joined."""
+
+        def block(args):
+            p, near = args
+            distance = jnp.where(jnp.arange(centers.shape[0]) < count, squared_distances(p, centers), jnp.inf)
+            return jnp.minimum(near, distance.min(1))
+
+        padded = jnp.pad(nearest, (0, blocks * rows - n)).reshape(blocks, rows)
+        return jax.lax.map(block, (blocked, padded)).reshape(-1)[:n]
+
+    def one_pass(carry):
+        nearest, order, total, passes = carry
+        farthest, index = jax.lax.top_k(nearest, candidates + 1)
+        index = jnp.sort(index[:-1])
+        pool = points[index]
+        between = squared_distances(pool, pool)
+
+        def more(inner):
+            near, _, count = inner
+            wanted = (count == 0) | (near.max() > farthest[-1])
+            return wanted & (count < accepted) & (total + count < goal)
+
+        def accept(inner):
+            near, chosen, count = inner
+            best = jnp.argmax(near).astype(jnp.int32)
+            return jnp.minimum(near, between[best]).at[best].set(-1.0), chosen.at[count].set(best), count + 1
+
+        start = (nearest[index], jnp.zeros(accepted, jnp.int32), jnp.int32(0))
+        _, chosen, count = jax.lax.while_loop(more, accept, start)
+        nearest = shrink(nearest, pool[chosen], count)
+        taken = jnp.where(jnp.arange(accepted) < count, index[chosen], n)
+        nearest = nearest.at[taken].set(-1.0, mode="drop")
+        order = jax.lax.dynamic_update_slice(order, taken, (total,))
+        return nearest, order, total + count, passes + 1
+
+    first = jnp.asarray(first, jnp.int32)
+    nearest = jnp.where(valid, squared_distances(points, points[first][None])[:, 0], -1.0).at[first].set(-1.0)
+    order = jnp.zeros(k + accepted, jnp.int32).at[0].set(first)
+    carry = (nearest, order, jnp.int32(1), jnp.int32(1))
+    nearest, order, total, passes = jax.lax.while_loop(lambda c: c[2] < goal, one_pass, carry)
+    index = jnp.where(jnp.arange(k) < total, order[:k], 0)
+    return Coreset(index, total, jnp.sqrt(jnp.maximum(nearest.max(), 0)), passes)

@@ -1,0 +1,137 @@
+"""Tables of metrics, for the terminal and for the README."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+ABSENT = "–"
+MEAN = "Mean"
+
+
+class Row(NamedTuple):
+    """One line of a table of metrics."""
+
+    method: str
+    dataset: str
+    category: str
+    metrics: Mapping[str, float]
+    """Fractions; NaN where a metric is undefined."""
+    reasons: Mapping[str, str] = {}
+    """Why a metric is NaN."""
+
+
+def metric_names(rows: Sequence[Row]) -> list[str]:
+    """Every metric of the rows once, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def with_means(rows: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
+    """The rows grouped by method and data set, each group of several categories followed by its mean, marked True.
+
+    The mean is unweighted; it is NaN, with the reason, as soon as one category has no value, since it would otherwise
+    not compare with the mean of another method.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.dataset), []).append(row)
+    for (method, dataset), group in groups.items():
+        yield from ((row, False) for row in group)
+        if len(group) > 1:
+            metrics, reasons = {}, {}
+            for name in metric_names(group):
+                column = [row.metrics.get(name, math.nan) for row in group]
+                metrics[name] = sum(column) / len(column)
+                if math.isnan(metrics[name]):
+                    missing = [row.category for row, value in zip(group, column, strict=True) if math.isnan(value)]
+                    reasons[name] = f"no value for {', '.join(missing)}"
+            yield Row(method, dataset, MEAN, metrics, reasons), True
+
+
+def fraction(value: float) -> str:
+    """A metric with three decimals, or a dash for NaN."""
+    return ABSENT if math.isnan(value) else f"{value:.3f}"
+
+
+def metrics_table(rows: Sequence[Row]) -> Table:
+    """A table for the terminal: a line per category, a Mean line under several, below it why a dash is a dash."""
+    names = metric_names(rows)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False, pad_edge=False, header_style="bold")
+    for heading in ("method", "dataset", "category"):
+        table.add_column(heading, overflow="fold")
+    for name in names:
+        table.add_column(name.replace("_", "\n", 1), justify="right", no_wrap=True)
+    table.caption_justify = "left"
+    notes: dict[str, None] = {}
+    for row, is_mean in with_means(rows):
+        texts = [Text(text) for text in (row.method, row.dataset, row.category)]
+        texts += [Text(fraction(row.metrics.get(name, math.nan))) for name in names]
+        table.add_row(*texts, style="bold" if is_mean else None, end_section=is_mean)
+        if not is_mean:
+            notes |= {f"{ABSENT} {row.category} {name}: {reason}": None for name, reason in row.reasons.items()}
+    table.caption = Text("\n".join(notes)) if notes else None
+    return table
+
+
+MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+
+
+def results_markdown(results_dir: Path) -> str:
+    """The README's table of measured and published numbers, from the `*.json` of `experiments/results` (no `bench_*`).
+
+    One line per recipe, ordered by data set, method and backbone; means over seeds with their standard deviation where
+    there were several; the sources of the published numbers as a list below.
+
+    Raises:
+        ValueError: a file that is not a result; the message names it.
+    """
+    results = [_read_result(path) for path in sorted(results_dir.glob("*.json")) if not path.name.startswith("bench_")]
+    results.sort(key=lambda result: tuple(str(result.get(key)) for key in ("dataset", "method", "backbone", "recipe")))
+    headings = ["method", "data", "backbone"]
+    for name in MARKDOWN_METRICS:
+        headings += [name, "published"]
+    lines = [_line(headings), _line(["---"] * 3 + ["---:"] * (len(headings) - 3))]
+    sources: dict[str, int] = {}
+    for result in results:
+        data = "/".join(dict.fromkeys(str(result[key]) for key in ("dataset", "category") if result.get(key)))
+        cells = [str(result["method"]), data, str(result.get("backbone") or ABSENT)]
+        for name in MARKDOWN_METRICS:
+            published = (result.get("published") or {}).get(name) or {}
+            cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
+        lines.append(_line(cells))
+    if sources:
+        lines += ["", *(f"{number}. {source}" for source, number in sources.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): run its recipe again") from error
+    if not isinstance(result, dict) or not {"method", "metrics"} <= result.keys():
+        raise ValueError(f"{path} has no method and metrics: only results of experiments/run.py belong there")
+    return result
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _measured(metric: Mapping[str, float | None] | None) -> str:
+    mean, std = (metric or {}).get("mean"), (metric or {}).get("std")
+    if mean is None:
+        return ABSENT
+    return fraction(mean) + (f" ± {std:.3f}" if std else "")
+
+
+def _published(metric: Mapping[str, Any], sources: dict[str, int]) -> str:
+    if metric.get("value") is None:
+        return ABSENT
+    number = sources.setdefault(metric["source"], len(sources) + 1) if metric.get("source") else None
+    return fraction(metric["value"]) + (f" [{number}]" if number else "")

@@ -1,0 +1,103 @@
+"""Writes golden/*.npz: what the PyTorch originals make of random weights, for `test_parity.py`.
+
+    python tests/backbones/make_golden.py [NAME ...]
+
+needs torch, torchvision and timm, which the project does not; the files are committed. Weights, batch norm statistics
+and images are drawn by `synthetic` from the tensors' names, so neither they nor whole feature maps need be stored.
+"""
+
+# pyright: reportMissingImports=false
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).with_name("golden")
+SIZES = ((64, 64), (65, 97), (78, 51))
+"""Heights and widths of the images: even, odd, and neither a multiple of anything."""
+KEPT = 192
+"""Entries of a feature map that are stored."""
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
+
+
+def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 tensor of that name in a checkpoint: random, but of a size that keeps activations in range."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if len(shape) != 1:
+        return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    low, high = {"weight": (0.4, 0.9), "running_var": (0.2, 1.2)}.get(name.rpartition(".")[2], (-0.3, 0.3))
+    return rng.uniform(low, high, shape).astype(np.float32)
+
+
+def image(size: tuple[int, int]) -> np.ndarray:
+    """A random RGB image b h w 3, normalized already."""
+    return np.random.default_rng(size).standard_normal((1, *size, 3), np.float32)
+
+
+def kept(maps: np.ndarray) -> np.ndarray:
+    """The entries of a feature map (b h w c) that are stored: evenly spread, the first and the last among them."""
+    flat = maps.reshape(-1)
+    return flat[np.linspace(0, flat.size - 1, KEPT).astype(int)]
+
+
+def original(name: str):
+    """The PyTorch module of a golden file's name, and its submodules whose outputs are our stages."""
+    import timm
+    import torch
+    import torchvision
+
+    architecture, _, variant = name.partition(".")
+    if architecture in RESNETS:
+        module = torchvision.models.get_model(architecture)
+        if variant == "caffe_in1k":
+            for block in module.modules():
+                if isinstance(block, torchvision.models.resnet.Bottleneck):
+                    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+        stages = {stage: module.get_submodule(stage) for stage in ("layer1", "layer2", "layer3", "layer4")}
+    elif variant == "torchvision":
+        module = torchvision.models.get_model(architecture)
+        names = ("stem", *(f"blocks.{i}" for i in range(7)), "head")
+        stages = dict(zip(names, module.features, strict=True))
+    else:
+        module = timm.create_model(architecture)
+        blocks = {f"blocks.{i}": block for i, block in enumerate(module.blocks)}
+        stages = {"stem": module.bn1, **blocks, "head": module.bn2}
+    state = {k: torch.from_numpy(synthetic(k, v.shape)) for k, v in module.state_dict().items() if v.ndim}
+    module.load_state_dict(state, strict=False)
+    return module.eval(), stages
+
+
+def make(name: str) -> None:
+    """Writes the golden file of that name."""
+    import torch
+
+    module, stages = original(name)
+    found = {}
+    for stage, submodule in stages.items():
+        submodule.register_forward_hook(lambda _module, _inputs, out, stage=stage: found.update({stage: out}))
+    arrays = {}
+    for size in SIZES:
+        with torch.no_grad():
+            module(torch.from_numpy(image(size)).permute(0, 3, 1, 2))
+        maps = [found[stage].permute(0, 2, 3, 1).contiguous().numpy() for stage in stages]
+        prefix = f"{size[0]}x{size[1]}"
+        arrays[f"{prefix}/shape"] = np.array([m.shape for m in maps])
+        arrays[f"{prefix}/peak"] = np.array([np.abs(m).max() for m in maps])
+        arrays[f"{prefix}/kept"] = np.stack([kept(m) for m in maps])
+    GOLDEN.mkdir(exist_ok=True)
+    np.savez_compressed(GOLDEN / f"{name}.npz", **arrays)
+
+
+if __name__ == "__main__":
+    everything = (
+        *RESNETS,
+        "resnet50.caffe_in1k",
+        *EFFICIENTNETS,
+        *(f"tf_{name}" for name in EFFICIENTNETS),
+        *(f"{name}.torchvision" for name in EFFICIENTNETS),
+    )
+    for name in sys.argv[1:] or everything:
+        make(name)
+        print(name, flush=True)

@@ -1,0 +1,182 @@
+"""What the backbones promise besides parity: stages, sizes, precision, partial weights, parameter counts."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxad.backbones import backbone, convolution, efficientnet, features, load, networks, registry, resnet
+
+# with the classifier, as the torchvision documentation gives them
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "efficientnet_b4": 19_341_616,
+    "efficientnet_b5": 30_389_784,
+    "efficientnet_b6": 43_040_704,
+    "efficientnet_b7": 66_347_960,
+}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return backbone("resnet18").init(jax.random.key(0))
+
+
+def picture(height, width):
+    return np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+
+
+def convolutions(name, layers, dtype=jnp.float32):
+    """The convolutions in the program that computes those layers."""
+    network = backbone(name, dtype)
+    frozen = jax.eval_shape(network.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    program = jax.make_jaxpr(network.apply, static_argnums=2)(frozen, image, layers)
+    return [e for e in program.jaxpr.eqns if e.primitive is jax.lax.conv_general_dilated_p]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count_is_the_published_one(name):
+    source = resnet.source
+    if "efficientnet" in name:
+        source = functools.partial(efficientnet.source, name, keys=())
+    modules = networks.shapes(name)
+    tensors = [source(module).shapes(leaves["kernel"]) for module, leaves in modules.items()]
+    learned = {key: shape for group in tensors for key, shape in group.items() if ".running_" not in key}
+    width = next(leaves["bias"][0] for module, leaves in reversed(modules.items()) if module in ("head",)) if (
+        "efficientnet" in name
+    ) else (512 if name in ("resnet18", "resnet34") else 2048)
+    assert sum(map(math.prod, learned.values())) + 1000 * width + 1000 == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "count"),
+    [
+        ("resnet18", ("layer1",), 5),
+        ("resnet18", ("layer1", "layer2"), 10),
+        ("resnet50", ("layer3",), 1 + 10 + 13 + 19),
+        ("efficientnet_b0", ("stem",), 1),
+        ("efficientnet_b0", ("blocks.0",), 4),
+        ("pdn_small", ("layer1",), 2),
+    ],
+)
+def test_nothing_past_the_last_wanted_stage_is_computed(name, layers, count):
+    program = convolutions(name, layers)
+    used = program if name != "pdn_small" else program[:2]
+    assert len(used) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_b0"])
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
+    stages = backbone(name).stages
+    assert {e.invars[0].aval.dtype for e in convolutions(name, stages, jnp.bfloat16)} == {jnp.dtype(jnp.bfloat16)}
+    network = backbone(name, jnp.bfloat16)
+    maps = jax.eval_shape(
+        functools.partial(network.apply, layers=stages),
+        jax.eval_shape(network.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, 33, 47, 3), jnp.float32),
+    )
+    assert {m.dtype for m in maps.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_bfloat16_features_are_near_the_float32_ones(frozen):
+    exact, half = (
+        jax.jit(features("resnet18", ("layer2",), dtype=dtype))(frozen, picture(40, 56))["layer2"]
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    error = jnp.sqrt(jnp.mean((exact - half) ** 2) / jnp.mean(exact**2))
+    assert 1e-5 < error < 0.05
+
+
+def test_uint8_and_float_images_give_the_same_features(frozen):
+    image = picture(33, 47)
+    embed = jax.jit(features("resnet18", ("layer1", "layer3")))
+    whole, unit = embed(frozen, image), embed(frozen, image.astype(np.float32) / np.float32(255))
+    assert whole["layer1"].shape == (2, 9, 12, 64)
+    assert whole["layer3"].shape == (2, 3, 3, 256)
+    for layer, values in whole.items():
+        np.testing.assert_allclose(values, unit[layer], rtol=1e-4, atol=1e-4 * np.abs(values).max())
+
+
+def test_images_are_normalized_as_the_weights_were_trained():
+    image = picture(3, 4)
+    frozen = jax.eval_shape(backbone("resnet18").init, jax.random.key(0))
+    assert frozen["mean"].shape == frozen["std"].shape == (3,)
+    means = {"resnet50": (0.485, 0.456, 0.406), "resnet50.caffe_in1k": np.divide((123.68, 116.779, 103.939), 255)}
+    stds = {"resnet50": (0.229, 0.224, 0.225), "resnet50.caffe_in1k": (1 / 255,) * 3}
+    for name, mean in means.items():
+        entry = registry.lookup(name)
+        frozen = dict(zip(("mean", "std"), np.asarray(entry.normalization, np.float32), strict=True))
+        expected = (image / 255 - mean) / stds[name]
+        np.testing.assert_allclose(networks.normalize(frozen, image, jnp.float32), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pool_averages_over_positions(frozen):
+    image = picture(40, 56)
+    maps = jax.jit(features("resnet18", ("layer2",)))(frozen, image)
+    pooled = jax.jit(features("resnet18", ("layer2",), True))(frozen, image)
+    np.testing.assert_allclose(pooled["layer2"], maps["layer2"].mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_arguments_give_the_same_function():
+    assert features("resnet18", ("layer2",)) is features("resnet18", ("layer2",))
+
+
+def test_init_is_random_and_of_the_right_scale(frozen):
+    again = backbone("resnet18").init(jax.random.key(1))
+    kernel = frozen["params"]["layer2.1.conv2"]["kernel"]
+    assert jnp.std(kernel) == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
+    assert not jnp.allclose(kernel, again["params"]["layer2.1.conv2"]["kernel"])
+    assert jax.tree.map(jnp.shape, frozen["params"]) == networks.shapes("resnet18")
+
+
+@pytest.mark.parametrize("layers", [(), ("layer9",), ("layer1", "stem")])
+def test_unknown_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="resnet18 has the stages layer1, layer2, layer3, layer4"):
+        features("resnet18", layers)
+
+
+def test_unknown_names_are_refused_with_the_near_ones():
+    with pytest.raises(ValueError, match=r"'wide_resnet50'.*did you mean wide_resnet50_2"):
+        backbone("wide_resnet50")
+    with pytest.raises(ValueError, match="known are efficientnet_b0"):
+        backbone("zzz")
+
+
+def test_a_missing_stage_is_named(frozen):
+    params = {module: leaves for module, leaves in frozen["params"].items() if not module.startswith("layer4")}
+    network = backbone("resnet18")
+    with pytest.raises(ValueError, match=r"resnet18 hold only the stages layer1, layer2, layer3, got .*layer4"):
+        network.apply(frozen | {"params": params}, picture(32, 32), ("layer2", "layer4"))
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_same_padding_is_that_of_xla(size, kernel, stride):
+    assert [convolution.padding(size, kernel, stride, True)] == jax.lax.padtype_to_pads(
+        (size,), (kernel,), (stride,), "SAME"
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.caffe_in1k"])
+def test_real_weights_hold_the_first_three_stages(shared, name):
+    frozen = load(name, shared / "weights" / f"{name}.safetensors")
+    network = backbone(name)
+    maps = jax.jit(functools.partial(network.apply, layers=("layer1", "layer3")))(frozen, picture(64, 64))
+    assert all(jnp.isfinite(m).all() and (m > 0).any() for m in maps.values())
+    with pytest.raises(ValueError, match=r"hold only the stages layer1, layer2, layer3"):
+        network.apply(frozen, picture(64, 64), ("layer4",))

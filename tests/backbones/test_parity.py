@@ -1,0 +1,73 @@
+"""Every stage equals the PyTorch original's on the same random weights (`make_golden.py` wrote what that gave).
+
+`PYTHONPATH=. python -m tests.backbones.test_parity` compares all golden files, the deep networks' too.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxad.backbones import backbone, efficientnet, networks, resnet
+
+from .make_golden import GOLDEN, SIZES, image, kept, synthetic
+
+TOLERANCE = 1e-4
+SMALL = (
+    ("resnet18", SIZES[:2]),
+    ("resnet50", SIZES[1:2]),
+    ("resnet50.caffe_in1k", SIZES[1:2]),
+    ("wide_resnet50_2", SIZES[1:2]),
+    ("efficientnet_b0", SIZES[2:]),
+    ("tf_efficientnet_b0", SIZES[:2]),
+    ("efficientnet_b0.torchvision", SIZES[:1]),
+)
+
+
+def checkpoint(name: str) -> dict[str, np.ndarray]:
+    """The random checkpoint that `make_golden` gave the original of that name."""
+    plain = name.removesuffix(".torchvision")
+    source = resnet.source
+    if "efficientnet" in name:
+        keys = ("features.0.0.weight",) if plain != name else ()
+        source = functools.partial(efficientnet.source, plain, keys=keys)
+    kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(plain).items()}
+    wanted = {key: shape for module, kernel in kernels.items() for key, shape in source(module).shapes(kernel).items()}
+    return {key: synthetic(key, shape) for key, shape in wanted.items()}
+
+
+def differences(name: str, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[tuple[int, int], str], float]:
+    """For every size and stage the largest difference from the original, relative to the stage's largest value."""
+    network = backbone(name.removesuffix(".torchvision"))
+    frozen = network.fold(checkpoint(name)) | {"mean": np.zeros(3, np.float32), "std": np.full(3, 255, np.float32)}
+    apply = jax.jit(lambda frozen, image: network.apply(frozen, image, network.stages))
+    golden = np.load(GOLDEN / f"{name}.npz")
+    found = {}
+    for size in sizes:
+        maps = apply(frozen, image(size))
+        shapes, peaks, values = (golden[f"{size[0]}x{size[1]}/{key}"] for key in ("shape", "peak", "kept"))
+        for i, stage in enumerate(network.stages):
+            assert maps[stage].shape == tuple(shapes[i])
+            found[size, stage] = float(np.abs(kept(np.asarray(maps[stage])) - values[i]).max() / peaks[i])
+    return found
+
+
+@pytest.mark.parametrize(("name", "sizes"), SMALL, ids=[name for name, _ in SMALL])
+def test_every_stage_equals_the_original(name, sizes):
+    assert max(differences(name, sizes).values()) < TOLERANCE
+
+
+def test_golden_files_are_small_and_complete():
+    files = list(GOLDEN.glob("*.npz"))
+    assert {file.stem.removesuffix(".torchvision") for file in files} >= {*resnet.BLOCKS, "resnet50.caffe_in1k"} | {
+        f"{prefix}efficientnet_b{i}" for prefix in ("", "tf_") for i in range(8)
+    }
+    assert sum(file.stat().st_size for file in files) < 1.5e6
+
+
+if __name__ == "__main__":
+    for file in sorted(GOLDEN.glob("*.npz")):
+        worst = differences(file.stem, SIZES)
+        print(f"{file.stem:30} {max(worst.values()):.1e} at {max(worst, key=worst.__getitem__)}", flush=True)
+        jax.clear_caches()

@@ -1,0 +1,348 @@
+"""Weight files: fetching from a server on loopback, importing, finding, reading, and every refusal."""
+
+import hashlib
+import http.server
+import os
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxad import backbones
+from jaxad.backbones import networks, registry, resnet, weights
+
+from .make_golden import synthetic
+
+BODY = np.random.default_rng(0).bytes(3_000_000)
+DIGEST = hashlib.sha256(BODY).hexdigest()
+NAME = "resnet34.tv_in1k"  # no sha256 in the registry: the server's is verified
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Redirects to its files and states their sha256 as the model hub does; breaks off as often as it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.body, self.digest, self.ranges, self.truncations, self.ignore_range = BODY, DIGEST, [], [], False
+        self.pause = 0.0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format, *args):
+        del format, args
+
+    def do_GET(self):
+        if self.path == f"/timm/{NAME}/resolve/main/model.safetensors":
+            self.send_response(302)
+            if self.server.digest:
+                self.send_header("X-Linked-Etag", f'"{self.server.digest}"')
+            self.send_header("Location", "/file")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path == "/file" or self.path.startswith("/timm/resnet18.tv_in1k/"):
+            self.file()
+        else:
+            self.send_error(404)
+
+    def file(self):
+        span = self.headers["Range"]
+        self.server.ranges.append(span)
+        start = int(span.removeprefix("bytes=").removesuffix("-")) if span and not self.server.ignore_range else 0
+        if start >= len(self.server.body):
+            self.send_error(416)
+            return
+        rest = self.server.body[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        time.sleep(self.server.pause)
+        self.wfile.write(rest[: self.server.truncations.pop(0) if self.server.truncations else None])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAXAD_OFFLINE", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("JAXAD_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("no_proxy", "*")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_fetch_downloads_once_and_checks_the_sha256_of_the_hub(hub, cache):
+    seen = []
+    path = backbones.fetch("resnet34", lambda done, total: seen.append((done, total)))
+    assert path == cache / f"{NAME}.safetensors"
+    assert path.read_bytes() == BODY
+    assert (cache / f"{NAME}.sha256").read_text() == f"{DIGEST}  {NAME}.safetensors\n"
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (len(BODY), len(BODY))
+    assert backbones.fetch(NAME) == path
+    assert hub.ranges == [None]
+    assert names(cache) == [f"{NAME}.safetensors", f"{NAME}.sha256"]
+
+
+def test_the_sha256_of_the_registry_comes_before_the_servers(hub, cache, monkeypatch):
+    entry = registry.ENTRIES[NAME]._replace(sha256=DIGEST)
+    monkeypatch.setitem(registry.ENTRIES, NAME, entry)
+    hub.digest = "0" * 64
+    assert backbones.fetch(NAME).read_bytes() == BODY
+
+
+def test_a_truncated_body_is_resumed(hub, cache):
+    hub.truncations = [1_000_001]
+    assert backbones.fetch(NAME).read_bytes() == BODY
+    assert hub.ranges == [None, "bytes=1000001-"]
+
+
+def test_a_server_that_keeps_breaking_off_leaves_what_the_next_run_resumes(hub, cache):
+    hub.truncations = [1_000, 1_000, 1_000]
+    with pytest.raises(ConnectionError, match=r"broke off after 3000 of 3000000 bytes.*run again to resume"):
+        backbones.fetch(NAME)
+    assert names(cache) == [f"{NAME}.safetensors.part"]
+    assert backbones.fetch(NAME).read_bytes() == BODY
+    assert hub.ranges[-1] == "bytes=3000-"
+    assert names(cache) == [f"{NAME}.safetensors", f"{NAME}.sha256"]
+
+
+def test_a_server_without_ranges_starts_over(hub, cache):
+    hub.truncations, hub.ignore_range = [1_000], True
+    assert backbones.fetch(NAME).read_bytes() == BODY
+
+
+def test_a_partial_file_that_is_whole_already_is_only_checked(hub, cache):
+    cache.mkdir()
+    (cache / f"{NAME}.safetensors.part").write_bytes(BODY)
+    assert backbones.fetch(NAME).read_bytes() == BODY
+    assert hub.ranges == [f"bytes={len(BODY)}-"]
+
+
+def test_an_abandoned_partial_file_is_taken_over_and_a_live_one_is_not(hub, cache):
+    cache.mkdir()
+    live, abandoned = (cache / f"{NAME}.safetensors.{owner}.part" for owner in ("live", "abandoned"))
+    live.write_bytes(b"another process writes here")
+    abandoned.write_bytes(BODY[:500])
+    os.utime(abandoned, (0, time.time() - weights.ABANDONED - 1))
+    assert backbones.fetch(NAME).read_bytes() == BODY
+    assert hub.ranges == ["bytes=500-"]
+    assert live.read_bytes() == b"another process writes here"
+    assert not abandoned.exists()
+
+
+def test_several_at_once_do_not_disturb_each_other(hub, cache):
+    hub.pause = 0.2
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(backbones.fetch(NAME))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hub.ranges) > 1
+    assert [path.read_bytes() == BODY for path in found] == [True] * 3
+    assert names(cache) == [f"{NAME}.safetensors", f"{NAME}.sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "message"),
+    [
+        (NAME, "0" * 64, f"has the sha256 {DIGEST}, expected {'0' * 64}"),
+        ("resnet18", None, f"has the sha256 {DIGEST}, expected 694f673d"),
+        (NAME, None, "no sha256 is known"),
+    ],
+)
+def test_a_wrong_or_unknown_sha256_leaves_nothing(hub, cache, name, digest, message):
+    hub.digest = digest
+    with pytest.raises(ValueError, match=message):
+        backbones.fetch(name)
+    assert names(cache) == []
+
+
+def test_a_file_that_the_server_lacks(hub, cache):
+    with pytest.raises(FileNotFoundError, match=r"HTTP 404.*jaxad weights import FILE"):
+        backbones.fetch("resnet50")
+    assert names(cache) == []
+
+
+def test_no_network(hub, cache, monkeypatch):
+    with Hub() as closed:
+        port = closed.server_port
+    monkeypatch.setenv("JAXAD_WEIGHTS_URL", f"http://127.0.0.1:{port}")
+    with pytest.raises(ConnectionError, match=r"cannot be reached \(.*refused\): check the network") as caught:
+        backbones.fetch(NAME)
+    assert "\n" not in str(caught.value)
+    assert names(cache) == []
+
+
+def test_offline_never_asks_the_server(hub, cache, monkeypatch):
+    monkeypatch.setenv("JAXAD_OFFLINE", "1")
+    with pytest.raises(OSError, match=r"JAXAD_OFFLINE is set and resnet34.tv_in1k is not in .*: unset it, or download"):
+        backbones.fetch(NAME)
+    assert hub.ranges == []
+    assert not cache.exists()
+    cache.mkdir()
+    (cache / f"{NAME}.safetensors").write_bytes(BODY)
+    assert backbones.fetch(NAME).read_bytes() == BODY
+
+
+def test_weights_without_an_official_file_cannot_be_fetched(cache):
+    with pytest.raises(ValueError, match=r"resnet50.caffe_in1k has no official download; import a file"):
+        backbones.fetch("resnet50.caffe_in1k")
+
+
+def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAXAD_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert backbones.cache_dir() == tmp_path / "jaxad" / "weights"
+
+
+def partial(architecture="resnet18", deepest="layer1", dtype=np.float32):
+    """A random checkpoint up to that stage."""
+    kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(architecture).items()}
+    wanted = {}
+    for module, kernel in kernels.items():
+        if module == "conv1" or module.split(".")[0] <= deepest:
+            wanted |= resnet.source(module).shapes(kernel)
+    return {key: synthetic(key, shape).astype(dtype) for key, shape in wanted.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_import_checks_and_copies_and_load_finds_it(cache, tmp_path, dtype):
+    file = tmp_path / "mine.safetensors"
+    classifier = {"fc.weight": np.zeros((2, 512), dtype), "bn1.num_batches_tracked": np.array(7)}
+    save_file(partial(dtype=dtype) | classifier, file)
+    path = backbones.import_file(file, "resnet18")
+    assert path == cache / "resnet18.tv_in1k.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert backbones.source("resnet18") == {"path": str(path), "sha256": digest}
+    assert names(cache) == ["resnet18.tv_in1k.safetensors", "resnet18.tv_in1k.sha256"]
+    frozen = backbones.load("resnet18")
+    assert {module.split(".")[0] for module in frozen["params"]} == {"conv1", "layer1"}
+    gain, shift, mean, variance = (
+        synthetic(f"bn1.{leaf}", (64,)).astype(dtype).astype(np.float64)
+        for leaf in ("weight", "bias", "running_mean", "running_var")
+    )
+    kernel = synthetic("conv1.weight", (64, 3, 7, 7)).astype(dtype).astype(np.float64)
+    scale = gain / np.sqrt(variance + 1e-5)
+    np.testing.assert_allclose(frozen["params"]["conv1"]["bias"], shift - mean * scale, rtol=1e-5, atol=1e-6)
+    expected = np.einsum("oihw,o->hwio", kernel, scale)
+    np.testing.assert_allclose(frozen["params"]["conv1"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_import_takes_the_variant_from_the_stem(cache, tmp_path):
+    file = tmp_path / "resnet50.caffe_in1k.safetensors"
+    save_file(partial("resnet50"), file)
+    assert backbones.import_file(file).name == file.name
+    assert backbones.import_file(file, "resnet50").name == file.name
+    with pytest.raises(ValueError, match="no backbone is called 'mine'"):
+        backbones.import_file(file.rename(tmp_path / "mine.safetensors"))
+
+
+def test_load_prefers_the_file_then_the_cache_then_the_package(cache, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
+    places = [package, cache, tmp_path]
+    cache.mkdir()
+    for value, place in enumerate(places):
+        save_file(partial() | {"bn1.bias": np.full(64, value + 100, np.float32)}, place / "resnet18.tv_in1k.safetensors")
+    for value, given in ((102, tmp_path / "resnet18.tv_in1k.safetensors"), (101, None)):
+        assert backbones.load("resnet18", given)["params"]["conv1"]["bias"].mean() == pytest.approx(value, abs=1)
+    (cache / "resnet18.tv_in1k.safetensors").unlink()
+    assert backbones.load("resnet18")["params"]["conv1"]["bias"].mean() == pytest.approx(100, abs=1)
+    row = next(row for row in backbones.available() if row.name == "resnet18.tv_in1k")
+    assert (row.state, row.plain) == ("embedded", "resnet18")
+
+
+def test_available_lists_every_set_once(cache):
+    rows = backbones.available()
+    assert len({row.name for row in rows}) == len(rows)
+    plain = {row.plain: row for row in rows if row.plain}
+    assert plain["resnet50"].name == "resnet50.tv_in1k"
+    assert plain["resnet50"].state == "not fetched"
+    assert plain["resnet50"].path is None
+    cache.mkdir()
+    (cache / "resnet50.tv_in1k.safetensors").touch()
+    row = next(row for row in backbones.available() if row.name == "resnet50.tv_in1k")
+    assert (row.state, row.path) == ("cached", cache / "resnet50.tv_in1k.safetensors")
+
+
+def test_resolve_takes_the_variant_from_the_file():
+    assert backbones.resolve("resnet50", "folder/resnet50.caffe_in1k.safetensors") == "resnet50.caffe_in1k"
+    assert backbones.resolve("resnet50", "folder/resnet18.tv_in1k.safetensors") == "resnet50"
+    assert backbones.resolve("resnet50", "mine.safetensors") == "resnet50"
+    assert backbones.resolve("resnet50", None) == "resnet50"
+    assert backbones.resolve("resnet50.caffe_in1k", "resnet50.tv_in1k.safetensors") == "resnet50.caffe_in1k"
+    with pytest.raises(ValueError, match="no backbone is called"):
+        backbones.resolve("resnet", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer1.1.conv2.weight": None}, r"needs the tensor layer1.1.conv2.weight of shape .*, which is missing"),
+        ({"layer1.0.bn2.running_var": None}, r"needs the tensor layer1.0.bn2.running_var of shape \(64,\), which is mis"),
+        ({"conv1.weight": np.ones((64, 1, 7, 7))}, r"of shape \(64, 3, 7, 7\), got \(64, 1, 7, 7\)"),
+        ({"layer1.2.conv1.weight": np.ones((64, 64, 3, 3))}, "has no tensor layer1.2.conv1.weight"),
+        ({"bn1.running_var": np.full(64, np.nan)}, "needs finite numbers, got others in conv1"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(cache, tmp_path, change, message):
+    tensors = {key: value for key, value in (partial() | change).items() if value is not None}
+    file = tmp_path / "other.safetensors"
+    save_file(tensors, file)
+    for use in (backbones.load, lambda name, path: backbones.import_file(path, name)):
+        with pytest.raises(ValueError, match=f"{file.name} does not fit: resnet18.* {message}"):
+            use("resnet18", file)
+    assert not cache.exists()
+
+
+def test_an_unrelated_file_names_the_first_tensor_it_lacks(tmp_path):
+    save_file({"something": np.ones(3, np.float32)}, tmp_path / "file.safetensors")
+    for name, first in (("resnet18", "conv1.weight"), ("efficientnet_b0", "conv_stem.weight"), ("pdn_small", "")):
+        with pytest.raises(ValueError, match=f"needs the tensor {first}.*missing"):
+            backbones.load(name, tmp_path / "file.safetensors")
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path):
+    for name, message in (("w.safetensors", "must be safetensors"), ("w.pth", r"convert it where torch is installed")):
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(ValueError, match=message) as caught:
+            backbones.load("resnet18", tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_files_say_what_to_do(cache, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        backbones.load("resnet18", tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"run `jaxad weights fetch resnet50`, or give a file \(--weights PATH\)"):
+        backbones.source("resnet50")
+    with pytest.raises(FileNotFoundError, match=r"machine: give a file"):
+        backbones.load("resnet50.caffe_in1k")
+
+
+def test_a_file_of_another_variant_is_refused(tmp_path):
+    file = tmp_path / "resnet50.caffe_in1k.safetensors"
+    save_file(partial("resnet50"), file)
+    with pytest.raises(ValueError, match=r"holds the variant resnet50.caffe_in1k: ask for that backbone instead"):
+        backbones.load("resnet50", file)
+    assert backbones.load(backbones.resolve("resnet50", file), file)["std"].tolist() == [1, 1, 1]

@@ -1,0 +1,107 @@
+"""Thresholds: the finite-sample guarantee, the oracle and what is stored."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxad import metrics
+
+
+@pytest.mark.parametrize(
+    ("n", "fpr", "rank", "guaranteed"),
+    [
+        (9, 0.1, 9, 0.1),
+        (99, 0.05, 95, 0.05),
+        (99, 0.29, 71, 0.29),  # 100 * 0.29 is 28.999... in floating point
+        (100, 0.05, 96, 5 / 101),
+        (5, 0.1, 5, 1 / 6),  # too few normals for the wanted rate: their maximum
+        (5, 0.0, 5, 1 / 6),
+        (1, 0.99, 1, 0.5),
+    ],
+)
+def test_rank_and_guarantee(n, fpr, rank, guaranteed):
+    scores = np.random.default_rng(0).permutation(n) + 1.0
+    threshold = metrics.conformal_threshold(scores, fpr)
+    assert threshold == metrics.Threshold(rank, fpr, threshold.guaranteed_fpr, n, "held-out normals")
+    assert threshold.guaranteed_fpr == pytest.approx(guaranteed, abs=1e-15)
+
+
+@pytest.mark.parametrize(("n", "fpr"), [(19, 0.1), (30, 0.1), (7, 0.01)])
+def test_guarantee_holds_on_new_normals(n, fpr):
+    rng = np.random.default_rng(1)
+    trials = 6_000
+    normals = rng.normal(size=(trials, n + 1))
+    thresholds = [metrics.conformal_threshold(row[:n], fpr) for row in normals]
+    false = np.mean(normals[:, n] > [t.value for t in thresholds])
+    guaranteed = thresholds[0].guaranteed_fpr
+    error = math.sqrt(guaranteed * (1 - guaranteed) / trials)
+    assert abs(false - guaranteed) < 4 * error  # it is exact for continuous scores: neither too many nor too few
+    assert guaranteed <= fpr or guaranteed == 1 / (n + 1)
+
+
+def test_pixel_threshold_counts_images_not_pixels():
+    rng = np.random.default_rng(2)
+    maps = rng.normal(size=(39, 6, 5)).astype(np.float32)
+    threshold = metrics.conformal_threshold(maps, 0.1)
+    assert (threshold.n, threshold.guaranteed_fpr) == (39, 0.1)
+    assert np.sum((maps > threshold.value).any((1, 2))) == 3
+    assert threshold.value == metrics.conformal_threshold(maps.max((1, 2)), 0.1).value
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [2, 100])
+def test_oracle_reaches_the_best_f1(dtype, levels):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        labels = rng.random(50) < 0.4
+        labels[:2] = 0, 1
+        scores = (np.round((rng.normal(size=50) + labels) * levels) / levels).astype(dtype)
+        threshold = metrics.oracle_threshold(scores, labels)
+        predicted = scores > threshold.value
+        f1 = 2 * np.sum(predicted & labels) / (np.sum(predicted) + np.sum(labels))
+        assert f1 == pytest.approx(metrics.f1_max(scores, labels), abs=1e-12)
+        assert threshold.fpr == pytest.approx(np.mean(predicted[~labels]))
+        assert (threshold.source, threshold.guaranteed_fpr, threshold.n) == ("oracle (test set)", 1.0, 50)
+
+
+def test_oracle_that_flags_everything():
+    threshold = metrics.oracle_threshold(np.zeros(3, np.float32), [1, 1, 0])
+    assert threshold.value < 0 and threshold.fpr == 1.0
+
+
+def test_json_round_trip():
+    scores = np.random.default_rng(3).normal(size=20).astype(np.float32)
+    for threshold in (metrics.conformal_threshold(scores, 0.1), metrics.oracle_threshold(scores, scores > 0.3)):
+        stored = json.dumps(metrics.to_json(threshold), allow_nan=False)
+        assert metrics.from_json(json.loads(stored)) == threshold
+    by_hand = metrics.from_json(json.loads(json.dumps(metrics.to_json(metrics.edited(2)), allow_nan=False)))
+    assert by_hand.value == 2.0 and by_hand.source == "edited by hand" and math.isnan(by_hand.fpr)
+
+
+def test_edits_in_the_file_are_recognized():
+    fields = metrics.to_json(metrics.conformal_threshold(np.arange(10.0), 0.2))
+    for stored in (fields | {"value": 3.5}, {"value": 3.5}):
+        threshold = metrics.from_json(stored)
+        assert (threshold.value, threshold.source, threshold.guaranteed_fpr) == (3.5, "edited by hand", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.conformal_threshold([], 0.1), "needs scores of held-out normals"),
+        (lambda: metrics.conformal_threshold([1.0, np.nan], 0.1), "finite, got 1 of 2"),
+        (lambda: metrics.conformal_threshold([1.0], 1.0), r"fpr must be in \[0, 1\), got 1.0"),
+        (lambda: metrics.conformal_threshold([1.0], -0.1), "got -0.1"),
+        (lambda: metrics.conformal_threshold([1.0], math.nan), "got nan"),
+        (lambda: metrics.oracle_threshold([1.0, 2.0], [0, 0]), "needs normal and anomalous samples: none of the 2"),
+        (lambda: metrics.edited(math.inf), "finite number, got inf"),
+        (lambda: metrics.from_json({"value": "high"}), "finite number, got 'high'"),
+        (lambda: metrics.from_json({"fpr": 0.1}), r"needs the field 'value', got \['fpr'\]"),
+        (lambda: metrics.from_json({"value": 1.0, "computed": 1.0}), "has the fields"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
