@@ -1,8 +1,10 @@
-"""A fitted model on disk: `model.safetensors` (the state) and `model.json` (how to rebuild what it belongs to). No pickle."""
+"""A fitted model on disk: `model.safetensors` (the state) and `model.json` (how to rebuild what it belongs to)."""
 
+import contextlib
 import json
 import os
-import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,22 @@ from jaxad.base import State
 FORMAT = 1
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a temporary name, then renames it: a killed run leaves no half file behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,25 +49,31 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} must be JSON, but reading it failed ({error}): write it again") from error
 
 
-def save_state(directory: str | Path, state: State, description: dict[str, Any]) -> None:
-    """Writes a fitted state and its description.
+def save_state(directory: str | Path, state: State) -> None:
+    """Writes a fitted state; it is no model before `save_description`, so that a killed run leaves none half-written.
 
     Args:
         directory: Created where missing; a model in it is replaced.
         state: Any pytree of arrays.
-        description: JSON values; enough for the reader to build the state's structure again.
+
+    Raises:
+        OSError: The disk is full, or the directory cannot be written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(_named(state), temporary)
-        os.replace(temporary, directory / "model.safetensors")
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    write_json(directory / "model.json", {"format": FORMAT, **description})
+    path = Path(directory) / "model.safetensors"
+    with replacing(path) as temporary:
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # as the user's umask has them; safetensors makes private files
+        try:
+            save_file(_named(state), temporary)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        temporary.chmod(permissions)
+        path.with_name("model.json").unlink(missing_ok=True)
+
+
+def save_description(directory: str | Path, description: dict[str, Any]) -> None:
+    """Writes what belongs to the state beside it: JSON values, enough to build the state's structure again."""
+    write_json(Path(directory) / "model.json", {"format": FORMAT, **description})
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
@@ -72,10 +85,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "model.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no fitted model in {directory}: expected model.json and model.safetensors, as `fit` writes them")
+        raise FileNotFoundError(f"no fitted model in {directory}: give a directory that `jaxad fit` wrote")
     description = read_json(path)
     if description.get("format") != FORMAT:
-        raise ValueError(f"{path} must have format {FORMAT}, got {description.get('format')}: update jaxad or fit again")
+        raise ValueError(f"{path} must have format {FORMAT}, got {description.get('format')}: update or fit again")
     return description
 
 

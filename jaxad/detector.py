@@ -66,7 +66,7 @@ class Detector:
         method: str = "patchcore",
         *,
         backbone: str | Sequence[str] | None = None,
-        weights: str | Path | Sequence[str | Path] | None = None,
+        weights: str | Path | Sequence[str | Path | None] | None = None,
         image_size: int | tuple[int, int] | None = 224,
         center_crop: int | tuple[int, int] | None = None,
         holdout: float = 0.2,
@@ -96,14 +96,20 @@ class Detector:
         self.preprocess.check()
         self.holdout, self.fpr, self.seed, self.batch_size = holdout, fpr, seed, batch_size
         self.frozen: Frozen = None
-        self.method: Method | None = None
         self.state: State | None = None
         self.image_threshold: Threshold | None = None
         self.pixel_threshold: Threshold | None = None
+        self.normal_level: float | None = None
         self.n_train = self.n_heldout = 0
         self.seconds: dict[str, float] = {}
         self._built: tuple[tuple[int, int], Method] | None = None
         self._build(self.preprocess.output_size(self.preprocess.resize) if self.preprocess.resize else (224, 224))
+
+    @property
+    def method(self) -> Method:
+        """The pure functions, for images of the size last seen."""
+        assert self._built is not None
+        return self._built[1]
 
     def fit(
         self,
@@ -138,13 +144,21 @@ class Detector:
         learned = fit(method, frozen, data.subset(chosen) if held_out else data, key, checkpoint_dir=checkpoint_dir, **options)
         self.state, self.n_train, self.n_heldout = learned.state, len(chosen), held_out
         self.seconds = {"compile": learned.compile_seconds, "fit": learned.run_seconds}
-        self.image_threshold = self.pixel_threshold = None
+        self.image_threshold = self.pixel_threshold = self.normal_level = None
         if held_out:
             started = time.perf_counter()
-            parts = [s for _, s in score(method, self.state, frozen, data.subset(held), **options)]
-            self.image_threshold = conformal_threshold(np.concatenate([s.image for s in parts]), self.fpr)
-            if parts[0].pixel is not None:
-                self.pixel_threshold = conformal_threshold(np.concatenate([s.pixel.max((1, 2)) for s in parts]), self.fpr)
+            if progress:
+                options["progress"] = lambda _, done, total: progress("threshold", done, total)
+            image, highest, median = [], [], []
+            for _, scores in score(method, self.state, frozen, data.subset(held), **options):
+                image.append(scores.image)
+                if scores.pixel is not None:
+                    highest.append(scores.pixel.max((1, 2)))
+                    median.append(np.median(scores.pixel, (1, 2)))
+            self.image_threshold = conformal_threshold(np.concatenate(image), self.fpr)
+            if highest:
+                self.pixel_threshold = conformal_threshold(np.concatenate(highest), self.fpr)
+                self.normal_level = float(np.median(np.concatenate(median)))
             self.seconds["threshold"] = time.perf_counter() - started
         return self
 
@@ -160,6 +174,18 @@ class Detector:
             raise ValueError(f"images must be {self._built[0]} (height, width) as in fit, got {data.image_size}: set image_size")
         options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
         return score(self._built[1], self.state, self.load_frozen(), data, **options)
+
+    def color_limits(self) -> tuple[float, float] | None:
+        """The pixel scores at which the colors of heat maps begin and end, the same for every image.
+
+        They begin at the median pixel of held-out normal images and reach the pixel threshold halfway.
+
+        Returns:
+            None where there were no held-out images or the method gives no heat maps.
+        """
+        if self.normal_level is None or self.pixel_threshold is None:
+            return None
+        return self.normal_level, self.normal_level + 2 * max(0.0, self.pixel_threshold.value - self.normal_level)
 
     def predict(self, source: Any, *, category: str | None = None, progress: Progress | None = None) -> Prediction:
         """Scores images and compares with the thresholds.
@@ -182,14 +208,15 @@ class Detector:
         """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied."""
         if self.state is None or self._built is None:
             raise ValueError("a detector must be fitted before it is saved: call fit")
-        sources = map(jaxad.backbones.source, self.backbones, self.weights)
         description = self.recipe() | {
-            "backbones": [{"name": n, **s} for n, s in zip(self.backbones, sources, strict=True)],
+            "backbones": self.sources(),
             "image_size": self._built[0],
             "n_train": self.n_train,
+            "normal_level": self.normal_level,
         }
-        artifact.save_state(directory, self.state, description)
+        artifact.save_state(directory, self.state)
         self.save_thresholds(directory)
+        artifact.save_description(directory, description)
 
     def save_thresholds(self, directory: str | Path) -> None:
         """Writes threshold.json alone."""
@@ -208,6 +235,14 @@ class Detector:
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
+
+    def sources(self) -> list[dict[str, str]]:
+        """The name, file and sha256 of each backbone's weights."""
+        files = map(jaxad.backbones.source, self.backbones, self.weights)
+        return [
+            {"name": name, "path": str(Path(file["path"]).absolute()), "sha256": file["sha256"]}
+            for name, file in zip(self.backbones, files, strict=True)
+        ]
 
     def load_frozen(self) -> Frozen:
         """The pretrained weights, read once; assign `frozen` to share them between detectors."""
@@ -245,28 +280,34 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
 
     Raises:
         FileNotFoundError: There is no model, or the backbone's weights are gone.
-        ValueError: The files are damaged.
+        ValueError: The files are damaged, or the backbone's weights are others than in fit.
     """
     directory = Path(directory)
     saved = artifact.read_description(directory)
-    files = [entry["path"] for entry in saved["backbones"]]
+    files = [entry["path"] if Path(entry["path"]).is_file() else None for entry in saved["backbones"]]
     resize, crop = (None if v is None else tuple(v) for v in (saved["preprocess"]["resize"], saved["preprocess"]["center_crop"]))
     hyperparameters = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["hyperparameters"].items()}
     detector = Detector(
         saved["method"],
         backbone=[entry["name"] for entry in saved["backbones"]],
-        weights=weights if weights is not None else files if any(files) else None,
+        weights=files if weights is None else weights,
         image_size=resize,
         center_crop=crop,
         **{k: saved[k] for k in ("holdout", "fpr", "seed", "batch_size")},
         **hyperparameters,
     )
+    for wanted, found in zip(saved["backbones"], detector.sources(), strict=True):
+        if wanted["sha256"] != found["sha256"]:
+            raise ValueError(
+                f"the model in {directory} needs the weights {wanted['name']} with the sha256 {wanted['sha256']}, but "
+                f"{found['path']} has {found['sha256']}: give the file that it was fitted with"
+            )
     size = tuple(saved["image_size"])
     method, frozen = detector._build(size), detector.load_frozen()
     image = jax.ShapeDtypeStruct((saved["n_train"], *size, 3), np.uint8)
     spec = jax.eval_shape(method.embed, frozen, image)
     detector.state = artifact.load_state(directory, abstract_state(method, frozen, spec))
-    detector.n_train = saved["n_train"]
+    detector.n_train, detector.normal_level = saved["n_train"], saved["normal_level"]
     path = directory / "threshold.json"
     values = artifact.read_json(path) if path.is_file() else {}
     detector.image_threshold, detector.pixel_threshold = (

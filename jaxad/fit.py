@@ -1,7 +1,7 @@
 """The driver: the only place with epochs, loops over data, checkpoints and progress.
 
-Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk, with progress,
-a look at the loss and, where wanted, a checkpoint between two chunks.
+Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk, with
+progress, a look at the loss and, where wanted, a checkpoint between two chunks.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, Stag
 from jaxad.data import Dataset
 
 Progress = Callable[[str, int, int], None]
-"""(what, images done, images in all), called between chunks."""
+"""(what, images done, images in all), called after every batch; images in all is 0 where there is nothing to count."""
 
 CHUNK = 8
 """Steps of one `lax.scan`."""
@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
     compile_seconds: float
     run_seconds: float
     metrics: dict[str, np.ndarray]
-    """The diagnostics of the last stage that has any, one entry a step."""
+    """The diagnostics of the last stage that has any, one entry a step since the run (re)started."""
 
 
 class Program:
@@ -53,7 +53,8 @@ class Program:
 
     def __call__(self, *args: PyTree) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        key = (tree, tuple((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves))
+        kinds = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
+        key = (tree, tuple(kinds))
         if key not in self._executables:
             started = time.perf_counter()
             self._executables[key] = self._jit.lower(*args).compile()
@@ -109,11 +110,6 @@ class Embedding:
         if keep and bytes_needed <= CACHE_BYTES:
             self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self.spec)
 
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds spent compiling so far."""
-        return self._program.compile_seconds
-
     def batches(self, order: np.ndarray) -> Iterator[tuple[np.ndarray, PyTree]]:
         """Yields (indices, x) batch by batch; the last batch may be short, its `x` is padded by repetition.
 
@@ -151,7 +147,8 @@ def embedding(
     """The embedding of a data set, from the cache where it is there."""
     if cache is None:
         return Embedding(method.embed, frozen, data, batch_size, keep)
-    key = (method.embed, id(frozen), id(data), batch_size)
+    images = tuple(map(id, data.records))  # subsets of one data set share their records
+    key = (method.embed, id(frozen), images, data.preprocess, batch_size)
     if key not in cache:
         cache[key] = Embedding(method.embed, frozen, data, batch_size, True)
     return cache[key]
@@ -178,51 +175,54 @@ def fit(
         key: A JAX random key; the same key gives the same model.
         batch_size: Images at a time, where the stage does not ask for its own number.
         cache: Embedded images shared between calls.
-        checkpoint_dir: Where progress is kept so that a killed run resumes; delete it to start afresh.
+        checkpoint_dir: Where progress is kept so that a killed run, called again with the same arguments, resumes;
+            delete it to start afresh.
         checkpoint_seconds: Least time between two checkpoints.
-        progress: Called between chunks.
+        progress: Called after every batch.
 
     Raises:
-        ValueError: There are no images.
+        ValueError: There are no images, or the checkpoint is damaged or of another fit.
         NonFiniteLoss: The loss became NaN or infinite; names stage, epoch and step.
     """
     if len(data) == 0:
         raise ValueError("fitting needs at least one normal image, got none")
-    started, compiled = time.perf_counter(), 0.0
+    started = time.perf_counter()
     programs = _programs(method)
     several = sum(stage.epochs for stage in method.stages) > 1
     embedded = embedding(method, frozen, data, batch_size, cache, several)
-    before = _compile_seconds(programs, embedded)
-    state = jax.jit(lambda key, frozen: method.init(key, frozen, embedded.spec))(jax.random.fold_in(key, 0), frozen)
-    position = (0, 0)
+    before = compile_seconds(method)
+    init = Program(lambda key, frozen: method.init(key, frozen, embedded.spec))
+    identity = {
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "images": len(data),
+        "batch_size": batch_size,
+        "stages": [stage.name for stage in method.stages],
+    }
     diagnostics: dict[str, np.ndarray] = {}
-    saver = _Saver(checkpoint_dir, checkpoint_seconds)
-    with saver:
-        position, state = saver.restore(method, state, key, frozen)
+    with _Saver(checkpoint_dir, checkpoint_seconds, identity) as saver:
+        restored = saver.restore(lambda stage: abstract_state(method, frozen, embedded.spec, stage))
+        first_stage, done, state = restored or (0, 0, init(jax.random.fold_in(key, 0), frozen))
         for s, stage in enumerate(method.stages):
-            if s < position[0]:
+            if s < first_stage:
                 continue
             stage_key = jax.random.fold_in(key, s + 1)
-            first_step = position[1] if s == position[0] else 0
+            first_step = done if s == first_stage else 0
             collected: list[dict[str, np.ndarray]] = []
-            for step, chunk in _chunks(stage, embedded, data, stage_key, batch_size, first_step):
+            tick = _ticker(progress, stage, len(data), batch_size)
+            for step, chunk in _chunks(stage, embedded, data, stage_key, batch_size, first_step, tick):
                 state, metrics = programs.updates[s](state, frozen, stage_key, jnp.int32(step), chunk)
                 metrics = jax.tree.map(np.asarray, metrics)
                 _check_loss(metrics, stage, step, _steps_per_epoch(stage, len(data), batch_size))
                 collected.append(metrics)
-                done = step + chunk.valid.shape[0]
-                total = _steps_per_epoch(stage, len(data), batch_size) * stage.epochs
-                if progress:
-                    size = stage.batch_size or batch_size
-                    images = len(data) * stage.epochs
-                    progress(stage.name, min(done * size, images) if done < total else images, images)
-                saver.save((s, done), state)
+                saver.save(s, step + chunk.valid.shape[0], state)
+            if progress:
+                progress(f"finish {stage.name}", 0, 0)
             state = programs.finalizes[s](jax.random.fold_in(stage_key, 1 << 30), state, frozen)
             jax.block_until_ready(state)
-            saver.save((s + 1, 0), state)
+            saver.save(s + 1, 0, state)
             if collected and collected[0]:
                 diagnostics = {k: np.concatenate([m[k] for m in collected]) for k in collected[0]}
-    compiled = _compile_seconds(programs, embedded) - before
+    compiled = compile_seconds(method) - before + init.compile_seconds
     return Fitted(state, compiled, time.perf_counter() - started - compiled, diagnostics)
 
 
@@ -252,7 +252,8 @@ def score(
         finite = np.isfinite(scores.image)
         if not finite.all():
             where = data.paths[part[np.argmin(finite)]]
-            raise ValueError(f"scores must be finite, got {scores.image[~finite][0]} for {where}: the model is degenerate")
+            bad = scores.image[~finite][0]
+            raise ValueError(f"scores must be finite, got {bad} for {where}: the model is degenerate")
         done += len(part)
         if progress:
             progress("score", done, len(data))
@@ -276,9 +277,11 @@ def abstract_state(method: Method, frozen: Frozen, spec: PyTree, stage: int | No
     return state
 
 
-def _compile_seconds(programs: _Programs, embedded: Embedding) -> float:
-    compiled = (*programs.updates, *programs.finalizes, programs.score)
-    return sum(program.compile_seconds for program in compiled) + embedded.compile_seconds
+def compile_seconds(method: Method) -> float:
+    """Seconds spent so far on compiling a method and its `embed`, which other methods may share."""
+    programs = _programs(method)
+    compiled = (*programs.updates, *programs.finalizes, programs.score, _embed_program(method.embed))
+    return sum(program.compile_seconds for program in compiled)
 
 
 def _steps_per_epoch(stage: Stage, n: int, batch_size: int) -> int:
@@ -286,8 +289,28 @@ def _steps_per_epoch(stage: Stage, n: int, batch_size: int) -> int:
     return max(1, n // min(size, n)) if stage.shuffle else math.ceil(n / size)
 
 
+def _ticker(progress: Progress | None, stage: Stage, n: int, batch_size: int) -> Callable[[int, Batch], None] | None:
+    """What `_chunks` calls with the steps done and the last batch, which is waited for."""
+    if progress is None:
+        return None
+    steps, images = _steps_per_epoch(stage, n, batch_size) * stage.epochs, n * stage.epochs
+
+    def tick(done: int, batch: Batch) -> None:
+        jax.block_until_ready(batch)
+        progress(stage.name, round(images * done / steps), images)
+
+    progress(stage.name, 0, images)
+    return tick
+
+
 def _chunks(
-    stage: Stage, embedded: Embedding, data: Dataset, key: Key, batch_size: int, first_step: int
+    stage: Stage,
+    embedded: Embedding,
+    data: Dataset,
+    key: Key,
+    batch_size: int,
+    first_step: int,
+    tick: Callable[[int, Batch], None] | None,
 ) -> Iterator[tuple[int, Batch]]:
     """Stacked batches of up to `CHUNK` steps, from `first_step` on, which begins a chunk."""
     n = len(data)
@@ -302,7 +325,11 @@ def _chunks(
         begin = max(0, first_step - epoch * steps)
         rows = _rows(embedded.batches(order[begin * size :]), size)
         for start in range(begin, steps, CHUNK):
-            batches = [_batch(data, *next(rows), size) for _ in range(min(CHUNK, steps - start))]
+            batches = []
+            for step in range(start, min(start + CHUNK, steps)):
+                batches.append(_batch(data, *next(rows), size))
+                if tick:
+                    tick(epoch * steps + step + 1, batches[-1])
             yield epoch * steps + start, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
 
@@ -310,7 +337,7 @@ def _rows(batches: Iterator[tuple[np.ndarray, PyTree]], size: int) -> Iterator[t
     """Cuts the embedding's batches anew into `size` rows; the last may have fewer indices but is padded as well."""
     indices, x = np.empty(0, int), None
     for part, more in batches:
-        real = jax.tree.map(lambda leaf, n=len(part): leaf[:n], more) if len(part) < jax.tree.leaves(more)[0].shape[0] else more
+        real = jax.tree.map(lambda leaf, n=len(part): leaf[:n], more)
         indices = np.concatenate([indices, part])
         x = real if x is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, real)
         while len(indices) >= size:
@@ -348,9 +375,12 @@ def _check_loss(metrics: dict[str, np.ndarray], stage: Stage, step: int, steps_p
 class _Saver:
     """Keeps the newest checkpoint of a fit in a directory; does nothing without one."""
 
-    def __init__(self, directory: str | Path | None, seconds: float) -> None:
+    STRIDE = 1 << 32
+    """Orbax numbers checkpoints by one integer: stage * STRIDE + step."""
+
+    def __init__(self, directory: str | Path | None, seconds: float, identity: dict[str, Any]) -> None:
         self._directory = None if directory is None else Path(directory).absolute()
-        self._seconds, self._saved = seconds, time.monotonic()
+        self._seconds, self._identity, self._saved = seconds, identity, time.monotonic()
 
     def __enter__(self) -> "_Saver":
         if self._directory is not None:
@@ -364,22 +394,29 @@ class _Saver:
         if self._directory is not None:
             self._checkpoints.close()
 
-    def restore(self, method: Method, state: State, key: Key, frozen: Frozen) -> tuple[tuple[int, int], State]:
-        """The position (stage, step) and state to go on from; the beginning where nothing is saved."""
+    def restore(self, abstract: Callable[[int], State]) -> tuple[int, int, State] | None:
+        """The stage, step and state to go on from, None where nothing is saved; `abstract(stage)` is its state's type."""
         latest = None if self._directory is None else self._checkpoints.latest
         if latest is None:
-            return (0, 0), state
-        position = latest.metadata
-        stage, step = latest.custom_metadata["position"] if isinstance(latest.custom_metadata, dict) else position
-        abstract = jax.eval_shape(lambda s: s, state)
-        for done in method.stages[:stage]:
-            abstract = jax.eval_shape(done.finalize, key, abstract, frozen)
-        return (stage, step), self._checkpoints.load(latest.step, abstract)
+            return None
+        stage, step = divmod(latest.step, self.STRIDE)
+        again = f"delete {self._directory} to start afresh"
+        try:
+            identity = self._checkpoints.metadata(latest.step).custom_metadata
+        except (LookupError, OSError, ValueError) as error:
+            raise ValueError(f"the checkpoint {latest.path} is damaged: {again}") from error
+        if identity != self._identity:
+            raise ValueError(f"a checkpoint must be of the same fit {self._identity}, got one of {identity}: {again}")
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract(stage))
+        try:
+            return stage, step, self._checkpoints.load(latest.step, target)
+        except (LookupError, OSError, ValueError) as error:
+            raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {again}") from error
 
-    def save(self, position: tuple[int, int], state: State) -> None:
+    def save(self, stage: int, step: int, state: State) -> None:
         """Saves, unless the last save was a moment ago."""
         if self._directory is None or time.monotonic() - self._saved < self._seconds:
             return
-        stage, step = position
-        self._checkpoints.save(stage * (1 << 32) + step, state, custom_metadata={"position": [stage, step]})
+        self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
         self._saved = time.monotonic()

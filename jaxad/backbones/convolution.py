@@ -22,7 +22,10 @@ def padding(size: int, kernel: int, stride: int, same: bool) -> tuple[int, int]:
 
 
 class Conv(nn.Module):
-    """A convolution that carries, after folding, the batch norm's shift as its bias."""
+    """A convolution that carries, after folding, the batch norm's shift as its bias.
+
+    Its own initial values are zeros: weights come from files, or from `Backbone.init`.
+    """
 
     features: int
     kernel: int
@@ -31,8 +34,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        """The convolved map, in the type of `x`."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = jax.lax.conv_general_dilated(
             x,
@@ -53,8 +57,9 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """The filtered map, in the type of `x`."""
         b, *size, c = x.shape
-        kernel = self.param("kernel", nn.initializers.he_normal(), (self.kernel, self.kernel, 1, c), jnp.float32)
+        kernel = self.param("kernel", nn.initializers.zeros, (self.kernel, self.kernel, 1, c), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
         pads = [padding(n, self.kernel, self.stride, self.same) for n in size]
         rows, columns = ((n + sum(pad) - self.kernel) // self.stride for n, pad in zip(size, pads, strict=True))

@@ -48,6 +48,7 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
+        """The maps of those stages of a normalized image."""
         swish = jax.nn.swish
         same = self.architecture.startswith("tf_")
         width, depth = SCALES[int(self.architecture[-1])]

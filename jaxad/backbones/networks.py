@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet
@@ -33,7 +34,7 @@ class Backbone(NamedTuple):
     is of another shape or architecture, is a `ValueError`."""
 
 
-def normalize(frozen: Frozen, image: Array, dtype: jnp.dtype) -> Float[Array, "b h w 3"]:
+def normalize(frozen: Frozen, image: Array, dtype: DTypeLike) -> Float[Array, "b h w 3"]:
     """Subtracts the mean and divides by the deviation that the weights were trained with (in units of 0..255)."""
     scale = 1.0 if image.dtype == jnp.uint8 else 255.0
     return ((image.astype(jnp.float32) * scale - frozen["mean"]) / frozen["std"]).astype(dtype)
@@ -68,7 +69,7 @@ def _fold(entry: registry.Entry, stages: tuple[str, ...], tensors: Mapping[str, 
 
 
 @functools.lru_cache
-def backbone(name: str, dtype: jnp.dtype = jnp.float32) -> Backbone:
+def backbone(name: str, dtype: DTypeLike = jnp.float32) -> Backbone:
     """The architecture of that name.
 
     Args:
@@ -125,7 +126,7 @@ def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:
 
 
 @functools.lru_cache
-def features(name: str, layers: tuple[str, ...], pool: bool = False, dtype: jnp.dtype = jnp.float32) -> EmbedFn:
+def features(name: str, layers: tuple[str, ...], pool: bool = False, dtype: DTypeLike = jnp.float32) -> EmbedFn:
     """The `embed` of methods on pretrained features; the same arguments give the same function, so caches are shared.
 
     Args:

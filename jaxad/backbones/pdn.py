@@ -26,11 +26,13 @@ class PatchDescriptionNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
+        """The maps of those stages of a normalized image."""
         relu = jax.nn.relu
         maps = {}
         x = relu(Conv(WIDTHS[0], 5, 2, name="conv1")(x))
         x = maps["layer1"] = relu(Conv(WIDTHS[1], 3, 2, name="conv2")(x))
-        x = maps["layer2"] = relu(Conv(WIDTHS[2], 3, 2, name="conv3")(x))
+        if {"layer2", "layer3"} & set(layers):
+            x = maps["layer2"] = relu(Conv(WIDTHS[2], 3, 2, name="conv3")(x))
         if "layer3" in layers:
             for i in range(BLOCKS):
                 y = relu(Conv(WIDTHS[2] // 2, 1, name=f"block{i}.conv1")(x))

@@ -32,6 +32,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
+        """The maps of those stages of a normalized image."""
         relu = jax.nn.relu
         bottleneck = self.architecture not in ("resnet18", "resnet34")
         width_factor = 2 if self.architecture.startswith("wide") else 1

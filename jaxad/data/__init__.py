@@ -1,6 +1,6 @@
 """Images from folders, tables, TFDS and memory, decoded lazily to uint8 RGB of one size."""
 
 from jaxad.data.dataset import Arrays, Dataset, Split, open_data
-from jaxad.data.images import PAPER, Preprocess, to_original
+from jaxad.data.images import PAPER, ImageError, Preprocess, to_original
 
-__all__ = ["PAPER", "Arrays", "Dataset", "Preprocess", "Split", "open_data", "to_original"]
+__all__ = ["PAPER", "Arrays", "Dataset", "ImageError", "Preprocess", "Split", "open_data", "to_original"]

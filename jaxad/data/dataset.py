@@ -37,7 +37,7 @@ class Arrays(NamedTuple):
     """(n, h, w) of the test images: bool, or numbers compared with `mask_threshold`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """The images of one category and split. Nothing is decoded before it is asked for, and nothing is kept."""
 

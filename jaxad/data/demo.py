@@ -111,8 +111,8 @@ def _fabric(random: Random, size: int) -> _Surface:
         gloss=np.full((size, size), 0.015, np.float32),
         cover=np.ones((size, size), np.float32),
         core=(0.78, 0.76, 0.71),
-        shine=6,
-        softness=1,
+        shine=6.0,
+        softness=1.0,
     )
 
 
@@ -133,7 +133,7 @@ def _metal(random: Random, size: int) -> _Surface:
         gloss=(0.42 * (1 + 0.22 * grain)).astype(np.float32),
         cover=np.ones((size, size), np.float32),
         core=(0.62, 0.62, 0.62),
-        shine=14,
+        shine=14.0,
         softness=0.35,
     )
 
@@ -171,7 +171,7 @@ def _gear(random: Random, size: int) -> _Surface:
         gloss=(cover * (0.20 + 0.25 * bow) * (1 + 0.2 * rings)).astype(np.float32),
         cover=cover.astype(np.float32),
         core=(0.58, 0.58, 0.56),
-        shine=22,
+        shine=22.0,
         softness=0.5,
     )
 
@@ -203,7 +203,7 @@ def _tablet(random: Random, size: int) -> _Surface:
         gloss=(cover * 0.22 + (1 - cover) * 0.02).astype(np.float32),
         cover=cover.astype(np.float32),
         core=(0.85, 0.81, 0.74),
-        shine=38,
+        shine=38.0,
         softness=0.8,
     )
 
@@ -285,7 +285,7 @@ def _fiber(random: Random, surface: _Surface) -> tuple[Map, Map]:
     size = surface.height.shape[0]
     line = _walk(random, _place(random, surface), random.uniform(45, 100), random.uniform(0, 2 * np.pi), 0.2, 0.0)
     coverage = _strokes(size, [(line, np.full(len(line), random.uniform(1.7, 2.5)))])
-    shadow = _strokes(size, [(line + (2.0, 1.6), np.full(len(line), 3.0))])
+    shadow = _strokes(size, [(line + np.array([2.0, 1.6]), np.full(len(line), 3.0))])
     shade = 1 - 0.42 * ndimage.gaussian_filter(shadow, 1.0 * size / 256) * (1 - coverage)
     colors = ((0.12, 0.11, 0.10), (0.20, 0.24, 0.42), (0.52, 0.18, 0.16), (0.16, 0.30, 0.22))
     _blend(surface.albedo, _linear(*colors[random.integers(4)]), 0.9 * coverage)
@@ -513,13 +513,12 @@ def write_demo(directory: str | Path, **options: int) -> Path:
         root = Path(scratch) / directory.name
 
         def write(record: Record) -> None:
-            index = int(Path(record.path).stem)
-            defect = None if record.defect == GOOD else record.defect
-            image, mask = render(record.category, index, defect, options.get("seed", 0), options.get("size", 256))
-            _save(root / record.path, image)
-            if defect:
-                name = f"{index:03d}_mask.png"
-                _save(root / record.category / "ground_truth" / defect / name, mask)
+            path = Path(record.path)
+            assert callable(record.image)
+            _save(root / path, record.image())
+            if callable(record.mask):
+                name = f"{path.stem}_mask.png"
+                _save(root / record.category / "ground_truth" / record.defect / name, record.mask())
 
         in_threads(write, list(records(**options)))
         os.replace(root, directory)
@@ -527,9 +526,15 @@ def write_demo(directory: str | Path, **options: int) -> Path:
 
 
 def _part(part: int, *arguments: Any) -> np.ndarray:
-    return render(*arguments)[part]
+    return _recent(*arguments)[part]
 
 
-def _save(path: Path, pixels: np.ndarray) -> None:
+@functools.lru_cache(16)
+def _recent(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask are wanted one soon after the other."""
+    return render(*arguments)
+
+
+def _save(path: Path, pixels: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, compress_level=3)

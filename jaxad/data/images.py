@@ -146,7 +146,7 @@ def read_mask(
     height, width = mask.shape
     resized = preprocess.resize or (height, width)
     rows, columns = (
-        ((np.arange(new) + 0.5) * (old / new)).astype(np.intp)[window]
+        ((2 * np.arange(new) + 1) * old // (2 * new))[window]
         for new, old, window in zip(resized, (height, width), preprocess.window(resized), strict=True)
     )
     return mask[rows[:, None], columns]
@@ -224,8 +224,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the stored image lies on its side."""
-    return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    """Whether EXIF says that the image lies on its side; PIL gives the size of a TIFF as it is upright."""
+    return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 
 def _to_gray_or_rgb(image: Image.Image, name: str) -> Image.Image:

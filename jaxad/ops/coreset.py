@@ -35,11 +35,11 @@ def greedy_coreset(
 ) -> Coreset:
     """Farthest-point (greedy k-center) selection, a 2-approximation of the smallest covering radius.
 
-    The plain algorithm takes the point farthest from all centers, then updates every distance: one pass over all points
-    for each center. Here a pass looks at the farthest `CANDIDATES` points and runs the algorithm among them alone for as
-    long as the farthest of them is farther than the next point outside was at the start: distances only shrink, so no
-    outsider can be the next center. Then one matrix product updates all distances to the centers found. The centers and
-    their order are those of the plain algorithm.
+    The plain algorithm takes the point farthest from all centers, then updates every distance: one pass over all
+    points for each center. Here a pass looks at the farthest `CANDIDATES` points and runs the algorithm among them
+    alone for as long as the farthest of them is farther than the next point outside was at the start: distances only
+    shrink, so no outsider can be the next center. Then one matrix product updates all distances to the centers found.
+    The centers and their order are those of the plain algorithm.
 
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265, alg. 1.
 
@@ -63,7 +63,7 @@ def greedy_coreset(
     goal = jnp.minimum(jnp.sum(valid, dtype=jnp.int32), k)
     goal = goal if size is None else jnp.minimum(goal, size.astype(jnp.int32))
     candidates = min(CANDIDATES, n - 1)
-    accepted = min(ACCEPTED, max(candidates, 1))
+    accepted = min(ACCEPTED, candidates)
     blocks = -(-n // ROWS)
     rows = -(-n // blocks)
     points = points - jnp.where(valid[:, None], points, 0).sum(0) / jnp.maximum(valid.sum(), 1).astype(points.dtype)
@@ -110,6 +110,8 @@ def greedy_coreset(
     nearest = jnp.where(valid, squared_distances(points, points[first][None])[:, 0], -1.0).at[first].set(-1.0)
     order = jnp.zeros(k + accepted, jnp.int32).at[0].set(first)
     carry = (nearest, order, jnp.int32(1), jnp.int32(1))
-    nearest, order, total, passes = jax.lax.while_loop(lambda c: c[2] < goal, one_pass, carry)
+    if k > 1:
+        carry = jax.lax.while_loop(lambda c: c[2] < goal, one_pass, carry)
+    nearest, order, total, passes = carry
     index = jnp.where(jnp.arange(k) < total, order[:k], 0)
     return Coreset(index, total, jnp.sqrt(jnp.maximum(nearest.max(), 0)), passes)

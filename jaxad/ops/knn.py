@@ -18,8 +18,8 @@ def squared_distances(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[A
 def smallest_k(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k smallest entries of every row, ascending, and their columns.
 
-    The k smallest entries lie in the k groups of columns with the smallest minima, because every other entry is at least
-    as large as those k minima. One cheap pass for the minima leaves k * 64 columns to sort.
+    The k smallest entries lie in the k groups of columns with the smallest minima, because every other entry is at
+    least as large as those k minima. One cheap pass for the minima leaves k * 64 columns to sort.
     """
     n, m = x.shape
     groups = -(-m // GROUP)
@@ -57,12 +57,11 @@ def knn(
     if not 1 <= k <= m:
         raise ValueError(f"the number of neighbors must be within 1..{m} (the size of the bank), got {k}")
     norms = jnp.sum(bank * bank, 1)
-    if valid is not None:
-        norms = jnp.where(valid, norms, jnp.inf)
+    valid = jnp.ones(m, bool) if valid is None else valid
 
     def block(q: Float[Array, "r d"]) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
         product = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-        partial, index = smallest_k(norms[None] - 2 * product, k)
+        partial, index = smallest_k(jnp.where(valid, norms - 2 * product, jnp.inf), k)
         return jnp.sqrt(jnp.maximum(partial + jnp.sum(q * q, 1)[:, None], 0)), index
 
     rows = max(1, BLOCK_ELEMENTS // m)

@@ -36,7 +36,7 @@ def frozen():
 
 
 def picture(height, width):
-    return np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8))
 
 
 def convolutions(name, layers, dtype=jnp.float32):
@@ -56,9 +56,7 @@ def test_parameter_count_is_the_published_one(name):
     modules = networks.shapes(name)
     tensors = [source(module).shapes(leaves["kernel"]) for module, leaves in modules.items()]
     learned = {key: shape for group in tensors for key, shape in group.items() if ".running_" not in key}
-    width = next(leaves["bias"][0] for module, leaves in reversed(modules.items()) if module in ("head",)) if (
-        "efficientnet" in name
-    ) else (512 if name in ("resnet18", "resnet34") else 2048)
+    width = modules["head"]["bias"][0] if "head" in modules else 512 if name in ("resnet18", "resnet34") else 2048
     assert sum(map(math.prod, learned.values())) + 1000 * width + 1000 == PARAMETERS[name]
 
 
@@ -74,9 +72,7 @@ def test_parameter_count_is_the_published_one(name):
     ],
 )
 def test_nothing_past_the_last_wanted_stage_is_computed(name, layers, count):
-    program = convolutions(name, layers)
-    used = program if name != "pdn_small" else program[:2]
-    assert len(used) == count
+    assert len(convolutions(name, layers)) == count
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_b0"])
@@ -85,7 +81,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
     assert {e.invars[0].aval.dtype for e in convolutions(name, stages, jnp.bfloat16)} == {jnp.dtype(jnp.bfloat16)}
     network = backbone(name, jnp.bfloat16)
     maps = jax.eval_shape(
-        functools.partial(network.apply, layers=stages),
+        lambda frozen, image: network.apply(frozen, image, stages),
         jax.eval_shape(network.init, jax.random.key(0)),
         jax.ShapeDtypeStruct((1, 33, 47, 3), jnp.float32),
     )
@@ -104,7 +100,7 @@ def test_bfloat16_features_are_near_the_float32_ones(frozen):
 def test_uint8_and_float_images_give_the_same_features(frozen):
     image = picture(33, 47)
     embed = jax.jit(features("resnet18", ("layer1", "layer3")))
-    whole, unit = embed(frozen, image), embed(frozen, image.astype(np.float32) / np.float32(255))
+    whole, unit = embed(frozen, image), embed(frozen, image.astype(jnp.float32) / 255)
     assert whole["layer1"].shape == (2, 9, 12, 64)
     assert whole["layer3"].shape == (2, 3, 3, 256)
     for layer, values in whole.items():
@@ -113,14 +109,12 @@ def test_uint8_and_float_images_give_the_same_features(frozen):
 
 def test_images_are_normalized_as_the_weights_were_trained():
     image = picture(3, 4)
-    frozen = jax.eval_shape(backbone("resnet18").init, jax.random.key(0))
-    assert frozen["mean"].shape == frozen["std"].shape == (3,)
     means = {"resnet50": (0.485, 0.456, 0.406), "resnet50.caffe_in1k": np.divide((123.68, 116.779, 103.939), 255)}
     stds = {"resnet50": (0.229, 0.224, 0.225), "resnet50.caffe_in1k": (1 / 255,) * 3}
     for name, mean in means.items():
         entry = registry.lookup(name)
         frozen = dict(zip(("mean", "std"), np.asarray(entry.normalization, np.float32), strict=True))
-        expected = (image / 255 - mean) / stds[name]
+        expected = (np.asarray(image) / 255 - mean) / stds[name]
         np.testing.assert_allclose(networks.normalize(frozen, image, jnp.float32), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -176,7 +170,7 @@ def test_same_padding_is_that_of_xla(size, kernel, stride):
 def test_real_weights_hold_the_first_three_stages(shared, name):
     frozen = load(name, shared / "weights" / f"{name}.safetensors")
     network = backbone(name)
-    maps = jax.jit(functools.partial(network.apply, layers=("layer1", "layer3")))(frozen, picture(64, 64))
-    assert all(jnp.isfinite(m).all() and (m > 0).any() for m in maps.values())
+    maps = jax.jit(network.apply, static_argnums=2)(frozen, picture(64, 64), ("layer1", "layer3"))
+    assert all(jnp.isfinite(m).all() and m.std() > 0.1 for m in maps.values())
     with pytest.raises(ValueError, match=r"hold only the stages layer1, layer2, layer3"):
         network.apply(frozen, picture(64, 64), ("layer4",))

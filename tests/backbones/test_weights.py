@@ -6,6 +6,7 @@ import os
 import threading
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -264,7 +265,9 @@ def test_load_prefers_the_file_then_the_cache_then_the_package(cache, tmp_path, 
     places = [package, cache, tmp_path]
     cache.mkdir()
     for value, place in enumerate(places):
-        save_file(partial() | {"bn1.bias": np.full(64, value + 100, np.float32)}, place / "resnet18.tv_in1k.safetensors")
+        save_file(
+            partial() | {"bn1.bias": np.full(64, value + 100, np.float32)}, place / "resnet18.tv_in1k.safetensors"
+        )
     for value, given in ((102, tmp_path / "resnet18.tv_in1k.safetensors"), (101, None)):
         assert backbones.load("resnet18", given)["params"]["conv1"]["bias"].mean() == pytest.approx(value, abs=1)
     (cache / "resnet18.tv_in1k.safetensors").unlink()
@@ -286,6 +289,17 @@ def test_available_lists_every_set_once(cache):
     assert (row.state, row.path) == ("cached", cache / "resnet50.tv_in1k.safetensors")
 
 
+def test_the_embedded_network_reads_its_own_half_precision_file(tmp_path):
+    params = jax.tree.map(np.asarray, backbones.backbone("pdn_small").init(jax.random.key(0))["params"])
+    flat = {f"{m}.{leaf}": v.astype(np.float16) for m, leaves in params.items() for leaf, v in leaves.items()}
+    save_file(flat, tmp_path / "pdn_small.safetensors")
+    frozen = backbones.load("pdn_small", tmp_path / "pdn_small.safetensors")
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-3), frozen["params"], params)
+    save_file(flat | {"head.bias": np.ones(3, np.float16)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"needs the tensor head.bias of shape \(384,\), got \(3,\)"):
+        backbones.load("pdn_small", tmp_path / "other.safetensors")
+
+
 def test_resolve_takes_the_variant_from_the_file():
     assert backbones.resolve("resnet50", "folder/resnet50.caffe_in1k.safetensors") == "resnet50.caffe_in1k"
     assert backbones.resolve("resnet50", "folder/resnet18.tv_in1k.safetensors") == "resnet50"
@@ -300,7 +314,10 @@ def test_resolve_takes_the_variant_from_the_file():
     ("change", "message"),
     [
         ({"layer1.1.conv2.weight": None}, r"needs the tensor layer1.1.conv2.weight of shape .*, which is missing"),
-        ({"layer1.0.bn2.running_var": None}, r"needs the tensor layer1.0.bn2.running_var of shape \(64,\), which is mis"),
+        (
+            {"layer1.0.bn2.running_var": None},
+            r"needs the tensor layer1.0.bn2.running_var of shape \(64,\), which is mis",
+        ),
         ({"conv1.weight": np.ones((64, 1, 7, 7))}, r"of shape \(64, 3, 7, 7\), got \(64, 1, 7, 7\)"),
         ({"layer1.2.conv1.weight": np.ones((64, 64, 3, 3))}, "has no tensor layer1.2.conv1.weight"),
         ({"bn1.running_var": np.full(64, np.nan)}, "needs finite numbers, got others in conv1"),
@@ -334,7 +351,9 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
 def test_missing_files_say_what_to_do(cache, tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights file"):
         backbones.load("resnet18", tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"run `jaxad weights fetch resnet50`, or give a file \(--weights PATH\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run `jaxad weights fetch resnet50`, or give a file \(--weights PATH\)"
+    ):
         backbones.source("resnet50")
     with pytest.raises(FileNotFoundError, match=r"machine: give a file"):
         backbones.load("resnet50.caffe_in1k")

@@ -1,0 +1,482 @@
+"""The command line: `jaxad fit | score | evaluate | benchmark | list | weights | report`.
+
+Tables go to stdout, everything else to stderr. What a user did wrong is one line and exit code 2 (`JAXAD_DEBUG=1` shows
+the traceback), an interruption one line and exit code 130. Only commands that need JAX import it.
+"""
+
+import dataclasses
+import inspect
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from tyro.conf import Positional, UseAppendAction, arg
+
+import jaxad
+
+LINE_SECONDS = 5.0
+"""Between two lines of progress where stderr is no terminal."""
+Source = Annotated[Positional[str], arg(metavar="SOURCE")]
+Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; `argv` is for tests."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXAD_DEBUG"):
+            raise
+        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        return _fail(f"error: {' '.join(words.split())}", 2)
+
+
+def _dispatch(argv: list[str]) -> int:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<10} {inspect.getdoc(run).partition(chr(10))[0]}" for command, run in COMMANDS.items()]
+        print("usage: jaxad COMMAND [OPTIONS]\n", jaxad.__doc__, "", *lines, sep="\n")
+        print("\n`jaxad COMMAND --help` shows the options of a command. Try: jaxad benchmark demo --methods patchcore")
+    elif name == "--version":
+        print(f"jaxad {jaxad.__version__}")
+    elif name in ("fit", "benchmark", "weights"):
+        COMMANDS[name](rest)
+    elif name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"jaxad {name}", args=rest)
+    else:
+        return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
+    return 0
+
+
+@dataclasses.dataclass
+class Data:
+    """What images to take, and where to write.
+
+    Args:
+        source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
+        category: One product class, or all of them one after the other.
+        mask_threshold: A mask pixel counts where it is above.
+        output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
+        preset: "paper" resizes to 256 and crops to 224.
+    """
+
+    source: Source
+    category: str = "all"
+    mask_threshold: int = 0
+    output: Path = Path("runs")
+    preset: Literal["paper"] | None = None
+
+
+@dataclasses.dataclass
+class FitData(Data):
+    """What to fit on what, and where to write.
+
+    Args:
+        method: A name in `jaxad list`; with --help, its own options are shown below.
+    """
+
+    method: str = "patchcore"
+
+
+@dataclasses.dataclass
+class BenchmarkData(Data):
+    """What to compare on what, and where to write.
+
+    Args:
+        methods: Names in `jaxad list`, each with its default hyper-parameters; none means all.
+        seeds: Repetitions, counted up from the seed; several go to OUTPUT/seedN/METHOD/DATASET/CATEGORY.
+        report: Also write an HTML report to this file.
+    """
+
+    methods: tuple[str, ...] = ()
+    seeds: int = 1
+    report: Path | None = None
+
+
+def fit(argv: list[str]) -> None:
+    """Learn from normal images."""
+    name = _peek(argv, "method", FitData.method)
+    groups = {"data": FitData, "detector": _detector_options(), name: _method_options(name)}
+    data, options, hyperparameters = _parse("fit", argv, groups)
+    detector = _detector(name, data, options | hyperparameters)
+    opened = _open(data, detector)
+    for split in opened.values():
+        run_dir = _fit(detector, split.train, data, ["fit", *argv])
+    saved = shlex.quote(str(run_dir if len(opened) == 1 else run_dir.parent))
+    following = f"evaluate {saved}" if any(split.test for split in opened.values()) else f"score {saved} NEW_IMAGES"
+    _say(f"saved in {saved}; next: jaxad {following}")
+
+
+def benchmark(argv: list[str]) -> None:
+    """Fit and evaluate several methods on every category, side by side."""
+    from jaxad import runs
+    from jaxad.methods import METHODS
+    from jaxad.report.tables import metrics_table
+
+    data, options = _parse("benchmark", argv, {"data": BenchmarkData, "detector": _detector_options()})
+    if data.seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
+    names = data.methods or tuple(METHODS)
+    detectors = [_detector(name, data, options | vars(_method_options(name)())) for name in names]
+    opened = _open(data, detectors[0])
+    without = [category for category, split in opened.items() if split.test is None]
+    if without:
+        raise ValueError(f"a benchmark needs test images, got none for {', '.join(without)} of {data.source}")
+    rows, run_dirs = [], []
+    for split in opened.values():
+        caches = runs.shared_caches(detectors)
+        for detector, cache in zip(detectors, caches, strict=True):
+            detector.frozen = detectors[0].load_frozen()
+            for seed in range(options["seed"], options["seed"] + data.seeds):
+                detector.seed, several = seed, data.seeds > 1
+                run_dir = _fit(
+                    detector, split.train, data, ["benchmark", *argv], f"seed{seed}" if several else "", cache
+                )
+                row = _evaluate(detector, split.test, run_dir, data.source, False, cache)
+                rows.append(row._replace(method=f"{row.method} seed {seed}") if several else row)
+                run_dirs.append(run_dir)
+    _print(metrics_table(sorted(rows, key=lambda row: row.method)))
+    _report(run_dirs, data.report)
+
+
+def score(
+    run: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
+    source: Source,
+    category: str | None = None,
+    output: Path | None = None,
+    overlays: bool = False,
+    maps: bool = False,
+    weights: UseAppendAction[tuple[Path, ...]] = (),
+) -> None:
+    """Score images with a fitted run; heat maps on request.
+
+    Args:
+        run: A run directory, or what `Detector.save` wrote.
+        source: A folder, one image, a CSV file, tfds:NAME, or demo; of a data set with a test split, the test images.
+        category: Product class of the source; None: the run's.
+        output: Folder of scores.csv and scores.jsonl; None: RUN_DIR/scores/NAME_OF_SOURCE.
+        overlays: Write PNGs with the heat map over the image to OUTPUT/overlays. The colors begin at the median normal
+            pixel and reach the pixel threshold halfway, so they mean the same in all images.
+        maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
+        weights: Where the backbone's weights are now, if not where they were.
+    """
+    from jaxad import runs
+
+    path = Path(source)
+    detector = jaxad.load(run, weights=weights or None)
+    split = runs.open_split(
+        source, detector, asked=category, fitted=runs.read_recipe(run).get("category"), any_folder=True
+    )
+    output = output or run / "scores" / runs.segment(path.resolve().stem if path.exists() else source)
+    root = (path if path.is_dir() else path.parent) if path.exists() else None
+    data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
+    with Bars(f"{detector.method_name} {data.name}") as bars:
+        anomalous = runs.score_run(detector, data, output, root=root, progress=bars, **options)
+    threshold = detector.image_threshold
+    found = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
+    folders = [f", {name}/" for name in ("overlays", "maps") if options[name]]
+    _say(f"{len(data)} images scored, {found}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+
+
+def evaluate(
+    run: Runs,
+    source: str | None = None,
+    category: str | None = None,
+    mask_threshold: int | None = None,
+    weights: UseAppendAction[tuple[Path, ...]] = (),
+    oracle: bool = False,
+    report: Path | None = None,
+) -> None:
+    """Score the test images of fitted runs, print the metrics and keep them for the report.
+
+    Args:
+        run: Run directories, or folders of them.
+        source: Labeled images; None: those of the data set that the run was fitted on.
+        category: Product class of the source; None: the run's.
+        mask_threshold: A mask pixel counts where it is above; None: as in fit.
+        weights: Where the backbone's weights are now, if not where they were.
+        oracle: Choose the thresholds on the test set itself, and mark them so.
+        report: Also write an HTML report to this file.
+    """
+    from jaxad import runs
+    from jaxad.report.tables import metrics_table
+
+    run_dirs, rows = runs.find(run, "model.json"), []
+    for run_dir in run_dirs:
+        detector, recipe = jaxad.load(run_dir, weights=weights or None), runs.read_recipe(run_dir)
+        tested = source or recipe.get("source")
+        if tested is None:
+            raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
+        threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
+        fitted = recipe.get("category")
+        split = runs.open_split(tested, detector, asked=category, fitted=fitted, mask_threshold=threshold)
+        if split.test is None:
+            raise ValueError(
+                f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
+            )
+        rows.append(_evaluate(detector, split.test, run_dir, tested, oracle))
+    _print(metrics_table(rows))
+    _report(run_dirs, report)
+
+
+def report(run: Runs, output: Path = Path("report.html")) -> None:
+    """Write one HTML page about fitted and evaluated runs.
+
+    Args:
+        run: Run directories, or folders of them.
+        output: The file to write.
+    """
+    from jaxad import runs
+
+    _report(runs.find(run, "recipe.json"), output)
+
+
+def methods() -> None:
+    """List the methods and backbones."""
+    from jaxad.backbones import available
+    from jaxad.methods import METHODS
+
+    table = Table("method", "what it does", "paper")
+    for name, make in METHODS.items():
+        text = sys.modules[make.__module__].__doc__ or ""
+        paper = re.search(r"^Paper: (.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+        table.add_row(name, text.partition("\n")[0].partition(": ")[2], " ".join(paper[1].split()) if paper else "")
+    _print(table)
+    known = available()
+    print(f"backbones: {', '.join(dict.fromkeys(one.name.partition('.')[0] for one in known))}")
+    here = [f"{one.name} ({one.state})" for one in known if one.path]
+    print(f"weights here: {', '.join(here) or 'none'}; `jaxad weights list` shows all")
+
+
+def weights(argv: list[str]) -> None:
+    """Manage pretrained weights: list, fetch NAME, import FILE."""
+    commands = {"list": weights_list, "fetch": weights_fetch, "import": weights_import}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="jaxad weights", description=weights.__doc__, args=argv)
+
+
+def weights_list() -> None:
+    """List the weights known by name and where they are."""
+    from jaxad.backbones import available
+
+    table = Table("name", "short", "state", "file or address")
+    for one in available():
+        where = str(one.path or one.url or "import a file of it")
+        table.add_row(one.name, one.plain, one.state, where, style="bold" if one.path else None)
+    _print(table)
+
+
+def weights_fetch(name: Annotated[Positional[str], arg(metavar="NAME")]) -> None:
+    """Download official weights into the cache; run it again to resume.
+
+    Args:
+        name: A name in `jaxad weights list`.
+    """
+    from jaxad.backbones import fetch
+
+    with Bars(name, "MB", 1e6) as bars:
+        path = fetch(name, lambda done, total: bars("fetch", done, total))
+    _say(f"{name} is in {path}")
+
+
+def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name: str | None = None) -> None:
+    """Copy a safetensors file of your own into the cache, after checking it.
+
+    Args:
+        file: Safetensors with timm's or torchvision's names.
+        name: The backbone that it is for; None takes it from the file's name.
+    """
+    from jaxad.backbones import import_file
+
+    _say(f"imported as {import_file(file, name)}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "fit": fit,
+    "score": score,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "report": report,
+    "list": methods,
+    "weights": weights,
+}
+
+
+class Bars:
+    """Progress on stderr: a bar a stage with rate and time left; plain lines now and then where it is no terminal."""
+
+    def __init__(self, title: str, unit: str = "images", scale: float = 1) -> None:
+        self._title, self._unit, self._scale = title, unit, scale
+        self._what, self._started, self._told = "", 0.0, time.monotonic()
+        columns = (
+            SpinnerColumn(),
+            TextColumn(title),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
+        self._bars = Progress(*columns, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Bars":
+        if self._bars is not None:
+            self._bars.start()
+            self._task = self._bars.add_task("prepare", total=None, pace="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` (0: unknown) of that stage."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started = what, now
+            if self._bars is not None:
+                self._bars.remove_task(self._task)
+                self._task = self._bars.add_task(what, total=total or None, pace="")
+        pace = f"{done / self._scale:.0f}/{total / self._scale:.0f} {self._unit}" if total else ""
+        if done and now > self._started:
+            rate = done / (now - self._started)
+            pace += f", {rate / self._scale:.1f} {self._unit}/s, {_duration((total - done) / rate)} left"
+        if self._bars is not None:
+            self._bars.update(self._task, completed=done, pace=pace)
+        elif now - self._told >= LINE_SECONDS:
+            self._told = now
+            _say(f"{self._title} {what}: {pace or '...'}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(words: str, code: int) -> int:
+    _say(f"jaxad: {words}")
+    return code
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _peek(argv: Sequence[str], name: str, default: str) -> str:
+    """The value of an option before the rest is known."""
+    for given, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, _, value = given.partition("=")
+        if option == f"--{name}":
+            return value or following
+    return default
+
+
+def _parse(command: str, argv: list[str], groups: dict[str, type]) -> list[Any]:
+    """Parses options by group; all but the first come back as dictionaries."""
+    options = dataclasses.make_dataclass("Options", groups.items())
+    description = inspect.getdoc(COMMANDS[command])
+    config = (tyro.conf.OmitArgPrefixes,)
+    parsed = tyro.cli(options, prog=f"jaxad {command}", description=description, args=argv, config=config)
+    first, *others = (getattr(parsed, group) for group in groups)
+    return [first, *map(vars, others)]
+
+
+def _from_signature(function: Callable, doc: str | None, leave_out: Sequence[str] = (), **types: Any) -> type:
+    """A dataclass of a function's keyword-only arguments, with its docstring; those in `types` default to ()."""
+    hints = typing.get_type_hints(function)
+    wanted = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in leave_out
+    ]
+    fields = [(p.name, types.get(p.name, hints[p.name]), () if p.name in types else p.default) for p in wanted]
+    options = dataclasses.make_dataclass("Options", fields)
+    options.__doc__ = doc
+    return options
+
+
+def _detector_options() -> type:
+    from jaxad.detector import Detector
+
+    several = UseAppendAction[tuple[str, ...]]
+    return _from_signature(Detector.__init__, Detector.__doc__, backbone=several, weights=several)
+
+
+def _method_options(name: str) -> type:
+    from jaxad.methods import factory
+
+    return _from_signature(factory(name), factory(name).__doc__, ("backbone", "image_size"))
+
+
+def _detector(name: str, data: Data, options: dict[str, Any]) -> Any:
+    from jaxad.data import PAPER
+
+    if data.preset == "paper":
+        options = options | {"image_size": PAPER.resize, "center_crop": PAPER.center_crop}
+    return jaxad.Detector(name, **options | {key: options[key] or None for key in ("backbone", "weights")})
+
+
+def _open(data: Data, detector: Any) -> dict[str, Any]:
+    from jaxad.data import open_data
+
+    options = {"preprocess": detector.preprocess, "mask_threshold": data.mask_threshold}
+    return open_data(data.source, category=data.category, **options)
+
+
+def _fit(detector: Any, train: Any, data: Data, argv: list[str], below: str = "", cache: Any = None) -> Path:
+    from jaxad import runs
+
+    source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
+    recipe = {"source": source, "mask_threshold": data.mask_threshold, "command": shlex.join(["jaxad", *argv])}
+    run_dir = runs.directory(data.output / below, detector, train)
+    title = f"{detector.method_name} {train.name}/{train.category}"
+    with Bars(title) as bars:
+        runs.fit_run(detector, train, run_dir, recipe, say=_say, cache=cache, progress=bars)
+    seconds, threshold = detector.seconds, detector.image_threshold
+    held = f" + {threshold.n} held out for the threshold" if threshold else ", none held out for a threshold"
+    _say(f"{title}: fitted on {detector.n_train} images{held}, {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling")
+    if threshold and threshold.guaranteed_fpr > threshold.fpr:
+        chance = f"up to {threshold.guaranteed_fpr:.0%} of good images may be flagged instead of {threshold.fpr:.0%}"
+        _say(f"{title}: {threshold.n} held-out images are few: {chance}")
+    return run_dir
+
+
+def _evaluate(detector: Any, test: Any, run_dir: Path, source: str, oracle: bool, cache: Any = None) -> Any:
+    from jaxad import runs
+
+    with Bars(f"{detector.method_name} {test.name}/{test.category}") as bars:
+        return runs.evaluate_run(detector, test, run_dir, source=source, oracle=oracle, cache=cache, progress=bars)
+
+
+def _report(run_dirs: Sequence[Path], page: Path | None) -> None:
+    """Writes the report, or tells how to."""
+    from jaxad.report.html import write_report
+
+    if page is None:
+        _say(f"next: jaxad report {shlex.join(map(str, run_dirs[:8]))}{' ...' if len(run_dirs) > 8 else ''}")
+    else:
+        _say(f"open the report: {write_report(run_dirs, page).absolute().as_uri()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""The run directory: fit one category, evaluate it or score other images with it, and write what came out.
+
+`runs/<method>/<dataset>/<category>/` holds model.safetensors and model.json, threshold.json, recipe.json and, once
+evaluated, metrics.json, scores.csv, scores.jsonl and examples.npz. Every file appears whole or not at all; model.json
+comes last of a fit and metrics.json last of an evaluation.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxad
+from jaxad import artifact
+from jaxad.data import Dataset, Split, open_data, to_original
+from jaxad.data.folders import LAYOUTS
+from jaxad.data.images import in_threads
+from jaxad.detector import Detector, peak_bytes
+from jaxad.fit import EmbeddingCache, Progress, compile_seconds
+from jaxad.metrics import Threshold, evaluate, oracle_threshold
+from jaxad.metrics.threshold import ORACLE
+from jaxad.report.examples import Examples, choose_examples, save_examples
+from jaxad.report.pictures import overlay, save_png, save_tiff
+from jaxad.report.tables import Row
+
+RESULTS = ("metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
+"""What belongs to an older model as soon as a new one is there."""
+
+Say = Callable[[str], None]
+"""Tells the user one line."""
+
+
+def fit_run(
+    detector: Detector,
+    train: Dataset,
+    run_dir: Path,
+    recipe: dict[str, Any],
+    *,
+    say: Say,
+    cache: EmbeddingCache | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fits a detector to one category and writes its run directory.
+
+    A run that was killed leaves `checkpoint/` behind: the same settings on the same data resume it, others delete it.
+
+    Args:
+        detector: Fitted in place.
+        train: The normal images.
+        run_dir: Created where missing; an older run in it is replaced.
+        recipe: What the caller knows of the run: source, mask_threshold, command.
+        say: Told about resuming.
+        cache: Embedded images shared between detectors.
+        progress: As for `Detector.fit`.
+    """
+    for abandoned in run_dir.glob(".*.tmp"):
+        abandoned.unlink()
+    checkpoint = run_dir / "checkpoint"
+    _resume(checkpoint, _fingerprint(detector, train), say)
+    detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=progress)
+    for name in RESULTS:
+        (run_dir / name).unlink(missing_ok=True)
+    artifact.write_json(run_dir / "recipe.json", _recipe(detector, train) | recipe)
+    detector.save(run_dir)
+    shutil.rmtree(checkpoint)
+
+
+def evaluate_run(
+    detector: Detector,
+    test: Dataset,
+    run_dir: Path,
+    *,
+    source: str,
+    oracle: bool = False,
+    cache: EmbeddingCache | None = None,
+    progress: Progress | None = None,
+) -> Row:
+    """Scores labeled test images and writes metrics, scores and the report's examples into the run directory.
+
+    Pixel metrics are those of the preprocessed images and masks. They are exact, so the heat maps of all test images
+    are in memory at once (0.2 MB an image of 224 x 224).
+
+    Args:
+        detector: Fitted.
+        test: Images with labels; those without count in no metric.
+        run_dir: Where the detector was saved.
+        source: What `test` was read from.
+        oracle: Choose the thresholds on these very images, and mark them so.
+        cache: Embedded images shared between detectors.
+        progress: As for `Detector.score`.
+
+    Raises:
+        ValueError: No image has a label.
+    """
+    labels = test.labels
+    known = labels >= 0
+    if not known.any():
+        raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
+    started, compiled = time.perf_counter(), compile_seconds(detector.method)
+    scores, maps = np.empty(len(test)), None
+    for part, found in detector.score(test, cache=cache, progress=progress):
+        scores[part] = found.image
+        if found.pixel is not None:
+            maps = np.empty((len(test), *test.image_size), np.float32) if maps is None else maps
+            maps[part] = found.pixel
+    compiled = compile_seconds(detector.method) - compiled
+    per_image = (time.perf_counter() - started - compiled) / len(test)
+    masks = None if maps is None else test.masks(range(len(test)))
+    pixels = (None, None) if maps is None or masks is None else (maps[known], masks[known])
+    measured = evaluate(scores[known], labels[known], *pixels)
+
+    (run_dir / "metrics.json").unlink(missing_ok=True)
+    if oracle:
+        detector.image_threshold = oracle_threshold(scores[known], labels[known])
+        detector.pixel_threshold = None if pixels[0] is None else oracle_threshold(*pixels)
+        detector.save_thresholds(run_dir)
+    thresholds = [t for t in (detector.image_threshold, detector.pixel_threshold) if t is not None]
+    with score_files(run_dir, detector.image_threshold) as write:
+        for one in zip(test.paths, labels, test.defects, scores, strict=True):
+            write(*one)
+    chosen = choose_examples(scores, labels, detector.image_threshold.value if detector.image_threshold else None)
+    limits = detector.color_limits()
+    if limits is None and maps is not None:
+        limits = float(np.median(maps)), float(maps.max())
+    examples = Examples(
+        image=test.images(chosen),
+        path=[test.paths[i] for i in chosen],
+        label=labels[chosen],
+        score=scores[chosen],
+        mask=None if masks is None else masks[chosen],
+        map=None if maps is None else maps[chosen],
+        limits=limits,
+    )
+    save_examples(run_dir, examples)
+    recipe = read_recipe(run_dir) or _recipe(detector, test) | {"source": source}
+    recipe["seconds"] |= {"score_compile": compiled, "score_per_image": per_image}
+    recipe |= {"images_per_second": 1 / per_image, "peak_bytes": max(recipe["peak_bytes"], peak_bytes())}
+    artifact.write_json(run_dir / "recipe.json", recipe)
+    metrics = {
+        "metrics": measured.values,
+        "reasons": measured.reasons,
+        "n_test": int(known.sum()),
+        "n_anomalous": int((labels == 1).sum()),
+        "oracle": any(t.source == ORACLE for t in thresholds),
+        "source": source,
+    }
+    artifact.write_json(run_dir / "metrics.json", metrics)
+    return Row(detector.method_name, recipe["dataset"], recipe["category"], measured.values, measured.reasons)
+
+
+def score_run(
+    detector: Detector,
+    data: Dataset,
+    output: Path,
+    *,
+    root: Path | None,
+    labeled: bool,
+    overlays: bool = False,
+    maps: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Scores images one batch after the other; memory does not grow with their number.
+
+    Args:
+        detector: Fitted.
+        data: The images.
+        output: Receives scores.csv and scores.jsonl; overlays/ and maps/ where asked for, in the images' own tree.
+        root: The folder that this tree is relative to; None where the images are no files.
+        labeled: Whether the labels of `data` are real; else they are left empty.
+        overlays: Write PNGs of the images with the heat map over them, in colors that mean the same in every image.
+        maps: Write the raw heat maps at the original resolution as float32 TIFFs.
+        progress: As for `Detector.score`.
+
+    Returns:
+        The number of images above the threshold; 0 without one.
+
+    Raises:
+        ValueError: The method gives no heat maps, or there is nothing to take the colors from.
+    """
+    limits = detector.color_limits()
+    names = tree(data, root)
+
+    def draw(job: tuple[int, np.ndarray]) -> None:
+        i, heat = job
+        heat = to_original(heat, data.original_size(i), data.preprocess)
+        if maps:
+            save_tiff(output / "maps" / f"{names[i]}.tiff", heat)
+        if overlays and limits is not None:
+            save_png(output / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat, *limits))
+
+    anomalous = 0
+    with score_files(output, detector.image_threshold) as write:
+        for part, found in detector.score(data, progress=progress):
+            if overlays or maps:
+                if found.pixel is None:
+                    raise ValueError(
+                        f"overlays and maps need a method with heat maps, got {detector.method_name}: leave them out"
+                    )
+                if overlays and limits is None:
+                    raise ValueError(
+                        "overlays take their colors from held-out images, got a model without: fit with holdout > 0"
+                    )
+                in_threads(draw, zip(part, found.pixel, strict=True))
+            for i, score in zip(part, found.image, strict=True):
+                label, defect = (int(data.labels[i]), data.defects[i]) if labeled else (-1, "")
+                anomalous += bool(write(data.paths[i], label, defect, float(score)))
+    return anomalous
+
+
+def tree(data: Dataset, root: Path | None) -> list[str]:
+    """Where each image's pictures go: its path from `root`, without the ending where that is still unique.
+
+    An image outside of `root` takes its whole path.
+    """
+    names = []
+    for path in data.paths:
+        if root is not None:
+            inside = os.path.relpath(path, root)
+            path = os.path.abspath(path) if inside.startswith(os.pardir) else inside
+        names.append(os.path.normpath(path).lstrip(os.sep))
+    bare = [os.path.splitext(name)[0] for name in names]
+    return bare if len(set(bare)) == len(set(names)) else names
+
+
+@contextlib.contextmanager
+def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[[str, int, str, float], bool | None]]:
+    """Writes scores.csv and scores.jsonl row by row; they appear when the block ends well.
+
+    Yields:
+        write(path, label, defect, score) -> the prediction: whether the score is above the threshold, None without one.
+        An unknown label is -1, and empty (null) in the files.
+    """
+    encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+    with (
+        artifact.replacing(folder / "scores.csv") as csv_path,
+        artifact.replacing(folder / "scores.jsonl") as jsonl_path,
+        csv_path.open("w", newline="", **encoding) as csv_file,
+        jsonl_path.open("w", **encoding) as jsonl_file,
+    ):
+        fields = ("path", "label", "defect", "score", "prediction")
+        table = csv.writer(csv_file)
+        table.writerow(fields)
+
+        def write(path: str, label: int, defect: str, score: float) -> bool | None:
+            prediction = None if threshold is None else bool(score > threshold.value)
+            row = (
+                path,
+                None if label < 0 else int(label),
+                defect or None,
+                float(score),
+                None if prediction is None else int(prediction),
+            )
+            table.writerow(row)
+            jsonl_file.write(json.dumps(dict(zip(fields, row, strict=True))) + "\n")
+            return prediction
+
+        yield write
+
+
+def shared_caches(detectors: Sequence[Detector]) -> list[EmbeddingCache | None]:
+    """For each detector: the cache of all whose frozen part is the same function, None for a loner."""
+    embeds = [detector.method.embed for detector in detectors]
+    caches: dict[Any, EmbeddingCache] = {embed: {} for embed in embeds if embeds.count(embed) > 1}
+    return [caches.get(embed) for embed in embeds]
+
+
+def directory(output: Path, detector: Detector, train: Dataset) -> Path:
+    """Where the run of a detector on a category lies."""
+    return output / detector.method_name / segment(train.name) / segment(train.category)
+
+
+def segment(name: str) -> str:
+    """A name as one part of a path."""
+    return re.sub(r"[/\\:]+", "_", name).strip(". ") or "_"
+
+
+def find(paths: Sequence[Path], file: str) -> list[Path]:
+    """The run directories among or below the paths: those with a file of that name.
+
+    Raises:
+        ValueError: No path is given.
+        FileNotFoundError: A path has none.
+    """
+    if not paths:
+        raise ValueError("give one or more run directories, such as runs/patchcore/demo")
+    found: dict[Path, None] = {}
+    for path in paths:
+        below = [path] if (path / file).is_file() else sorted(hit.parent for hit in path.rglob(file))
+        if not below:
+            raise FileNotFoundError(f"no run in {path}: give a directory that `jaxad fit` wrote")
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def read_recipe(run_dir: Path) -> dict[str, Any]:
+    """recipe.json, empty where `Detector.save` wrote the model alone."""
+    path = run_dir / "recipe.json"
+    return artifact.read_json(path) if path.is_file() else {}
+
+
+def open_split(
+    source: str,
+    detector: Detector,
+    *,
+    asked: str | None,
+    fitted: str | None,
+    mask_threshold: int = 0,
+    any_folder: bool = False,
+) -> Split:
+    """One category of a source: the one asked for, or the only one, or the one that the run was fitted on.
+
+    Args:
+        source: As for `open_data`.
+        detector: Says how images are preprocessed.
+        asked: A category, or None.
+        fitted: The category of the run, or None.
+        mask_threshold: A mask pixel counts where it is above.
+        any_folder: A folder in no known layout may hold normal and anomalous images.
+
+    Raises:
+        ValueError: There are several and none of the two names is among them; and all of `open_data`.
+    """
+    folder = any_folder and Path(source).is_dir()
+    layout = next(name for name, known in LAYOUTS.items() if known.matches(Path(source))) if folder else "auto"
+    options: dict[str, Any] = {"preprocess": detector.preprocess, "mask_threshold": mask_threshold, "layout": layout}
+    opened = open_data(source, category=asked, **options)
+    if len(opened) > 1 and fitted not in opened:
+        raise ValueError(f"{source} has several categories: choose one with --category: {', '.join(opened)}")
+    return next(iter(opened.values())) if len(opened) == 1 else opened[fitted]
+
+
+def _resume(checkpoint: Path, fingerprint: str, say: Say) -> None:
+    """Keeps the checkpoint of the very same fit, and deletes any other."""
+    mark = checkpoint / "fingerprint"
+    if mark.is_file() and mark.read_text() == fingerprint:
+        if any(entry.name.isdigit() for entry in (checkpoint / "state").glob("*")):
+            say(f"resuming from {checkpoint}")
+        return
+    if checkpoint.exists():
+        say(f"{checkpoint} is of other settings or data: deleted")
+        shutil.rmtree(checkpoint)
+    artifact.write_atomically(mark, fingerprint)
+
+
+def _fingerprint(detector: Detector, train: Dataset) -> str:
+    """Of all that decides what a fit computes: settings, weights, images."""
+    files = [record.image for record in train.records]
+    stats = [os.stat(file) if isinstance(file, Path) else None for file in files]
+    images = [(path, stat and (stat.st_size, stat.st_mtime_ns)) for path, stat in zip(train.paths, stats, strict=True)]
+    sources = [source["sha256"] for source in detector.sources()]
+    decisive = [jaxad.__version__, detector.recipe(), detector.backbones, sources, train.mask_threshold, images]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def _recipe(detector: Detector, data: Dataset) -> dict[str, Any]:
+    """What recipe.json says of a fitted detector."""
+    sources = detector.sources()
+    device = jax.devices()[0]
+    kind = (
+        f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+    )
+    compile_and_fit = {"compile": None, "fit": None} | detector.seconds
+    return detector.recipe() | {
+        "backbone": ", ".join(source["name"] for source in sources),
+        "weights": {key: ", ".join(source[key] for source in sources) for key in ("path", "sha256")},
+        "dataset": data.name,
+        "category": data.category,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "device": kind,
+        "seconds": compile_and_fit,
+        "images_per_second": detector.n_train / detector.seconds["fit"] if detector.seconds else None,
+        "peak_bytes": peak_bytes(),
+        "n_train": detector.n_train,
+        "n_heldout": detector.n_heldout,
+    }

@@ -1,0 +1,55 @@
+"""The conformance table: one row a method and one for every variant that takes another path.
+
+`tests/test_conformance.py` runs each row through the same tests. A row carries whatever differs, so that no test asks for a
+method's name. Keep it tiny: 64 px, few channels, few steps.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxad.base import Method
+from jaxad.methods import METHODS
+
+IMAGE_SIZE = (64, 64)
+TWO = ("layer1", "layer2")
+
+
+class Case(NamedTuple):
+    """A method with hyper-parameters small enough to compile in a moment."""
+
+    method: str
+    hyperparameters: dict[str, Any]
+    backbone: str | tuple[str, ...] = "pdn_small"
+    pixel: bool = True
+    """Whether it gives a heat map."""
+    random: bool = False
+    """Whether the fitted state depends on the key."""
+    streaming: bool = False
+    """Whether the state is of one size however many training images there are."""
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The backbones, one or more."""
+        return (self.backbone,) if isinstance(self.backbone, str) else self.backbone
+
+    def make(self) -> Method:
+        """The method."""
+        sized = {"image_size": IMAGE_SIZE} if self.pixel else {}
+        return METHODS[self.method](backbone=self.backbone, **sized, **self.hyperparameters)
+
+
+PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
+
+CASES = {
+    "patchcore": Case("patchcore", PATCHCORE, random=True),
+    "patchcore-paper": Case("patchcore", PATCHCORE | dict(scoring="paper", reweight_neighbors=4), random=True),
+    "patchcore-all": Case("patchcore", dict(layers=("layer2",), coreset_sampling_ratio=1.0)),
+    "patchcore-ensemble": Case("patchcore", PATCHCORE, ("pdn_small", "pdn_small"), random=True),
+    "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
+    "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
+    "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
+    "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False),
+    "mahalanobis_ad-npca": Case(
+        "mahalanobis_ad", dict(layers=TWO, reduction="npca", variance_threshold=0.9), pixel=False
+    ),
+}

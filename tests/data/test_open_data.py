@@ -1,0 +1,329 @@
+"""Every layout and every fault of a source."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jaxad.data import Arrays, Preprocess, open_data
+
+RED = np.full((12, 16, 3), (200, 30, 30), np.uint8)
+SPOT = np.zeros((12, 16), np.uint8)
+SPOT[2:5, 3:9] = 255
+
+
+def save(path, pixels=RED):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def category(root, mask_name="{}_mask.png", good="good"):
+    for i in range(3):
+        save(root / f"train/{good}/{i:03d}.png")
+    for kind in (good, "crack", "dent"):
+        for i in range(2):
+            save(root / f"test/{kind}/{i:03d}.png")
+            if kind != good and mask_name:
+                save(root / "ground_truth" / kind / mask_name.format(f"{i:03d}"), SPOT)
+    return root
+
+
+@pytest.mark.parametrize("mask_name", ["{}_mask.png", "{}.png", "{}.bmp"])
+def test_mvtec_layout_of_one_category(tmp_path, mask_name):
+    data = open_data(category(tmp_path / "screw", mask_name), preprocess=Preprocess((12, 16)))
+    assert list(data) == ["screw"]
+    train, test = data["screw"]
+    assert (train.name, train.category, train.split, len(train)) == ("screw", "screw", "train", 3)
+    assert test.defects == ("crack", "crack", "dent", "dent", "good", "good")
+    assert test.labels.tolist() == [1, 1, 1, 1, 0, 0] and train.labels.tolist() == [0, 0, 0]
+    assert test.has_masks and test.image_size == (12, 16)
+    assert np.array_equal(test.images([0, 5]), np.stack([RED, RED]))
+    assert np.array_equal(test.masks([0, 5]), np.stack([SPOT > 0, SPOT > 255]))
+    assert test.paths[0] == str(tmp_path / "screw/test/crack/000.png")
+    assert np.array_equal(test.original(1), RED) and test.original_size(1) == (12, 16)
+
+
+def test_mvtec_layout_of_many_categories(tmp_path):
+    category(tmp_path / "set/nut")
+    category(tmp_path / "set/bolt", mask_name=None, good="ok")
+    save(tmp_path / "set/about/cover.png")
+    data = open_data(str(tmp_path / "set"))
+    assert list(data) == ["bolt", "nut"] and {split.train.name for split in data.values()} == {"set"}
+    assert not data["bolt"].test.has_masks and data["bolt"].test.masks([0]) is None
+    assert data["bolt"].test.defects[-1] == "good"
+    assert list(open_data(tmp_path / "set", category="nut")) == ["nut"]
+    assert list(open_data(tmp_path / "set", category="all")) == ["bolt", "nut"]
+
+
+def test_training_images_directly_in_train(tmp_path):
+    save(tmp_path / "train/a.png")
+    save(tmp_path / "test/good/b.png")
+    save(tmp_path / "test/hole/c.png")
+    train, test = open_data(tmp_path, layout="mvtec")[tmp_path.name]
+    assert len(train) == 1 and test.labels.tolist() == [0, 1]
+
+
+def test_labelled_training_anomalies_stay_out_unless_wanted(tmp_path):
+    category(tmp_path)
+    save(tmp_path / "train/crack/9.png")
+    save(tmp_path / "ground_truth/crack/9_mask.png", SPOT)
+    assert len(open_data(tmp_path)[tmp_path.name].train) == 3
+    train = open_data(tmp_path, train_anomalies=True)[tmp_path.name].train
+    assert train.labels.tolist().count(1) == 1 and train.masks(range(4)).any((1, 2)).tolist().count(True) == 1
+
+
+def test_flat_folder_is_read_at_any_depth(tmp_path):
+    for name in ("b.PNG", "a.jpg", "deep/er/c.tif", ".hidden.png", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RED).save(path, "png")
+    train, test = open_data(tmp_path)[tmp_path.name]
+    assert test is None and not train.has_masks
+    assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.jpg", "b.PNG", "deep/er/c.tif"]
+    assert train.images(range(3)).shape == (3, 224, 224, 3)
+    assert len(open_data(category(tmp_path / "x"), layout="flat")["x"].train) == 13  # the masks, too
+
+
+def test_files_and_one_file(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8)) for i in (3, 1, 2)]
+    train = open_data(paths, preprocess=Preprocess(None))["files"].train
+    assert train.images([2, 0])[:, 0, 0, 0].tolist() == [2, 3]
+    assert open_data(str(paths[0]))["files"].train.paths == (str(paths[0]),)
+
+
+def test_visa_layout(tmp_path):
+    lines = ["object,split,label,image,mask"]
+    for name in ("candle", "pcb1"):
+        for i, (split, label) in enumerate([("train", "normal"), ("test", "normal"), ("test", "anomaly")]):
+            save(tmp_path / f"{name}/Data/Images/{i}.JPG")
+            mask = f"{name}/Data/Masks/{i}.png" if label == "anomaly" else ""
+            if mask:
+                save(tmp_path / mask, SPOT // 255)
+            lines.append(f"{name},{split},{label},{name}/Data/Images/{i}.JPG,{mask}")
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text("\n".join(lines))
+    data = open_data(tmp_path, preprocess=Preprocess(None))
+    assert list(data) == ["candle", "pcb1"]
+    test = data["pcb1"].test
+    assert test.defects == ("good", "anomaly") and np.array_equal(test.masks([1])[0], SPOT > 0)
+
+
+def test_csv(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        save(tmp_path / f"images/{name}.png")
+    save(tmp_path / "masks/c.png", SPOT)
+    table = tmp_path / "parts.csv"
+    table.write_text(
+        "\ufeffimage_path, label, mask_path, split\n"
+        "images/a.png,0,,train\nimages/b.png,good,,test\nimages/c.png,scratch,masks/c.png,test\nimages/d.png,,,test\n",
+        encoding="utf-8",
+    )
+    train, test = open_data(table)["parts"]
+    assert train.paths == (str(tmp_path / "images/a.png"),)
+    assert test.labels.tolist() == [0, 1, -1] and test.defects == ("good", "scratch", "") and test.has_masks
+    table.write_text("category,image_path,label,split\nx,images/a.png,normal,train\ny,images/b.png,Good,train\n")
+    assert list(open_data(table)) == ["x", "y"]
+
+
+def test_kolektor_layout(tmp_path):
+    for split, bad in (("train", (1,)), ("test", (0,))):
+        for i in range(3):
+            save(tmp_path / f"{split}/{i}.png")
+            save(tmp_path / f"{split}/{i}_GT.png", SPOT * (i in bad))
+    train, test = open_data(tmp_path)["ksdd2"]
+    assert len(train) == 2 and test.labels.tolist() == [1, 0, 0] and test.masks(range(3)).any((1, 2)).tolist()[0]
+
+
+def test_magnetic_tile_layout(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"MT_Free/Imgs/{name}.jpg")
+        save(tmp_path / f"MT_Free/Imgs/{name}.png", SPOT * 0)
+    save(tmp_path / "MT_Fray/Imgs/c.jpg")
+    save(tmp_path / "MT_Fray/Imgs/c.png", np.where(SPOT, 255, 9).astype(np.uint8))
+    with pytest.raises(FileNotFoundError, match=r"put mtd_train_filenames\.txt into"):
+        open_data(tmp_path)
+    (tmp_path / "mtd_train_filenames.txt").write_text("b.jpg\n")
+    train, test = open_data(tmp_path, mask_threshold=127, preprocess=Preprocess(None))["mtd"]
+    assert [path[-5:] for path in train.paths] == ["b.jpg"] and test.defects == ("fray", "good")
+    assert np.array_equal(test.masks([0])[0], SPOT > 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 4),
+    h=st.integers(5, 20),
+    w=st.integers(5, 20),
+    channels=st.sampled_from([None, 1, 3]),
+    dtype=st.sampled_from(["uint8", "uint16", "float32", "float64"]),
+)
+def test_arrays(n, h, w, channels, dtype):
+    random = np.random.default_rng(0)
+    bytes_ = random.integers(0, 256, (n, h, w) if channels is None else (n, h, w, channels), np.uint8)
+    scale = {"uint8": 1, "uint16": 257, "float32": 1 / 255, "float64": 1 / 255}[dtype]
+    data = open_data((bytes_ * np.float64(scale)).astype(dtype), preprocess=Preprocess(None))
+    train = data["arrays"].train
+    assert train.paths == tuple(f"array[{i}]" for i in range(n)) and train.image_size == (h, w)
+    expected = bytes_ if channels is not None else bytes_[..., None]
+    assert np.array_equal(train.images(range(n)), np.broadcast_to(expected, (n, h, w, 3)))
+
+
+def test_arrays_with_labels_masks_and_categories():
+    normal, masks = np.stack([RED] * 2), np.stack([SPOT, SPOT * 0])
+    test = open_data(Arrays(normal, normal, masks=masks), preprocess=Preprocess(None))["arrays"].test
+    assert test.labels.tolist() == [1, 0] and np.array_equal(test.masks([0, 1]), masks > 0)
+    assert open_data(Arrays(normal, normal))["arrays"].test.labels.tolist() == [-1, -1]
+    assert open_data(Arrays(normal, normal, [0, 1]))["arrays"].test.labels.tolist() == [0, 1]
+    assert list(open_data({"b": normal, "a": Arrays(normal, normal, [0, 1])})) == ["a", "b"]
+    mixed = open_data([RED, RED[:5, :6, 0]])["arrays"].train
+    assert mixed.images([1, 0]).shape == (2, 224, 224, 3) and mixed.original_size(1) == (5, 6)
+
+
+def test_subset(tmp_path):
+    test = open_data(category(tmp_path / "a"))["a"].test
+    assert test.subset(test.labels == 0).defects == ("good", "good")
+    assert test.subset([3, -1, 0]).defects == ("dent", "good", "crack")
+    assert test.subset(slice(1, 3)).paths == test.paths[1:3]
+    assert len(test.subset(np.array([], int))) == 0
+
+
+def test_nothing_is_decoded_before_it_is_asked_for(tmp_path):
+    category(tmp_path / "a")
+    (tmp_path / "a/train/good/001.png").write_bytes(b"broken")
+    train = open_data(tmp_path / "a")["a"].train
+    assert train.images([0, 2]).shape == (2, 224, 224, 3)
+    with pytest.raises(ValueError, match=r"cannot decode .*good/001.png"):
+        train.images([0, 1])
+
+
+def test_reading_folders_imports_no_tfds():
+    code = "import sys, jaxad.data; print([m for m in ('tensorflow_datasets', 'tensorflow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def csv_file(tmp_path, text):
+    save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(text)
+    return tmp_path / "t.csv"
+
+
+def sized_masks(tmp_path):
+    save(category(tmp_path / "a") / "ground_truth/dent/001_mask.png", SPOT[:7])
+    return tmp_path / "a"
+
+
+def lost_mask(tmp_path):
+    (category(tmp_path / "a") / "ground_truth/dent/001_mask.png").unlink()
+    return tmp_path / "a"
+
+
+def without_normals(tmp_path):
+    save(tmp_path / "a/train/crack/1.png")
+    save(tmp_path / "a/test/good/1.png")
+    return tmp_path / "a"
+
+
+def mixture(tmp_path):
+    save(tmp_path / "good/1.png")
+    save(tmp_path / "bad/1.png")
+    return tmp_path
+
+
+def mixed_sizes(tmp_path):
+    save(tmp_path / "1.png")
+    save(tmp_path / "2.png", RED[:9])
+    return tmp_path
+
+
+FAULTS = {
+    "missing folder": (lambda t: t / "gone", {}, "no such file or folder: .*gone"),
+    "no images": (lambda t: t, {}, r"no images found in .*: expected files ending in \.bmp"),
+    "no normals": (without_normals, {}, "category 'a' of a has no normal training images: expected train/good"),
+    "unknown category": (lambda t: category(t / "a"), {"category": "b"}, "no category 'b' in a: choose one of a"),
+    "unknown layout": (lambda t: t, {"layout": "coco"}, "no layout 'coco': choose auto or one of visa, mtd"),
+    "good beside bad": (mixture, {}, "normal images only, got good beside bad in .*: pass .*good, or move"),
+    "mask of another size": (sized_masks, {}, "got 7 x 16 for the 12 x 16 image .*dent/001.png"),
+    "mask missing": (lost_mask, {}, "every anomalous image needs a mask, or none: 1 have none, .*dent/001.png"),
+    "mixed sizes": (
+        mixed_sizes,
+        {"preprocess": Preprocess(None)},
+        r"got 9 x 16 in .*2.png but 12 x 16 in .*1.png: set",
+    ),
+    "crop too large": (
+        mixed_sizes,
+        {"preprocess": Preprocess(None, (10, 10))},
+        r"got \(10, 10\) for 9 x 16 \(.*2.png\)",
+    ),
+    "crop above resize": (mixed_sizes, {"preprocess": Preprocess((8, 8), (9, 8))}, "crop must fit .* 8 x 8 .*: shrink"),
+    "bad resize": (mixed_sizes, {"preprocess": Preprocess((0, 8))}, r"resize must be two positive numbers .*\(0, 8\)"),
+    "csv columns": (lambda t: csv_file(t, "image_path,kind\n"), {}, "lacks the columns label, split: its first line"),
+    "csv empty": (lambda t: csv_file(t, ""), {}, "lacks the columns image_path, label, split"),
+    "csv split": (
+        lambda t: csv_file(t, "image_path,label,split\na.png,good,val\n"),
+        {},
+        "split must be train or test, got 'val' in line 2 of",
+    ),
+    "csv label": (
+        lambda t: csv_file(t, "image_path,label,split\na.png,,train\n"),
+        {},
+        "training image needs a label, got none in line 2",
+    ),
+    "csv path": (
+        lambda t: csv_file(t, "image_path,label,split\n,good,train\n"),
+        {},
+        "image_path must not be empty, in line 2",
+    ),
+    "csv file": (
+        lambda t: csv_file(t, "image_path,label,split\nlost.png,good,train\n"),
+        {},
+        "image file not found: .*lost.png",
+    ),
+    "csv mask": (
+        lambda t: csv_file(t, "image_path,label,split,mask_path\na.png,good,train,\na.png,bad,test,no.png\n"),
+        {},
+        "image file not found: the mask of .*a.png",
+    ),
+    "float range": (lambda t: np.full((2, 5, 5), 7.0), {}, r"float pixels must lie in \[0, 1\], got 7 to 7 in train"),
+    "int array": (lambda t: np.zeros((2, 5, 5), int), {}, "must be uint8, uint16 or float .*, got int64 in train"),
+    "one image": (lambda t: RED, {}, r"got one image of shape \(12, 16, 3\): pass image\[None\]"),
+    "array shape": (lambda t: np.zeros((2, 4, 4, 2)), {}, r"train must have shape .*, got \(2, 4, 4, 2\)"),
+    "no array": (lambda t: np.zeros((0, 5, 5)), {}, r"got \(0, 5, 5\)"),
+    "label count": (lambda t: Arrays([RED], [RED], [0, 1]), {}, r"one entry per test image \(1\), got 2"),
+    "label value": (lambda t: Arrays([RED], [RED], [7]), {}, "must be 0 .* or 1 .*, got 7 at position 0"),
+    "labels alone": (lambda t: Arrays([RED], None, [0]), {}, "labels and masks belong to test images"),
+    "array mask": (lambda t: Arrays([RED], [RED], [1], [SPOT[:7]]), {}, r"got 7 x 16 for the 12 x 16 image array\[0\]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_gives_one_clear_line(tmp_path, fault):
+    source, options, message = FAULTS[fault]
+    made = source(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_data(made, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_mixed_sizes_that_show_only_on_reading():
+    train = open_data([RED, RED], preprocess=Preprocess(None))["arrays"].train
+    late = train.records[1]._replace(image=lambda: RED[:5])
+    with pytest.raises(ValueError, match=r"got 5 x 16 in array\[1\] but 12 x 16 in array\[0\]"):
+        dataclasses.replace(train, records=(train.records[0], late)).images([0, 1])
+
+
+def test_real_folders(shared):
+    mtd = open_data(shared / "data/mtd", mask_threshold=127)["mtd"]
+    assert (len(mtd.train), len(mtd.test), int(mtd.test.labels.sum())) == (761, 583, 392) and mtd.test.has_masks
+    assert set(mtd.test.defects) == {"good", "blowhole", "break", "crack", "fray", "uneven"}
+    bottle = open_data(shared / "data/mvtec_bottle", category="bottle")["bottle"]
+    assert (len(bottle.train), len(bottle.test), int(bottle.test.labels.sum())) == (209, 83, 63)
+    chosen = [0, 30, 80]
+    assert np.array_equal(bottle.test.masks(chosen).any((1, 2)), bottle.test.labels[chosen] == 1)
+    pills = open_data(shared / "data/pillqc")["pillqc"]
+    assert (len(pills.train), len(pills.test), pills.test.has_masks) == (100, 230, False)

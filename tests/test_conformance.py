@@ -1,0 +1,279 @@
+"""What every method must do, whatever it computes; one run a row of `tests/cases.py`."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cases import CASES, IMAGE_SIZE
+from jaxad import artifact
+from jaxad.backbones import backbone
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, State
+from jaxad.fit import abstract_state
+
+B = 4
+"""Images a batch; three batches hold N images and two rows of padding."""
+N = 10
+ROWS = 3 * B
+KEY = jax.random.key(0)
+
+
+def photographs(seed: int, n: int) -> np.ndarray:
+    """Gratings with noise, of one kind a seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices(IMAGE_SIZE)
+    clean = 128 + 60 * np.sin((x * (seed + 1) + y) / 3)[..., None] * np.array([1.0, 0.8, 0.6])
+    return np.clip(clean + rng.normal(0, 12, (n, *IMAGE_SIZE, 3)), 0, 255).astype(np.uint8)
+
+
+def defective(images: np.ndarray) -> np.ndarray:
+    """The images with a bright square on each."""
+    images = images.copy()
+    images[:, 20:36, 24:40] = 255
+    return images
+
+
+@functools.cache
+def embed_program(embed):
+    return jax.jit(embed)
+
+
+@functools.cache
+def frozen_of(names: tuple[str, ...], seed: int) -> Frozen:
+    made = tuple(backbone(name).init(jax.random.key(seed + i)) for i, name in enumerate(names))
+    return made if len(made) > 1 else made[0]
+
+
+def rows(x: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[np.asarray(index)], x)
+
+
+def stacked(x: PyTree, n: int, size: int, padding: float | None = None) -> Batch:
+    """Batches of `size` from n embedded images; padding rows repeat the first index and hold images or `padding`."""
+    steps = math.ceil(n / size)
+    index = np.resize(np.arange(n), steps * size)
+    valid = np.arange(steps * size) < n
+
+    def cut(leaf):
+        leaf = leaf[index]
+        if padding is not None:
+            leaf = jnp.where(valid.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.asarray(padding, leaf.dtype))
+        return leaf.reshape(steps, size, *leaf.shape[1:])
+
+    index = np.where(valid, index, 0).astype(np.int32).reshape(steps, size)
+    return Batch(
+        jax.tree.map(cut, x), jnp.asarray(valid.reshape(steps, size)), jnp.zeros((steps, size), jnp.int32), None, jnp.asarray(index)
+    )
+
+
+def spec_of(x: PyTree, n: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), x)
+
+
+def learn(method: Method, n: int):
+    """All stages over the same batches, as one pure function."""
+
+    def run(key: Key, frozen: Frozen, batches: Batch) -> State:
+        state = method.init(key, frozen, spec_of(jax.tree.map(lambda leaf: leaf[0], batches.x), n))
+        for s, stage in enumerate(method.stages):
+            stage_key = jax.random.fold_in(key, s)
+
+            def body(carry, batch, update=stage.update, key=stage_key):
+                state, step = carry
+                return (update(jax.random.fold_in(key, step), state, frozen, batch)[0], step + 1), None
+
+            (state, _), _ = jax.lax.scan(body, (state, jnp.int32(0)), batches)
+            state = stage.finalize(stage_key, state, frozen)
+        return state
+
+    return run
+
+
+class Fitted(NamedTuple):
+    method: Method
+    frozen: Frozen
+    embed: Any
+    learn: Any
+    score: Any
+    train: PyTree
+    test: PyTree
+    """Embedded: two normal images, then the same with a defect."""
+    state: State
+
+
+@functools.cache
+def fitted(name: str) -> Fitted:
+    case = CASES[name]
+    method, frozen = case.make(), frozen_of(case.backbones, 0)
+    embed = embed_program(method.embed)
+    train = embed(frozen, photographs(0, ROWS))
+    unseen = photographs(0, ROWS + 2)[ROWS:]
+    test = embed(frozen, np.concatenate([unseen, defective(unseen)]))
+    program = jax.jit(learn(method, ROWS))
+    state = program(KEY, frozen, stacked(train, N, B))
+    return Fitted(method, frozen, embed, program, jax.jit(method.score), train, test, state)
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def assert_equal(a: PyTree, b: PyTree) -> None:
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a: PyTree, b: PyTree, tolerance: float) -> None:
+    """Integers exactly; floats within the tolerance, times the largest entry of their array."""
+
+    def check(x, y):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * float(np.abs(y).max(initial=0)))
+        else:
+            np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(check, a, b)
+
+
+def test_shapes_and_types(name):
+    case, f = CASES[name], fitted(name)
+    scores = f.score(f.state, f.frozen, f.test)
+    assert scores.image.shape == (B,) and scores.image.dtype == jnp.float32
+    assert np.isfinite(scores.image).all()
+    if case.pixel:
+        assert scores.pixel.shape == (B, *IMAGE_SIZE) and scores.pixel.dtype == jnp.float32
+        assert np.isfinite(scores.pixel).all()
+    else:
+        assert scores.pixel is None
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(f.test))
+
+
+def test_uint8_and_float_images_are_the_same(name):
+    f = fitted(name)
+    image = photographs(0, B)
+    assert_close(f.embed(f.frozen, image), f.embed(f.frozen, image.astype(np.float32) / 255), 1e-4)
+
+
+def test_state_keeps_its_shape_within_a_stage(name):
+    f = fitted(name)
+    batch = jax.eval_shape(lambda b: jax.tree.map(lambda leaf: leaf[0], b), stacked(f.train, N, B))
+    state = jax.eval_shape(lambda key: f.method.init(key, f.frozen, spec_of(f.train, N)), KEY)
+    for stage in f.method.stages:
+        after, metrics = jax.eval_shape(stage.update, KEY, state, f.frozen, batch)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        assert all(value.shape == () for value in metrics.values())
+        state = jax.eval_shape(stage.finalize, KEY, after, f.frozen)
+
+
+def test_memory_of_the_state(name):
+    """A streaming method's state is of one size however many images there are; the others say that theirs is not."""
+    f = fitted(name)
+    few, many = (
+        jax.tree.map(jax.typeof, jax.eval_shape(lambda key, n=n: f.method.init(key, f.frozen, spec_of(f.train, n)), KEY))
+        for n in (10, 10_000)
+    )
+    assert (few == many) == CASES[name].streaming
+
+
+def test_tracers_do_not_leak_and_nothing_is_captured(name):
+    """Weights come in as arguments: no program has a constant of more than a heat map's resampling matrices."""
+    f = fitted(name)
+    batch = jax.tree.map(lambda leaf: leaf[0], stacked(f.train, N, B))
+    image = photographs(0, B)
+    with jax.checking_leaks():
+        programs = [jax.make_jaxpr(f.method.embed)(f.frozen, image)]
+        state, shapes = jax.eval_shape(lambda key: (f.method.init(key, f.frozen, spec_of(f.train, N)),) * 2, KEY)
+        for stage in f.method.stages:
+            programs.append(jax.make_jaxpr(stage.update)(KEY, state, f.frozen, batch))
+            programs.append(jax.make_jaxpr(stage.finalize)(KEY, state, f.frozen))
+            state = jax.eval_shape(stage.finalize, KEY, state, f.frozen)
+        programs.append(jax.make_jaxpr(f.method.score)(state, f.frozen, f.test))
+    del shapes
+    limit = sum(IMAGE_SIZE) * max(IMAGE_SIZE) * 4
+    for program in programs:
+        assert sum(np.asarray(const).nbytes for const in program.consts) <= limit
+
+
+def test_padding_never_changes_anything(name):
+    """Rows that are not valid may hold NaN or another image, and carry the index of a valid one."""
+    f = fitted(name)
+    assert_equal(f.learn(KEY, f.frozen, stacked(f.train, N, B, math.nan)), f.state)
+
+
+def test_batch_size_and_room_for_more_images_do_not_change_the_scores(name):
+    """Three batches of four with two rows of padding in room for 12 are two full batches of five in room for 10."""
+    f = fitted(name)
+    other = jax.jit(learn(f.method, N))(KEY, f.frozen, stacked(f.train, N, 5))
+    assert_close(f.score(other, f.frozen, f.test), f.score(f.state, f.frozen, f.test), 1e-4)
+
+
+def test_same_key_same_state(name):
+    f = fitted(name)
+    assert_equal(f.learn(KEY, f.frozen, stacked(f.train, N, B)), f.state)
+    other = f.learn(jax.random.key(1), f.frozen, stacked(f.train, N, B))
+    same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(f.state), strict=True))
+    assert same != CASES[name].random
+
+
+def test_scores_are_per_image(name):
+    """Neither the other images of the batch nor their order nor their number matters."""
+    f = fitted(name)
+    scores = f.score(f.state, f.frozen, f.test)
+    order = np.array([2, 0, 3, 1])
+    assert_close(f.score(f.state, f.frozen, rows(f.test, order)), rows(scores, order), 1e-6)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[1:].set(jnp.asarray(jnp.nan, leaf.dtype)), f.test)
+    assert_close(rows(f.score(f.state, f.frozen, poisoned), [0]), rows(scores, [0]), 1e-6)
+    assert_close(f.score(f.state, f.frozen, rows(f.test, [2])), rows(scores, [2]), 1e-5)
+
+
+def test_defects_score_higher(name):
+    case, f = CASES[name], fitted(name)
+    scores = f.score(f.state, f.frozen, f.test)
+    assert scores.image[2:].min() > scores.image[:2].max()
+    if case.pixel:
+        inside = scores.pixel[2:, 20:36, 24:40].mean((1, 2))
+        assert (inside > scores.pixel[2:].mean((1, 2))).all()
+
+
+def test_vmap_over_classes_is_a_loop(name):
+    """Two classes of 12 and 9 images, fitted and scored in one program; the weights are shared."""
+    f = fitted(name)
+    counts, images = (ROWS, 9), [photographs(seed, ROWS) for seed in (0, 1)]
+    embedded = [f.embed(f.frozen, i) for i in images]
+    classes = [stacked(x, n, B) for x, n in zip(embedded, counts, strict=True)]
+    keys = jax.random.split(KEY, 2)
+    together = jax.jit(jax.vmap(learn(f.method, ROWS), (0, None, 0)))(keys, f.frozen, stack(classes))
+    apart = [f.learn(key, f.frozen, batches) for key, batches in zip(keys, classes, strict=True)]
+    tests = [rows(x, range(B)) for x in embedded]
+    scores = jax.jit(jax.vmap(f.method.score, (0, None, 0)))(together, f.frozen, stack(tests))
+    for i, (state, test) in enumerate(zip(apart, tests, strict=True)):
+        assert_close(rows(scores, i), f.score(state, f.frozen, test), 1e-4)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def test_weights_are_an_argument(name):
+    """Other weights in the same compiled functions give other scores."""
+    f = fitted(name)
+    other = frozen_of(CASES[name].backbones, 7)
+    batches = stacked(f.embed(other, photographs(0, ROWS)), N, B)
+    test = f.embed(other, np.concatenate([photographs(0, 2), defective(photographs(0, 2))]))
+    scores = f.score(f.learn(KEY, other, batches), other, test)
+    assert not np.allclose(scores.image, f.score(f.state, f.frozen, f.test).image, rtol=1e-3)
+
+
+def test_saved_and_loaded_bit_for_bit(name, tmp_path):
+    f = fitted(name)
+    artifact.save_state(tmp_path, f.state, {"n_train": ROWS})
+    spec = spec_of(f.train, artifact.read_description(tmp_path)["n_train"])
+    loaded = artifact.load_state(tmp_path, abstract_state(f.method, f.frozen, spec))
+    assert jax.tree.map(jax.typeof, loaded) == jax.tree.map(jax.typeof, f.state)
+    assert jax.tree.structure(loaded) == jax.tree.structure(f.state)
+    assert_equal(loaded, f.state)

@@ -1,0 +1,202 @@
+"""The documents cannot rot: their example runs, their links, names, commands and options exist, their table is current."""
+
+import importlib.util
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxad import cli
+from jaxad.backbones import backbone
+from jaxad.base import Batch
+from jaxad.data import Arrays, Preprocess, open_data
+from jaxad.detector import EMBEDDED
+from jaxad.fit import fit, score_all
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def module_at(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def quoted(document: Path) -> list[str]:
+    """What stands in backticks, outside of blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 120
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    if not (ROOT / "jaxad" / "backbones" / f"{EMBEDDED}.safetensors").is_file():
+        pytest.skip(f"the weights of {EMBEDDED} are not in the package: run experiments/distill_backbone.py")
+    counts = {"photos/good": 5, "photos/new": 2}
+    for product in ("bolt", "nut"):
+        counts |= {f"products/{product}/{part}": 2 for part in ("train/good", "test/good", "test/scratch")}
+    rng = np.random.default_rng(0)
+    for folder, count in counts.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8)).save(tmp_path / folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    [example] = blocks(README, "python")
+    names = {}
+    exec(compile(example, str(README), "exec"), names)
+    assert [Path(path).name for path in names["result"].paths] == ["0.png", "1.png"]
+    for field in ("pred_score", "pred_label", "anomaly_map", "pred_mask"):
+        assert f".{field}" in example and len(getattr(names["result"], field)) == 2
+    np.testing.assert_allclose(names["detector"].predict("photos/new").pred_score, names["result"].pred_score, rtol=1e-4)
+    assert names["scores"].image.shape == (2, 4) and names["scores"].pixel.shape == (2, 4, 224, 224)
+    assert np.isfinite(names["scores"].image).all()
+
+
+def test_results_table_is_current():
+    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
+    update_readme.main(update_readme.Options(check=True))
+
+
+def test_update_readme(tmp_path):
+    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    options = update_readme.Options(readme, results)
+    update_readme.main(options)
+    assert readme.read_text() == f"before\n<!-- results -->\n{update_readme.NONE}<!-- /results -->\nafter\n"
+    result = {"method": "padim", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
+    (results / "padim_mtd.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="out of date"):
+        update_readme.main(update_readme.Options(readme, results, check=True))
+    update_readme.main(options)
+    update_readme.main(update_readme.Options(readme, results, check=True))
+    text = readme.read_text()
+    assert re.search(r"^\| padim \| mtd \|.* 0\.93[78] \|", text, re.MULTILINE)
+    assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
+    readme.write_text("no markers\n")
+    with pytest.raises(SystemExit, match="each once"):
+        update_readme.main(options)
+
+
+@each_document
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+    local = [target for target in targets if not target.startswith(("http:", "https:"))]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@each_document
+def test_files_named_exist(document):
+    paths = [text for text in quoted(document) if re.fullmatch(r"(jaxad|experiments|tests|docs)/[\w/.]+", text)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@each_document
+def test_python_names_exist(document):
+    names = {match[0] for text in quoted(document) if (match := re.match(r"jaxad(\.\w+)+", text))}
+    for name in names:
+        pkgutil.resolve_name(name)  # raises AttributeError or ModuleNotFoundError
+
+
+def test_variables_named_exist():
+    source = "\n".join(path.read_text() for path in (ROOT / "jaxad").rglob("*.py"))
+    named = set(re.findall(r"JAXAD_[A-Z_]+", README.read_text()))
+    assert named and {name for name in named if f'"{name}"' not in source} == set()
+
+
+def test_make_targets_named_exist():
+    named = re.findall(r"^make (\w+)", "\n".join(blocks(README, "sh")), re.MULTILINE)
+    assert set(named) >= {"demo", "test"}
+    for target in named:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_commands_and_options_named_exist(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = [line for block in blocks(README, "sh") for line in block.splitlines()]
+    written = [text for document in DOCUMENTS for text in quoted(document)]
+    used = {line.partition("#")[0].strip() for line in shown + written if line.startswith("jaxad ")}
+    assert {line.split()[1] for line in used} == set(cli.COMMANDS), "a command is missing from the README, or is no command"
+    options: dict[str, set[str]] = {}
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        options[name] = set(re.findall(r"--[a-z][a-z-]*", text))
+        if name == "weights":
+            words = {line.split()[2] for line in used if line.split()[1] == name}
+            assert words and {word for word in words if not re.search(rf"\b{word}\b", text)} == set()
+    for line in used:
+        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options[line.split()[1]], line
+    alone = {text.split()[0] for text in quoted(README) if text.startswith("--")}
+    assert alone <= set.union(*options.values())
+
+
+@pytest.fixture(scope="module")
+def skeleton():
+    return module_at(ROOT / "docs" / "skeleton_method.py")
+
+
+def test_skeleton_has_the_headings(skeleton):
+    headings = re.findall(r"^([A-Z]\w+):", skeleton.__doc__, re.MULTILINE)
+    assert headings == ["Skeleton", "Stored", "Paper", "Reference", "Differences", "Results"]
+
+
+def test_skeleton_fits_and_scores(skeleton):
+    method = skeleton.skeleton(backbone="pdn_small", image_size=(32, 48))
+    frozen = backbone("pdn_small").init(jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), np.uint8)
+    [split] = open_data(Arrays(images), preprocess=Preprocess(None)).values()
+    state = fit(method, frozen, split.train, jax.random.key(0), batch_size=4).state  # the second batch is half padding
+    maps = method.embed(frozen, images)
+    grid = maps["layer2"].shape[:3]
+    assert maps["layer3"].shape[:3] == grid  # so the oracle needs no upsampling
+    patches = np.concatenate([maps["layer2"], maps["layer3"]], -1).astype(np.float64)
+    np.testing.assert_allclose(state.mean, patches.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+
+    sharp = skeleton.skeleton(backbone="pdn_small", image_size=grid[1:], sigma=0)  # no upsampling, no smoothing
+    expected = np.linalg.norm(patches - patches.mean((0, 1, 2)), axis=-1)
+    np.testing.assert_allclose(score_all(sharp, state, frozen, split.train).pixel, expected, rtol=1e-3)
+
+    scores = score_all(method, state, frozen, split.train, batch_size=4)
+    assert scores.pixel.shape == (6, 32, 48)
+    np.testing.assert_array_equal(scores.image, scores.pixel.max((1, 2)))
+
+
+def test_skeleton_ignores_padding(skeleton):
+    method = skeleton.skeleton(backbone="pdn_small", layers=("layer1",), image_size=(32, 32))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 4, 4, 5)), jnp.float32)
+    valid = jnp.array([True, True, False])
+    zeros = jnp.zeros(3, jnp.int32)
+    spec = {"layer1": jax.ShapeDtypeStruct((3, 4, 4, 5), jnp.float32)}
+    key = jax.random.key(0)
+    means = []
+    for padding in (0.0, jnp.nan):
+        batch = Batch({"layer1": x.at[2].set(padding)}, valid, zeros, None, zeros)
+        state, _ = method.stages[0].update(key, method.init(key, None, spec), None, batch)
+        means.append(method.stages[0].finalize(key, state, None).mean)
+    np.testing.assert_array_equal(*means)
+    np.testing.assert_allclose(means[0], np.asarray(x[:2]).mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_skeleton_refuses_bad_hyper_parameters(skeleton):
+    with pytest.raises(ValueError, match="sigma must be 0 or more pixels, got -1"):
+        skeleton.skeleton(sigma=-1.0)
