@@ -1,7 +1,7 @@
 """Skeleton: the distance of every patch to the mean normal patch. Copy this file to jaxad/methods/<name>.py.
 
-Stored: the mean of all patch features of the normal images. A patch scores its Euclidean distance to it; the heat map is
-the upsampled patch scores, smoothed; an image scores the maximum of its heat map. (Here: equation numbers of the paper.)
+Stored: the mean of all patch features of the normal images. A patch scores its Euclidean distance to it, the heat map
+is the upsampled patch scores, smoothed, and an image scores the maximum of its heat map. (Here: numbers of equations.)
 
 Paper: none; a real method gives title, venue and link.
 Reference: none; a real method links the official code, or names the re-implementation that it was compared with.

@@ -26,7 +26,6 @@ import jaxad
 from jaxad.artifact import write_json
 from jaxad.data import open_data
 from jaxad.detector import peak_bytes
-from jaxad.methods import patchcore
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.knn import knn
 
@@ -140,11 +139,10 @@ def main(options: Options) -> None:
         whole["compile"].append(detector.seconds["compile"])
     whole["median"] = {k: float(np.median(whole[k])) for k in ("fit", "score_per_image")}
 
-    method = patchcore.patchcore(backbone=detector.backbones[0], coreset_sampling_ratio=1.0, image_size=train.image_size)
-    everything = jaxad.Detector("patchcore", coreset_sampling_ratio=1.0, **make).fit(train)
-    patches = np.asarray(everything.state.bank)
+    everything = jaxad.Detector("patchcore", coreset_sampling_ratio=1.0, **make)
+    patches = np.asarray(everything.fit(train).state.bank)
     bank = np.asarray(detector.state.bank)[:-1]
-    query = patches[: len(patches) // len(train)] if options.smoke else describe(method, detector, test)
+    query = np.asarray(everything.fit(test.subset([0])).state.bank)
     record = {
         "recipe": "bench_peers",
         "backbone": detector.backbones[0],
@@ -162,13 +160,6 @@ def main(options: Options) -> None:
         medians = {name: round(c["median"], 4) for name, c in record[what]["contenders"].items()}
         print(f"{what}: {medians} seconds, ratio {record[what]['ratio']:.2f}")
     print(f"whole fit of {len(train)} images: {whole['median']['fit']:.1f} s, {whole['median']['score_per_image']:.3f} s an image")
-
-
-def describe(method: jaxad.base.Method, detector: jaxad.Detector, data: Any) -> np.ndarray:
-    """The patches of one image that the bank has not seen."""
-    one = jaxad.Detector("patchcore", coreset_sampling_ratio=1.0, backbone=detector.backbones[0], weights=detector.weights[0],
-                         image_size=data.image_size, holdout=0)
-    return np.asarray(one.fit(data.subset([0])).state.bank)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Recipe:
     """Augmented crops whose teacher features are computed once."""
     size: int = 192
     batch_size: int = 16
-    epochs: int = 4
-    learning_rate: float = 2e-3
+    epochs: int = 3
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     seed: int = 0
 

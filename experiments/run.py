@@ -63,7 +63,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
     for seed in recipe.seeds:
         detector = jaxad.Detector(
             recipe.method,
-            backbone=recipe.backbone,
+            backbone="resnet18" if options.smoke else recipe.backbone,
             weights=None if options.smoke else options.weights,
             holdout=0,
             seed=seed,

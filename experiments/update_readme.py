@@ -39,7 +39,9 @@ def updated(readme: str, results: Path) -> str:
     body = table if table.count("\n") > 2 else NONE  # two lines are the head alone
     text, found = MARKED.subn(lambda _: body, readme)
     if found != 1:
-        raise ValueError(f"a README needs <!-- results --> and <!-- /results -->, each once, on lines of their own; got {found}")
+        raise ValueError(
+            f"the README needs one pair of <!-- results --> and <!-- /results -->, on lines of their own; got {found}"
+        )
     return text
 
 

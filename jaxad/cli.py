@@ -6,12 +6,12 @@ the traceback), an interruption one line and exit code 130. Only commands that n
 
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import shlex
 import signal
 import sys
-import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +19,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
+from jaxad.progress import Bars, say
 
-LINE_SECONDS = 5.0
-"""Between two lines of progress where stderr is no terminal."""
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
 
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {command:<10} {inspect.getdoc(run).partition(chr(10))[0]}" for command, run in COMMANDS.items()]
+        lines = [f"  {command:<10} {(inspect.getdoc(run) or '').splitlines()[0]}" for command, run in COMMANDS.items()]
         print("usage: jaxad COMMAND [OPTIONS]\n", jaxad.__doc__, "", *lines, sep="\n")
         print("\n`jaxad COMMAND --help` shows the options of a command. Try: jaxad benchmark demo --methods patchcore")
     elif name == "--version":
@@ -123,7 +121,7 @@ def fit(argv: list[str]) -> None:
         run_dir = _fit(detector, split.train, data, ["fit", *argv])
     saved = shlex.quote(str(run_dir if len(opened) == 1 else run_dir.parent))
     following = f"evaluate {saved}" if any(split.test for split in opened.values()) else f"score {saved} NEW_IMAGES"
-    _say(f"saved in {saved}; next: jaxad {following}")
+    say(f"saved in {saved}; next: jaxad {following}")
 
 
 def benchmark(argv: list[str]) -> None:
@@ -151,7 +149,7 @@ def benchmark(argv: list[str]) -> None:
                 run_dir = _fit(
                     detector, split.train, data, ["benchmark", *argv], f"seed{seed}" if several else "", cache
                 )
-                row = _evaluate(detector, split.test, run_dir, data.source, False, cache)
+                row = runs.evaluate_run(detector, split.test, run_dir, source=data.source, cache=cache)
                 rows.append(row._replace(method=f"{row.method} seed {seed}") if several else row)
                 run_dirs.append(run_dir)
     _print(metrics_table(sorted(rows, key=lambda row: row.method)))
@@ -189,12 +187,11 @@ def score(
     output = output or run / "scores" / runs.segment(path.resolve().stem if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
     data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
-    with Bars(f"{detector.method_name} {data.name}") as bars:
-        anomalous = runs.score_run(detector, data, output, root=root, progress=bars, **options)
+    anomalous = runs.score_run(detector, data, output, root=root, **options)
     threshold = detector.image_threshold
     found = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
     folders = [f", {name}/" for name in ("overlays", "maps") if options[name]]
-    _say(f"{len(data)} images scored, {found}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+    say(f"{len(data)} images scored, {found}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
 
 
 def evaluate(
@@ -233,7 +230,7 @@ def evaluate(
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
-        rows.append(_evaluate(detector, split.test, run_dir, tested, oracle))
+        rows.append(runs.evaluate_run(detector, split.test, run_dir, source=tested, oracle=oracle))
     _print(metrics_table(rows))
     _report(run_dirs, report)
 
@@ -294,7 +291,7 @@ def weights_fetch(name: Annotated[Positional[str], arg(metavar="NAME")]) -> None
 
     with Bars(name, "MB", 1e6) as bars:
         path = fetch(name, lambda done, total: bars("fetch", done, total))
-    _say(f"{name} is in {path}")
+    say(f"{name} is in {path}")
 
 
 def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name: str | None = None) -> None:
@@ -306,10 +303,10 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
     """
     from jaxad.backbones import import_file
 
-    _say(f"imported as {import_file(file, name)}")
+    say(f"imported as {import_file(file, name)}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "score": score,
     "evaluate": evaluate,
@@ -320,61 +317,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-class Bars:
-    """Progress on stderr: a bar a stage with rate and time left; plain lines now and then where it is no terminal."""
-
-    def __init__(self, title: str, unit: str = "images", scale: float = 1) -> None:
-        self._title, self._unit, self._scale = title, unit, scale
-        self._what, self._started, self._told = "", 0.0, time.monotonic()
-        columns = (
-            SpinnerColumn(),
-            TextColumn(title),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[pace]}"),
-        )
-        self._bars = Progress(*columns, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
-
-    def __enter__(self) -> "Bars":
-        if self._bars is not None:
-            self._bars.start()
-            self._task = self._bars.add_task("prepare", total=None, pace="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` (0: unknown) of that stage."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._started = what, now
-            if self._bars is not None:
-                self._bars.remove_task(self._task)
-                self._task = self._bars.add_task(what, total=total or None, pace="")
-        pace = f"{done / self._scale:.0f}/{total / self._scale:.0f} {self._unit}" if total else ""
-        if done and now > self._started:
-            rate = done / (now - self._started)
-            pace += f", {rate / self._scale:.1f} {self._unit}/s, {_duration((total - done) / rate)} left"
-        if self._bars is not None:
-            self._bars.update(self._task, completed=done, pace=pace)
-        elif now - self._told >= LINE_SECONDS:
-            self._told = now
-            _say(f"{self._title} {what}: {pace or '...'}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _fail(words: str, code: int) -> int:
-    _say(f"jaxad: {words}")
+    say(f"jaxad: {words}")
     return code
 
 
@@ -384,7 +328,7 @@ def _print(table: Table) -> None:
 
 def _peek(argv: Sequence[str], name: str, default: str) -> str:
     """The value of an option before the rest is known."""
-    for given, following in zip(argv, [*argv[1:], ""], strict=True):
+    for given, following in itertools.pairwise([*argv, ""]):
         option, _, value = given.partition("=")
         if option == f"--{name}":
             return value or following
@@ -433,7 +377,8 @@ def _detector(name: str, data: Data, options: dict[str, Any]) -> Any:
 
     if data.preset == "paper":
         options = options | {"image_size": PAPER.resize, "center_crop": PAPER.center_crop}
-    return jaxad.Detector(name, **options | {key: options[key] or None for key in ("backbone", "weights")})
+    options = options | {key: options[key] or None for key in ("backbone", "weights")}
+    return jaxad.Detector(name, **options)
 
 
 def _open(data: Data, detector: Any) -> dict[str, Any]:
@@ -449,23 +394,8 @@ def _fit(detector: Any, train: Any, data: Data, argv: list[str], below: str = ""
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
     recipe = {"source": source, "mask_threshold": data.mask_threshold, "command": shlex.join(["jaxad", *argv])}
     run_dir = runs.directory(data.output / below, detector, train)
-    title = f"{detector.method_name} {train.name}/{train.category}"
-    with Bars(title) as bars:
-        runs.fit_run(detector, train, run_dir, recipe, say=_say, cache=cache, progress=bars)
-    seconds, threshold = detector.seconds, detector.image_threshold
-    held = f" + {threshold.n} held out for the threshold" if threshold else ", none held out for a threshold"
-    _say(f"{title}: fitted on {detector.n_train} images{held}, {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling")
-    if threshold and threshold.guaranteed_fpr > threshold.fpr:
-        chance = f"up to {threshold.guaranteed_fpr:.0%} of good images may be flagged instead of {threshold.fpr:.0%}"
-        _say(f"{title}: {threshold.n} held-out images are few: {chance}")
+    runs.fit_run(detector, train, run_dir, recipe, cache=cache)
     return run_dir
-
-
-def _evaluate(detector: Any, test: Any, run_dir: Path, source: str, oracle: bool, cache: Any = None) -> Any:
-    from jaxad import runs
-
-    with Bars(f"{detector.method_name} {test.name}/{test.category}") as bars:
-        return runs.evaluate_run(detector, test, run_dir, source=source, oracle=oracle, cache=cache, progress=bars)
 
 
 def _report(run_dirs: Sequence[Path], page: Path | None) -> None:
@@ -473,9 +403,9 @@ def _report(run_dirs: Sequence[Path], page: Path | None) -> None:
     from jaxad.report.html import write_report
 
     if page is None:
-        _say(f"next: jaxad report {shlex.join(map(str, run_dirs[:8]))}{' ...' if len(run_dirs) > 8 else ''}")
+        say(f"next: jaxad report {shlex.join(map(str, run_dirs[:8]))}{' ...' if len(run_dirs) > 8 else ''}")
     else:
-        _say(f"open the report: {write_report(run_dirs, page).absolute().as_uri()}")
+        say(f"open the report: {write_report(run_dirs, page).absolute().as_uri()}")
 
 
 if __name__ == "__main__":

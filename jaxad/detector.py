@@ -17,6 +17,7 @@ import jaxad.backbones
 from jaxad import artifact
 from jaxad.base import Frozen, Method, State
 from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.data.folders import recognize
 from jaxad.fit import EmbeddingCache, Progress, abstract_state, fit, score
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
@@ -264,7 +265,11 @@ class Detector:
         """The only category of a source, or the one asked for."""
         if isinstance(source, np.ndarray) and (source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))):
             source = source[None]
-        opened = open_data(source, category=category, preprocess=self.preprocess, mask_threshold=mask_threshold)
+        plain = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
+        layout = "flat" if plain and split == "test" else "auto"
+        opened = open_data(
+            source, category=category, preprocess=self.preprocess, mask_threshold=mask_threshold, layout=layout
+        )
         if len(opened) > 1:
             raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")
         only = next(iter(opened.values()))

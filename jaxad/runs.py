@@ -27,18 +27,16 @@ from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.folders import LAYOUTS
 from jaxad.data.images import in_threads
 from jaxad.detector import Detector, peak_bytes
-from jaxad.fit import EmbeddingCache, Progress, compile_seconds
+from jaxad.fit import EmbeddingCache, compile_seconds
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
 from jaxad.metrics.threshold import ORACLE
+from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.pictures import overlay, save_png, save_tiff
 from jaxad.report.tables import Row
 
 RESULTS = ("metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
 """What belongs to an older model as soon as a new one is there."""
-
-Say = Callable[[str], None]
-"""Tells the user one line."""
 
 
 def fit_run(
@@ -47,9 +45,7 @@ def fit_run(
     run_dir: Path,
     recipe: dict[str, Any],
     *,
-    say: Say,
     cache: EmbeddingCache | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Fits a detector to one category and writes its run directory.
 
@@ -60,20 +56,36 @@ def fit_run(
         train: The normal images.
         run_dir: Created where missing; an older run in it is replaced.
         recipe: What the caller knows of the run: source, mask_threshold, command.
-        say: Told about resuming.
         cache: Embedded images shared between detectors.
-        progress: As for `Detector.fit`.
     """
     for abandoned in run_dir.glob(".*.tmp"):
         abandoned.unlink()
     checkpoint = run_dir / "checkpoint"
-    _resume(checkpoint, _fingerprint(detector, train), say)
-    detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=progress)
+    _resume(checkpoint, _fingerprint(detector, train))
+    title = _title(detector, train)
+    try:
+        with Bars(title) as bars:
+            detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=bars)
+    except BaseException:
+        if not _saved(checkpoint):
+            shutil.rmtree(checkpoint)
+            with contextlib.suppress(OSError):  # an older run is still there
+                os.removedirs(run_dir)
+        raise
     for name in RESULTS:
         (run_dir / name).unlink(missing_ok=True)
-    artifact.write_json(run_dir / "recipe.json", _recipe(detector, train) | recipe)
+    shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
+    artifact.write_json(run_dir / "recipe.json", _recipe(detector, train) | shared | recipe)
     detector.save(run_dir)
     shutil.rmtree(checkpoint)
+    seconds, threshold = detector.seconds, detector.image_threshold
+    held = "none held out for a threshold"
+    if threshold:
+        held = f"{threshold.n} held out for the threshold"
+        if threshold.guaranteed_fpr > threshold.fpr:
+            held += f" (few: it may flag {threshold.guaranteed_fpr:.0%} of the good ones, not {threshold.fpr:.0%})"
+    spent = f"{seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
+    say(f"{title}: fitted on {detector.n_train} images, {held}, {spent}")
 
 
 def evaluate_run(
@@ -84,7 +96,6 @@ def evaluate_run(
     source: str,
     oracle: bool = False,
     cache: EmbeddingCache | None = None,
-    progress: Progress | None = None,
 ) -> Row:
     """Scores labeled test images and writes metrics, scores and the report's examples into the run directory.
 
@@ -98,7 +109,6 @@ def evaluate_run(
         source: What `test` was read from.
         oracle: Choose the thresholds on these very images, and mark them so.
         cache: Embedded images shared between detectors.
-        progress: As for `Detector.score`.
 
     Raises:
         ValueError: No image has a label.
@@ -109,11 +119,12 @@ def evaluate_run(
         raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
     started, compiled = time.perf_counter(), compile_seconds(detector.method)
     scores, maps = np.empty(len(test)), None
-    for part, found in detector.score(test, cache=cache, progress=progress):
-        scores[part] = found.image
-        if found.pixel is not None:
-            maps = np.empty((len(test), *test.image_size), np.float32) if maps is None else maps
-            maps[part] = found.pixel
+    with Bars(_title(detector, test)) as bars:
+        for part, found in detector.score(test, cache=cache, progress=bars):
+            scores[part] = found.image
+            if found.pixel is not None:
+                maps = np.empty((len(test), *test.image_size), np.float32) if maps is None else maps
+                maps[part] = found.pixel
     compiled = compile_seconds(detector.method) - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
     masks = None if maps is None else test.masks(range(len(test)))
@@ -168,7 +179,6 @@ def score_run(
     labeled: bool,
     overlays: bool = False,
     maps: bool = False,
-    progress: Progress | None = None,
 ) -> int:
     """Scores images one batch after the other; memory does not grow with their number.
 
@@ -180,7 +190,6 @@ def score_run(
         labeled: Whether the labels of `data` are real; else they are left empty.
         overlays: Write PNGs of the images with the heat map over them, in colors that mean the same in every image.
         maps: Write the raw heat maps at the original resolution as float32 TIFFs.
-        progress: As for `Detector.score`.
 
     Returns:
         The number of images above the threshold; 0 without one.
@@ -200,8 +209,8 @@ def score_run(
             save_png(output / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat, *limits))
 
     anomalous = 0
-    with score_files(output, detector.image_threshold) as write:
-        for part, found in detector.score(data, progress=progress):
+    with score_files(output, detector.image_threshold) as write, Bars(_title(detector, data)) as bars:
+        for part, found in detector.score(data, progress=bars):
             if overlays or maps:
                 if found.pixel is None:
                     raise ValueError(
@@ -335,16 +344,26 @@ def open_split(
     layout = next(name for name, known in LAYOUTS.items() if known.matches(Path(source))) if folder else "auto"
     options: dict[str, Any] = {"preprocess": detector.preprocess, "mask_threshold": mask_threshold, "layout": layout}
     opened = open_data(source, category=asked, **options)
-    if len(opened) > 1 and fitted not in opened:
+    if len(opened) == 1:
+        return next(iter(opened.values()))
+    if fitted is None or fitted not in opened:
         raise ValueError(f"{source} has several categories: choose one with --category: {', '.join(opened)}")
-    return next(iter(opened.values())) if len(opened) == 1 else opened[fitted]
+    return opened[fitted]
 
 
-def _resume(checkpoint: Path, fingerprint: str, say: Say) -> None:
+def _title(detector: Detector, data: Dataset) -> str:
+    return f"{detector.method_name} {data.name}/{data.category}"
+
+
+def _saved(checkpoint: Path) -> bool:
+    return any(entry.name.isdigit() for entry in (checkpoint / "state").glob("*"))
+
+
+def _resume(checkpoint: Path, fingerprint: str) -> None:
     """Keeps the checkpoint of the very same fit, and deletes any other."""
     mark = checkpoint / "fingerprint"
     if mark.is_file() and mark.read_text() == fingerprint:
-        if any(entry.name.isdigit() for entry in (checkpoint / "state").glob("*")):
+        if _saved(checkpoint):
             say(f"resuming from {checkpoint}")
         return
     if checkpoint.exists():

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 from jaxad.backbones.convolution import Conv, DepthwiseConv, Source
 
 STAGES = ("stem", *(f"blocks.{s}" for s in range(7)), "head")
+PATCH_LAYERS = ("blocks.2", "blocks.4")
+PYRAMID_LAYERS = ("blocks.1", "blocks.2", "blocks.4")
 # kernel, stride, expansion, channels, blocks of each of B0's seven groups
 BLOCKS = (
     (3, 1, 1, 16, 1),

@@ -23,6 +23,10 @@ class Backbone(NamedTuple):
     name: str
     stages: tuple[str, ...]
     """Names of the feature maps, shallow to deep."""
+    patch_layers: tuple[str, ...]
+    """The stages that describe patches best (strides 8 and 16), the finest first."""
+    pyramid_layers: tuple[str, ...]
+    """The stages of a feature pyramid from stride 4 on, the finest first."""
     init: Callable[[Key], Frozen]
     """Random weights."""
     apply: Callable[[Frozen, Array, tuple[str, ...]], dict[str, Float[Array, "b _ _ _"]]]
@@ -40,17 +44,19 @@ def normalize(frozen: Frozen, image: Array, dtype: DTypeLike) -> Float[Array, "b
     return ((image.astype(jnp.float32) * scale - frozen["mean"]) / frozen["std"]).astype(dtype)
 
 
-def _network(entry: registry.Entry) -> tuple[nn.Module, tuple[str, ...]]:
+def _network(entry: registry.Entry) -> tuple[nn.Module, Any]:
+    """The network of an entry and the module with its `STAGES`, `PATCH_LAYERS` and `PYRAMID_LAYERS`."""
     if entry.architecture == "pdn_small":
-        return pdn.PatchDescriptionNetwork(), pdn.STAGES
+        return pdn.PatchDescriptionNetwork(), pdn
     if entry.architecture in resnet.BLOCKS:
-        return resnet.ResNet(entry.architecture, entry.stride_in_1x1), resnet.STAGES
-    return efficientnet.EfficientNet(entry.architecture), efficientnet.STAGES
+        return resnet.ResNet(entry.architecture, entry.stride_in_1x1), resnet
+    return efficientnet.EfficientNet(entry.architecture), efficientnet
 
 
 def shapes(name: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of a backbone's parameters: for every convolution those of its `kernel` (HWIO) and `bias`."""
-    network, stages = _network(registry.lookup(name))
+    network, family = _network(registry.lookup(name))
+    stages = family.STAGES
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(lambda key, image: network.init(key, image, stages), jax.random.key(0), image)
     return jax.tree.map(lambda leaf: leaf.shape, variables["params"])
@@ -82,7 +88,8 @@ def backbone(name: str, dtype: DTypeLike = jnp.float32) -> Backbone:
         ValueError: There is no such backbone.
     """
     entry = registry.lookup(name)
-    network, stages = _network(entry)
+    network, family = _network(entry)
+    stages = family.STAGES
 
     def freeze(params) -> Frozen:
         mean, std = (np.asarray(values, np.float32) for values in entry.normalization)
@@ -117,7 +124,7 @@ def backbone(name: str, dtype: DTypeLike = jnp.float32) -> Backbone:
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
 
-    return Backbone(name, stages, init, apply, fold)
+    return Backbone(name, stages, family.PATCH_LAYERS, family.PYRAMID_LAYERS, init, apply, fold)
 
 
 def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:

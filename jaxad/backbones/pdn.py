@@ -1,6 +1,6 @@
 """A small fully convolutional patch-description network: the embedded backbone of a fresh clone.
 
-Every output position describes the patch of about 100 px around it. The weights in the package are distilled from a
+Every output position describes the 65 px patch around it. The weights in the package are distilled from a
 ResNet-50's layer2 and layer3 by `experiments/distill_backbone.py`, as the patch networks of the two papers below are.
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357; EfficientAD, WACV 2024, arXiv:2303.14535.
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from jaxad.backbones.convolution import Conv
 
 STAGES = ("layer1", "layer2", "layer3")
+PATCH_LAYERS = ("layer3",)
+PYRAMID_LAYERS = STAGES
 WIDTHS = (64, 160, 256)
 BLOCKS = 3
 OUT = 384

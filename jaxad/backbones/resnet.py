@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from jaxad.backbones.convolution import Conv, Source
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+PATCH_LAYERS = ("layer2", "layer3")
+PYRAMID_LAYERS = ("layer1", "layer2", "layer3")
 BLOCKS = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),

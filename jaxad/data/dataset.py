@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -72,7 +72,7 @@ class Dataset:
         """(height, width) after preprocessing."""
         return self.preprocess.output_size(self.preprocess.resize or self.original_size(0))
 
-    def images(self, indices: Iterable[int]) -> UInt8[np.ndarray, "b h w 3"]:
+    def images(self, indices: Iterable[SupportsIndex]) -> UInt8[np.ndarray, "b h w 3"]:
         """Decodes and preprocesses the images at `indices` in parallel.
 
         Raises:
@@ -91,7 +91,7 @@ class Dataset:
         images.in_threads(load, range(len(chosen)))
         return batch
 
-    def masks(self, indices: Iterable[int]) -> Bool[np.ndarray, "b h w"] | None:
+    def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Decodes the masks at `indices`, preprocessed like the images; normal images have empty ones.
 
         Returns:

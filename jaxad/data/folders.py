@@ -38,10 +38,15 @@ def read(source: Path, layout: str = "auto") -> tuple[str, Iterator[Record]]:
         return source.stem, table(source) if source.suffix.lower() == ".csv" else files([source])
     name = source.resolve().name
     if layout == "auto":
-        layout = next(key for key, candidate in LAYOUTS.items() if candidate.matches(source))
+        layout = recognize(source)
         if layout == "flat":
             _refuse_mixture(source)
     return name, LAYOUTS[layout].read(source)
+
+
+def recognize(folder: Path) -> str:
+    """The first layout of `LAYOUTS` that a folder matches; "flat" matches any."""
+    return next(key for key, candidate in LAYOUTS.items() if candidate.matches(folder))
 
 
 def files(paths: Iterable[Path], category: str = "files") -> Iterator[Record]:

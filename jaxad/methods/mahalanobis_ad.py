@@ -43,7 +43,7 @@ class StageGaussian(NamedTuple):
 
 def mahalanobis_ad(
     *,
-    backbone: str = "efficientnet_b4",
+    backbone: str = "tf_efficientnet_b4",
     layers: tuple[str, ...] | None = None,
     reduction: Literal["pca", "npca"] | None = None,
     variance_threshold: float = 0.99,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
@@ -42,7 +43,7 @@ class PadimGaussian(NamedTuple):
 def padim(
     *,
     backbone: str = "wide_resnet50_2",
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3"),
+    layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (224, 224),
     n_features: int | Literal["all"] | None = None,
     epsilon: float = 0.01,
@@ -52,7 +53,7 @@ def padim(
 
     Args:
         backbone: The network that describes positions.
-        layers: Its stages, the finest first.
+        layers: Its stages, the finest first; None for its pyramid (layer1 to layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
         n_features: Channels drawn at random; "all" keeps every one; None is the paper's: 100 of up to 448 channels
             (ResNet-18), else 550.
@@ -66,6 +67,8 @@ def padim(
         raise ValueError(f'n_features must be 1 or more, or "all", got {n_features}')
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, got {epsilon}")
+
+    layers = architecture(backbone).pyramid_layers if layers is None else tuple(layers)
 
     def stack(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return stack_maps([x[layer] for layer in layers], "nearest")

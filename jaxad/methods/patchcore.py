@@ -4,6 +4,8 @@ Stored: a memory bank of locally aware patch features (the 3x3 neighborhood mean
 and 4 of section 3.1), thinned by greedy k-center selection on a random projection (section 3.2, algorithm 1). A patch scores its distance to
 its nearest neighbors in the bank, an image the score of its worst patch (Eq. 6), optionally re-weighted by how far the
 nearest bank entry lies from its own neighbors (Eq. 7). The heat map is the upsampled patch scores, smoothed.
+Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them 128 / c of that for the projection and
+the ratio of that for the bank. Scoring holds the bank.
 
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting; mean over `num_neighbors` distances).
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.coreset import greedy_coreset
@@ -45,7 +48,7 @@ class PatchcoreBank(NamedTuple):
 def patchcore(
     *,
     backbone: str | tuple[str, ...] = "wide_resnet50_2",
-    layers: tuple[str, ...] = ("layer2", "layer3"),
+    layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (224, 224),
     patch_size: int = 3,
     coreset_sampling_ratio: float = 0.1,
@@ -59,7 +62,7 @@ def patchcore(
 
     Args:
         backbone: The network that describes patches; several make an ensemble, whose `frozen` is a tuple.
-        layers: Its stages, the finest first.
+        layers: Its stages, the finest first; None for those that describe patches (layer2 and layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
         patch_size: Side of the neighborhood that a patch feature averages.
         coreset_sampling_ratio: Share of the patches kept, in (0, 1]; 1 keeps all.
@@ -101,6 +104,8 @@ def patchcore(
 def _single(
     backbone: str, layers, image_size, patch_size, ratio, projection_dim, num_neighbors, reweight, sigma
 ) -> Method:
+    layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
+
     def describe(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return stack_maps([neighborhood_mean(x[layer], patch_size) for layer in layers])
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.heatmap import upsample_blur
@@ -34,8 +35,8 @@ class SpadeGallery(NamedTuple):
 def spade(
     *,
     backbone: str = "wide_resnet50_2",
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3"),
-    image_layer: str = "layer4",
+    layers: tuple[str, ...] | None = None,
+    image_layer: str | None = None,
     image_size: tuple[int, int] = (224, 224),
     num_neighbors: int = 50,
     num_pixel_neighbors: int = 1,
@@ -45,8 +46,8 @@ def spade(
 
     Args:
         backbone: The network that describes images and pixels.
-        layers: Stages of the pyramid, the finest first.
-        image_layer: Stage whose average over positions describes the image.
+        layers: Stages of the pyramid, the finest first; None for layer1 to layer3 of a ResNet and their like.
+        image_layer: Stage whose average over positions describes the image; None for the deepest.
         image_size: (height, width) of the images, which is that of the heat map.
         num_neighbors: Normal images compared with (K); at most as many as there are.
         num_pixel_neighbors: Pixels of them compared with (kappa).
@@ -58,6 +59,9 @@ def spade(
     for name, value in (("num_neighbors", num_neighbors), ("num_pixel_neighbors", num_pixel_neighbors)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
+    network = architecture(backbone)
+    layers = network.pyramid_layers if layers is None else tuple(layers)
+    image_layer = image_layer or network.stages[-1]
     wanted = (*layers, *({image_layer} - set(layers)))
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> SpadeGallery:
@@ -101,7 +105,7 @@ def spade(
     return Method(features(backbone, wanted), init, (Stage("collect", collect),), score)
 
 
-def pyramid_distances(pairs: list[tuple[Float[Array, "_ _ c"], Float[Array, "_ _ c"]]]) -> Float[Array, "p p"]:
+def pyramid_distances(pairs: list[tuple[Float[Array, "_ _ _"], Float[Array, "_ _ _"]]]) -> Float[Array, "p p"]:
     """Squared distances between all positions of two images' stacked feature maps, on the grid of the first stage.
 
     Args:
@@ -110,7 +114,7 @@ def pyramid_distances(pairs: list[tuple[Float[Array, "_ _ c"], Float[Array, "_ _
     h, w = pairs[0][0].shape[:2]
     total = jnp.zeros((h, w, h, w))
     for a, b in pairs:
-        rows, columns = (jnp.arange(n) * m // n for n, m in zip((h, w), a.shape[:2], strict=True))
+        rows, columns = ((2 * jnp.arange(n) + 1) * m // (2 * n) for n, m in zip((h, w), a.shape[:2], strict=True))
         part = squared_distances(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
         part = part.reshape(*a.shape[:2], *a.shape[:2])
         total = total + part[rows][:, columns][:, :, rows][:, :, :, columns]

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK_ELEMENTS = 1 << 24
-"""Distances held at a time (64 MiB in float32)."""
+BLOCK_ELEMENTS = 1 << 22
+"""Distances held at a time (16 MiB in float32, which stays in a processor cache)."""
 GROUP = 64
 
 
@@ -22,17 +22,16 @@ def smallest_k(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "n k"], Int
     least as large as those k minima. One cheap pass for the minima leaves k * 64 columns to sort.
     """
     n, m = x.shape
-    groups = -(-m // GROUP)
+    groups, rest = divmod(m, GROUP)
     if groups <= 2 * k:
         value, index = jax.lax.top_k(-x, k)
         return -value, index
-    x = jnp.pad(x, ((0, 0), (0, groups * GROUP - m)), constant_values=jnp.inf).reshape(n, groups, GROUP)
-    _, group = jax.lax.top_k(-x.min(-1), k)
-    group = jnp.sort(group, -1)
-    inside = jnp.take_along_axis(x, group[:, :, None], 1).reshape(n, k * GROUP)
-    value, position = jax.lax.top_k(-inside, k)
-    index = jnp.take_along_axis(group, position // GROUP, 1) * GROUP + position % GROUP
-    return -value, index
+    minima = x[:, : groups * GROUP].reshape(n, groups, GROUP).min(-1)
+    group = jnp.sort(jax.lax.top_k(-minima, k)[1], -1)
+    column = (group[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(n, k * GROUP)
+    column = jnp.concatenate([column, jnp.broadcast_to(groups * GROUP + jnp.arange(rest), (n, rest))], 1)
+    value, position = jax.lax.top_k(-jnp.take_along_axis(x, column, 1), k)
+    return -value, jnp.take_along_axis(column, position, 1)
 
 
 def knn(

@@ -1,0 +1,90 @@
+"""Peak memory against the number of images: PaDiM and the scorers stay flat, PatchCore is bounded by its patches.
+
+    python experiments/bench_memory.py
+
+Every point is a process of its own that fits or scores rendered demo images (embedded backbone, 224 px), so its peak is the operating
+system's own figure. PatchCore holds all patches while it collects; its peak is stated as base + n * bytes of the patches
+of an image, and checked against that.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+import jaxad
+from jaxad.artifact import write_json
+from jaxad.data import Preprocess, open_data
+from jaxad.detector import peak_bytes
+
+
+@dataclass
+class Options:
+    """Measure peak memory."""
+
+    images: tuple[int, ...] = (32, 128, 512)
+    size: int = 224
+    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    one: Annotated[tuple[str, int] | None, tyro.conf.arg(help="internal: what to measure, and with how many images")] = None
+
+
+CASES = ("padim fit", "padim score", "patchcore score", "patchcore fit")
+
+
+def measure(what: str, n: int, size: int) -> dict[str, Any]:
+    """Fits on n images, or fits on 16 and scores n; the peak of this process."""
+    name, _, part = what.partition(" ")
+    data = open_data("demo", category="fabric", preprocess=Preprocess((size, size)))["fabric"].train
+    many = data.subset(np.arange(n) % len(data))
+    options = {"n_features": 100} if name == "padim" else {}
+    detector = jaxad.Detector(name, image_size=size, holdout=0, **options)
+    detector.fit(many if part == "fit" else data.subset(range(16)))
+    before = peak_bytes()
+    if part == "score":
+        for _ in detector.score(many):
+            pass
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(detector.state))
+    return {"images": n, "peak_bytes": peak_bytes(), "before_scoring": before, "model_bytes": state}
+
+
+def main(options: Options) -> None:
+    """Measures every case in a process of its own and writes results/bench_memory.json."""
+    if options.one:
+        print(json.dumps(measure(*options.one, options.size)))
+        return
+    points: dict[str, list[dict[str, Any]]] = {}
+    for what in CASES:
+        for n in options.images:
+            command = [sys.executable, __file__, "--one", what, str(n), "--size", str(options.size)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            points.setdefault(what, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(what, points[what][-1], flush=True)
+    grid = -(-options.size // 8)
+    patches = grid * grid * 384 * 4
+    growth = {
+        what: (rows[-1]["peak_bytes"] - rows[0]["peak_bytes"]) / (rows[-1]["images"] - rows[0]["images"])
+        for what, rows in points.items()
+    }
+    record = {
+        "recipe": "bench_memory",
+        "backbone": "pdn_small",
+        "image_size": options.size,
+        "points": points,
+        "bytes_per_further_image": growth,
+        "patchcore_patch_bytes_per_image": patches,
+        "patchcore_fit_over_patches": growth["patchcore fit"] / patches,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    write_json(options.results / "bench_memory.json", record)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,96 @@
+"""Mahalanobis AD against scikit-learn's shrinkage and principal components, and scipy's distance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+
+from jaxad.base import Batch
+from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+
+WIDTHS = {"layer1": 6, "layer2": 10}
+OPTIONS = dict(backbone="pdn_small", layers=tuple(WIDTHS))
+
+
+def features(seed, n):
+    """Correlated, with variances from 1 down to 0.01, on one basis for all seeds."""
+    basis, rng = np.random.default_rng(99), np.random.default_rng(seed)
+    result = {}
+    for layer, width in WIDTHS.items():
+        rotation = np.linalg.qr(basis.normal(size=(width, width)))[0]
+        result[layer] = (rng.normal(size=(n, width)) * np.geomspace(1, 0.1, width) @ rotation + 2).astype(np.float32)
+    return result
+
+
+def fit(method, x):
+    n = x["layer1"].shape[0]
+    batch = Batch(
+        jax.tree.map(jnp.asarray, x), jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.arange(n, dtype=jnp.int32)
+    )
+    state, _ = method.stages[0].update(jax.random.key(0), method.init(jax.random.key(0), None, x), None, batch)
+    return jax.jit(method.stages[0].finalize)(jax.random.key(0), state, None)
+
+
+def reduce(train, test, reduction, threshold):
+    """The reference's rule: the components up to the one that passes the threshold, or those from the one before it."""
+    if reduction is None:
+        return train, test
+    pca = PCA().fit(train)
+    last = int(np.argmax(np.cumsum(pca.explained_variance_ratio_) > threshold))
+    components = pca.components_[: last + 1] if reduction == "pca" else pca.components_[last - 1 :]
+    components = components[: len(train) - 1]  # one more has no variance and no direction of its own
+    return (train - pca.mean_) @ components.T, (test - pca.mean_) @ components.T
+
+
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("reduction", [None, "pca", "npca"])
+@pytest.mark.parametrize("threshold", [0.6, 0.9])
+def test_equals_scikit_learn(n, reduction, threshold):
+    method = mahalanobis_ad(reduction=reduction, variance_threshold=threshold, **OPTIONS)
+    train, test = features(0, n), features(1, 4)
+    scores = jax.jit(method.score)(fit(method, train), None, jax.tree.map(jnp.asarray, test))
+    wanted = np.zeros(4)
+    for layer in WIDTHS:
+        x, y = reduce(train[layer].astype(np.float64), test[layer].astype(np.float64), reduction, threshold)
+        gaussian = LedoitWolf().fit(x)
+        wanted += [mahalanobis(v, gaussian.location_, gaussian.precision_) for v in y]
+    np.testing.assert_allclose(scores.image, wanted, rtol=1e-3)
+    assert scores.pixel is None
+
+
+def test_all_stages_by_default():
+    method = mahalanobis_ad(backbone="pdn_small")
+    spec = {layer: jax.ShapeDtypeStruct((3, 5), jnp.float32) for layer in ("layer1", "layer2", "layer3")}
+    assert set(method.init(jax.random.key(0), None, spec).features) == set(spec)
+
+
+def test_equal_images_give_finite_scores():
+    method = mahalanobis_ad(**OPTIONS)
+    same = {layer: np.full((4, width), 3, np.float32) for layer, width in WIDTHS.items()}
+    state = fit(method, same)
+    away = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1] + 2), same)
+    np.testing.assert_allclose(method.score(state, None, away).image, [2 * (np.sqrt(6) + np.sqrt(10))], rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["pca", "npca"])
+def test_equal_images_give_finite_scores_with_a_reduction(reduction):
+    method = mahalanobis_ad(reduction=reduction, **OPTIONS)
+    same = {layer: np.full((4, width), 3, np.float32) for layer, width in WIDTHS.items()}
+    assert np.isfinite(method.score(fit(method, same), None, jax.tree.map(jnp.asarray, same)).image).all()
+
+
+@pytest.mark.parametrize(
+    ("hyperparameter", "rule"),
+    [
+        ({"reduction": "ica"}, 'reduction must be "pca", "npca" or None, got "ica"'),
+        ({"variance_threshold": 1.0}, r"variance_threshold must be in \(0, 1\), got 1.0"),
+        ({"layers": ("layer9",)}, "layer9"),
+        ({"backbone": "nothing"}, "nothing"),
+    ],
+)
+def test_bad_hyperparameters(hyperparameter, rule):
+    with pytest.raises(ValueError, match=rule):
+        mahalanobis_ad(**OPTIONS | hyperparameter)

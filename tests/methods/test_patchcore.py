@@ -1,0 +1,179 @@
+"""PatchCore against numpy, step by step from the paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from jaxad.base import Batch
+from jaxad.methods.patchcore import PatchcoreBank, patchcore, update
+
+LAYERS = ("a", "b")
+GRID, COARSE, SIZE = (4, 4), (2, 2), (16, 16)
+OPTIONS = dict(backbone="pdn_small", layers=("layer1", "layer2"), image_size=SIZE, sigma=0.0)
+
+
+def feature_maps(seed, n, channels=(3, 4)):
+    rng = np.random.default_rng(seed)
+    shapes = zip(("layer1", "layer2"), (GRID, COARSE), channels, strict=True)
+    return {layer: jnp.asarray(rng.normal(size=(n, *grid, c)), jnp.float32) for layer, grid, c in shapes}
+
+
+def fit(method, x, key=0):
+    n = x["layer1"].shape[0]
+    batch = Batch(x, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.arange(n, dtype=jnp.int32))
+
+    @jax.jit
+    def run(key, batch):
+        state, _ = method.stages[0].update(key, method.init(key, None, x), None, batch)
+        return method.stages[0].finalize(key, state, None)
+
+    return run(jax.random.key(key), batch)
+
+
+def patches(x):
+    """Eq. 1-2: 3x3 means with zeros beyond the border, the coarser stage upsampled bilinearly from 2x2 to 4x4."""
+
+    def mean(m):
+        padded = np.pad(np.asarray(m, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(padded[:, i : i + m.shape[1], j : j + m.shape[2]] for i in range(3) for j in range(3)) / 9
+
+    fine, coarse = mean(x["layer1"]), mean(x["layer2"])
+    weight = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    up = np.einsum("Hh,bhwc,Ww->bHWc", weight, coarse, weight)
+    return np.concatenate([fine, up], -1).reshape(len(fine), 16, -1)
+
+
+TRAIN, TEST = feature_maps(0, 6), feature_maps(1, 3)
+
+
+def test_a_full_bank_holds_every_patch():
+    bank = fit(patchcore(coreset_sampling_ratio=1.0, **OPTIONS), TRAIN)
+    np.testing.assert_allclose(bank.bank, patches(TRAIN).reshape(96, -1), atol=1e-6)
+    assert bank.size == 96 and bank.radius == 0
+
+
+@pytest.mark.parametrize("neighbors", [1, 3])
+def test_official_scores_are_the_largest_mean_distance(neighbors):
+    method = patchcore(coreset_sampling_ratio=1.0, num_neighbors=neighbors, **OPTIONS)
+    scores = jax.jit(method.score)(fit(method, TRAIN), None, TEST)
+    distance = np.sort(cdist(patches(TEST).reshape(48, -1), patches(TRAIN).reshape(96, -1)), 1)[:, :neighbors].mean(1)
+    np.testing.assert_allclose(scores.image, distance.reshape(3, 16).max(1), rtol=1e-4)
+    assert (np.asarray(scores.pixel.max((1, 2))) <= np.asarray(scores.image) * 1.0001).all()
+
+
+@pytest.mark.parametrize("b", [2, 5])
+def test_paper_scores_are_equation_7(b):
+    """s = (1 - exp|m - m*| / sum over the b nearest of m* in the bank of exp|m - m_k|) s*."""
+    method = patchcore(coreset_sampling_ratio=1.0, scoring="paper", reweight_neighbors=b, **OPTIONS)
+    scores = jax.jit(method.score)(fit(method, TRAIN), None, TEST)
+    bank = patches(TRAIN).reshape(96, -1)
+    for got, image in zip(scores.image, patches(TEST), strict=True):
+        distance = cdist(image, bank)
+        worst = distance.min(1).argmax()
+        nearest = distance[worst].argmin()
+        neighbors = np.argsort(cdist(bank[nearest][None], bank)[0])[:b]
+        weight = 1 - np.exp(distance[worst, nearest]) / np.exp(distance[worst, neighbors]).sum()
+        np.testing.assert_allclose(got, weight * distance[worst, nearest], rtol=1e-4)
+
+
+def test_paper_scores_do_not_overflow():
+    method = patchcore(coreset_sampling_ratio=1.0, scoring="paper", **OPTIONS)
+    scores = method.score(fit(method, TRAIN), None, jax.tree.map(lambda leaf: leaf * 1e4, TEST))
+    assert np.isfinite(scores.image).all()
+
+
+def test_the_coreset_covers_all_patches_within_its_radius():
+    method = patchcore(coreset_sampling_ratio=0.25, projection_dim=None, **OPTIONS)
+    bank = fit(method, TRAIN)
+    everything, chosen = patches(TRAIN).reshape(96, -1), np.asarray(bank.bank)
+    assert chosen.shape == (24, 7) and bank.size == 24
+    assert cdist(chosen, everything).min(1).max() < 1e-5  # each is one of the patches
+    np.testing.assert_allclose(bank.radius, cdist(everything, chosen).min(1).max(), rtol=1e-4)
+
+
+def test_projection_keeps_the_features_whole():
+    bank = fit(patchcore(coreset_sampling_ratio=0.25, projection_dim=2, **OPTIONS), TRAIN)
+    assert bank.bank.shape == (24, 7)
+    assert cdist(np.asarray(bank.bank), patches(TRAIN).reshape(96, -1)).min(1).max() < 1e-5
+
+
+def test_update_adds_new_normal_images():
+    method = patchcore(coreset_sampling_ratio=1.0, **OPTIONS)
+    old, new = fit(method, TRAIN), fit(method, TEST)
+    both = update(jax.random.key(0), old, new)
+    everything = np.concatenate([old.bank, new.bank])
+    np.testing.assert_array_equal(both.bank, everything)
+    assert both.size == 144 and both.radius == 0
+    scores = jax.jit(method.score)(both, None, TEST)
+    np.testing.assert_allclose(scores.image, 0, atol=1e-2)  # now that they are normal
+
+
+def test_update_thins_to_a_size():
+    method = patchcore(coreset_sampling_ratio=0.5, projection_dim=None, **OPTIONS)
+    old, new = fit(method, TRAIN), fit(method, TEST)
+    thinned = update(jax.random.key(0), old, new, size=30, projection_dim=None)
+    assert thinned.bank.shape == (30, 7) and thinned.size == 30
+    everything = np.concatenate([patches(TRAIN).reshape(96, -1), patches(TEST).reshape(48, -1)])
+    assert cdist(everything, np.asarray(thinned.bank)).min(1).max() <= float(thinned.radius) * 1.0001
+
+
+def test_update_skips_the_empty_rows_of_a_bank():
+    rows = jnp.arange(8.0).reshape(4, 2)
+    old, new = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1)), PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2))
+    both = update(jax.random.key(0), old, new)
+    assert both.size == 5
+    np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_update_to_an_impossible_size(size):
+    bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0))
+    with pytest.raises(ValueError, match=rf"size .*1\.\.8.* got {size}"):
+        update(jax.random.key(0), bank, bank, size=size)
+
+
+def test_update_of_another_width():
+    a, b = (PatchcoreBank(jnp.ones((4, c)), jnp.int32(4), jnp.float32(0)) for c in (2, 3))
+    with pytest.raises(ValueError, match="one width, got 2 and 3"):
+        update(jax.random.key(0), a, b)
+
+
+def test_an_ensemble_averages_scores_in_units_of_the_radius():
+    options = OPTIONS | dict(coreset_sampling_ratio=0.25)
+    names = ("pdn_small", "resnet18")
+    ensemble = patchcore(**options | dict(backbone=names))
+    members = [patchcore(**options | dict(backbone=name)) for name in names]
+    train, test = (TRAIN, feature_maps(2, 6, (5, 2))), (TEST, feature_maps(3, 3, (5, 2)))
+    n = 6
+    batch = Batch(train, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.arange(n, dtype=jnp.int32))
+    key, frozen = jax.random.key(0), (None, None)
+    state, _ = ensemble.stages[0].update(key, ensemble.init(key, frozen, train), frozen, batch)
+    state = jax.jit(lambda s: ensemble.stages[0].finalize(key, s, frozen))(state)
+    scores = ensemble.score(state, frozen, test)
+    parts = [m.score(s, None, x) for m, s, x in zip(members, state, test, strict=True)]
+    for field in ("image", "pixel"):
+        wanted = np.mean([getattr(p, field) / s.radius for p, s in zip(parts, state, strict=True)], 0)
+        np.testing.assert_allclose(getattr(scores, field), wanted, rtol=1e-5)
+    assert all(s.radius > 0 for s in state)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameter", "rule"),
+    [
+        ({"coreset_sampling_ratio": 0.0}, r"coreset_sampling_ratio must be in \(0, 1\], got 0.0"),
+        ({"coreset_sampling_ratio": 1.5}, r"coreset_sampling_ratio must be in \(0, 1\], got 1.5"),
+        ({"patch_size": 0}, "patch_size must be 1 or more, got 0"),
+        ({"num_neighbors": 0}, "num_neighbors must be 1 or more, got 0"),
+        ({"scoring": "paper", "reweight_neighbors": 1}, "reweight_neighbors must be 2 or more, got 1"),
+        ({"projection_dim": 0}, "projection_dim must be 1 or more, or None for no projection, got 0"),
+        ({"scoring": "best"}, 'scoring must be "official" or "paper", got "best"'),
+        ({"backbone": ()}, "at least one backbone, got an empty tuple"),
+        ({"backbone": "resnet19"}, "resnet19"),
+        ({"layers": ("layer9",)}, "layer9"),
+    ],
+)
+def test_bad_hyperparameters(hyperparameter, rule):
+    with pytest.raises(ValueError, match=rule):
+        patchcore(**OPTIONS | hyperparameter)

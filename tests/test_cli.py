@@ -1,0 +1,359 @@
+"""The command line from end to end on tiny images, what it says to mistakes, and what an interruption leaves behind."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from PIL import Image
+
+import jaxad
+from jaxad import artifact, fit, runs
+from jaxad.backbones import backbone
+from jaxad.cli import main
+from jaxad.data import Dataset, open_data
+from jaxad.detector import Detector
+
+SMALL = ("--image-size", "64", "--batch-size", "4")
+MODEL = {"model.json", "model.safetensors", "recipe.json", "threshold.json"}
+
+
+def save_image(path: Path, seed: int, size: tuple[int, int] = (48, 40), scratch: bool = False) -> None:
+    pixels = np.random.default_rng(seed).integers(90, 160, (*size, 3), dtype=np.uint8)
+    if scratch:
+        pixels[10:20, 5:30] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def backbone_options(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Random weights, so that no test needs the real ones."""
+    path = tmp_path_factory.mktemp("weights") / "pdn_small.safetensors"
+    params = backbone("pdn_small").init(jax.random.key(0))["params"]
+    tensors = {
+        f"{module}.{leaf}": np.asarray(value) for module, leaves in params.items() for leaf, value in leaves.items()
+    }
+    safetensors.numpy.save_file(tensors, path)
+    return ("--backbone", "pdn_small", "--weights", str(path), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder: two days with the same file names, two sizes, two endings for one name."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for i in range(4):
+        save_image(root / "monday" / f"{i}.png", i)
+        save_image(root / "tuesday" / f"{i}.png", i + 10, (32, 64))
+    save_image(root / "tuesday" / "0.bmp", 20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "parts"
+    for offset, category in ((0, "bolt"), (100, "nut")):
+        for i in range(6):
+            save_image(root / category / "train" / "good" / f"{i}.png", offset + i)
+        for i in range(3):
+            save_image(root / category / "test" / "good" / f"{i}.png", offset + 10 + i)
+            save_image(root / category / "test" / "scratch" / f"{i}.png", offset + 20 + i, scratch=True)
+            mask = np.zeros((48, 40), np.uint8)
+            mask[10:20, 5:30] = 255
+            path = root / category / "ground_truth" / "scratch" / f"{i}_mask.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flat_run(tmp_path_factory: pytest.TempPathFactory, photos: Path, backbone_options: tuple[str, ...]) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    assert main(["fit", str(photos), *backbone_options, "--output", str(output)]) == 0
+    return output / "patchcore" / "photos" / "photos"
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_of_a_flat_folder_writes_a_model_and_the_recipe(flat_run: Path):
+    assert files_below(flat_run) >= MODEL and not (flat_run / "checkpoint").exists()
+    recipe = artifact.read_json(flat_run / "recipe.json")
+    assert (recipe["method"], recipe["dataset"], recipe["category"]) == ("patchcore", "photos", "photos")
+    assert recipe["hyperparameters"]["coreset_sampling_ratio"] == 0.1
+    assert recipe["n_train"] == 7 and recipe["n_heldout"] == 2
+    assert recipe["seconds"]["compile"] > 0 and recipe["seconds"]["fit"] > 0 and recipe["peak_bytes"] > 0
+    assert recipe["command"].startswith("jaxad fit ")
+    threshold = artifact.read_json(flat_run / "threshold.json")
+    assert threshold["image"]["source"] == threshold["pixel"]["source"] == "held-out normals"
+
+
+def test_score_writes_rows_overlays_and_maps_in_the_tree_of_the_images(flat_run: Path, photos: Path, tmp_path: Path):
+    assert main(["score", str(flat_run), str(photos), "--output", str(tmp_path), "--overlays", "--maps"]) == 0
+    names = {str(path.relative_to(photos)) for path in photos.rglob("*.*")}
+    assert files_below(tmp_path / "overlays") == {f"{name}.png" for name in names}
+    assert files_below(tmp_path / "maps") == {f"{name}.tiff" for name in names}
+    rows = read_csv(tmp_path / "scores.csv")
+    threshold = artifact.read_json(flat_run / "threshold.json")["image"]["value"]
+    assert {row["path"] for row in rows} == {str(photos / name) for name in names}
+    assert {(row["label"], row["defect"]) for row in rows} == {("", "")}
+    assert [row["prediction"] for row in rows] == [str(int(float(row["score"]) > threshold)) for row in rows]
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["score"]) for line in lines] == [(row["path"], float(row["score"])) for row in rows]
+    assert {(line["label"], line["defect"]) for line in lines} == {(None, None)}
+    prediction = jaxad.load(flat_run).predict(photos)
+    np.testing.assert_allclose([float(row["score"]) for row in rows], prediction.pred_score, rtol=1e-5)
+    assert prediction.anomaly_map is not None
+    for name, heat in zip(prediction.paths, prediction.anomaly_map, strict=True):
+        relative = Path(name).relative_to(photos)
+        with Image.open(name) as image, Image.open(tmp_path / "maps" / f"{relative}.tiff") as found:
+            assert found.mode == "F" and found.size == image.size
+            np.testing.assert_allclose(np.asarray(found).mean(), heat.mean(), rtol=0.05)
+        with Image.open(tmp_path / "overlays" / f"{relative}.png") as found:
+            assert found.size == image.size
+
+
+def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: Path, mvtec: Path):
+    source = mvtec / "bolt" / "test"  # good beside scratch: no folder to learn from, but one to score
+    assert main(["score", str(flat_run), str(source)]) == 0
+    assert len(read_csv(flat_run / "scores" / "test" / "scores.csv")) == 6
+
+
+@pytest.fixture(scope="module")
+def parts_runs(tmp_path_factory: pytest.TempPathFactory, mvtec: Path, backbone_options: tuple[str, ...]) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    options = ("--method", "padim", "--n-features", "8", "--layers", "layer1", "layer2", "--holdout", "0.34")
+    assert main(["fit", str(mvtec), *options, *backbone_options, "--output", str(output)]) == 0
+    return output
+
+
+def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = parts_runs / "padim" / "parts"
+    before = (folder / "bolt" / "threshold.json").read_bytes()
+    page = tmp_path / "report.html"
+    assert main(["evaluate", str(parts_runs), "--report", str(page)]) == 0
+    table = capsys.readouterr().out
+    assert [word in table for word in ("bolt", "nut", "Mean", "AUPRO")] == [True] * 4
+    assert (folder / "bolt" / "threshold.json").read_bytes() == before
+    assert page.read_text().count("<details") == 2
+    for category in ("bolt", "nut"):
+        assert files_below(folder / category) == MODEL | {"metrics.json", "scores.csv", "scores.jsonl", "examples.npz"}
+        found = artifact.read_json(folder / category / "metrics.json")
+        assert (found["n_test"], found["n_anomalous"], found["oracle"]) == (6, 3, False)
+        rows = read_csv(folder / category / "scores.csv")
+        assert [(row["label"], row["defect"]) for row in rows] == [("0", "good")] * 3 + [("1", "scratch")] * 3
+        good, bad = np.array([float(row["score"]) for row in rows]).reshape(2, 3)
+        assert found["metrics"]["image_AUROC"] == pytest.approx((bad[:, None] > good).mean())
+        assert artifact.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
+
+
+def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_path: Path):
+    run_dir = tmp_path / "nut"
+    shutil.copytree(parts_runs / "padim" / "parts" / "nut", run_dir)
+    assert main(["evaluate", str(run_dir), "--oracle"]) == 0
+    threshold = artifact.read_json(run_dir / "threshold.json")
+    assert threshold["image"]["source"] == threshold["pixel"]["source"] == "oracle (test set)"
+    assert artifact.read_json(run_dir / "metrics.json")["oracle"] is True
+    score_run = ["score", str(run_dir), artifact.read_json(run_dir / "recipe.json")["source"]]
+    assert main([*score_run, "--output", str(tmp_path)]) == 0
+    assert [row["label"] for row in read_csv(tmp_path / "scores.csv")] == ["0"] * 3 + ["1"] * 3
+
+
+def test_benchmark_gives_what_fit_and_evaluate_give(
+    mvtec: Path, flat_run: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = [str(mvtec), "--category", "bolt", *backbone_options]
+    command = ["benchmark", *common, "--methods", "patchcore", "--seeds", "2", "--output", str(tmp_path)]
+    assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
+    captured = capsys.readouterr()
+    assert "patchcore seed 1" in captured.out and captured.err.rstrip().endswith("report.html")
+    assert main(["fit", *common, "--seed", "1", "--output", str(tmp_path)]) == 0
+    alone = tmp_path / "patchcore" / "parts" / "bolt"
+    assert main(["evaluate", str(alone)]) == 0
+    benchmarked = artifact.read_json(tmp_path / "seed1" / "patchcore" / "parts" / "bolt" / "metrics.json")
+    assert benchmarked["metrics"] == artifact.read_json(alone / "metrics.json")["metrics"]
+
+
+def test_detectors_with_the_same_features_share_them(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decoded = []
+    images = Dataset.images
+    monkeypatch.setattr(Dataset, "images", lambda self, indices: decoded.extend(indices) or images(self, indices))
+    options = {"weights": backbone_options[3], "image_size": 64, "layers": ("layer2",)}
+    detectors = [Detector("patchcore", **options), Detector("padim", n_features=4, **options)]
+    detectors[1].frozen = detectors[0].load_frozen()
+    train = open_data(mvtec, category="bolt", preprocess=detectors[0].preprocess)["bolt"].train
+    shared = runs.shared_caches(detectors)
+    assert shared[0] is shared[1] is not None and runs.shared_caches([detectors[0]]) == [None]
+    for detector, cache in zip(detectors, shared, strict=True):
+        runs.fit_run(detector, train, tmp_path / detector.method_name, {}, cache=cache)
+    assert len(decoded) == len(train)
+    limits = detectors[1].color_limits()
+    detectors[1].fit(train)
+    np.testing.assert_allclose(limits, detectors[1].color_limits(), rtol=1e-5)
+
+
+MISTAKES = {
+    "missing folder": (["fit", "nowhere"], "no such file or folder: nowhere"),
+    "no images": (["fit", "empty"], "no images found in empty"),
+    "corrupt image": (["fit", "corrupt"], "a.png"),
+    "unknown method": (["fit", "photos", "--method", "patchcor"], "the method must be one of"),
+    "bad hyper-parameter": (["fit", "photos", "--coreset-sampling-ratio", "2"], "must be in (0, 1], got 2.0"),
+    "unknown category": (["fit", "parts", "--category", "gear"], "no category 'gear' in parts"),
+    "missing weights": (
+        ["fit", "photos", "--backbone", "resnet18"],
+        "weights resnet18.tv_in1k are not on this machine",
+    ),
+    "no labels": (["benchmark", "photos", "--methods", "padim"], "needs test images, got none for photos"),
+    "no model": (["score", "empty", "photos"], "no fitted model in empty"),
+    "no run": (["report", "empty"], "no run in empty"),
+    "unknown command": (["train", "photos"], "no command 'train'"),
+    "offline": (["weights", "fetch", "resnet18"], "JAXAD_OFFLINE is set"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(
+    mistake: str,
+    photos: Path,
+    mvtec: Path,
+    backbone_options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "parts").symlink_to(mvtec)
+    (tmp_path / "empty").mkdir()
+    save_image(tmp_path / "corrupt" / "b.png", 0)
+    (tmp_path / "corrupt" / "a.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXAD_OFFLINE", "1")
+    argv, words = MISTAKES[mistake]
+    if argv[0] in ("fit", "benchmark") and "--backbone" not in argv:
+        argv = [*argv, *backbone_options]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("jaxad: error: ") and words in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAXAD_DEBUG", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        main(["fit", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["fit"], ["fit", "demo", "--sede", "1"], ["score", "run", "images", "--overlay", "1"]]
+)
+def test_an_option_that_is_not_there_is_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(argv)
+    assert raised.value.code == 2 and f"jaxad {argv[0]} --help" in capsys.readouterr().err
+
+
+def test_help_shows_the_options_of_the_method(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--help", "--method", "padim"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert raised.value.code == 0
+    assert "--n-features {None}|INT|{all} Channels drawn at random" in text and "(default: 0.01)" in text
+    assert "--holdout FLOAT" in text and "--coreset-sampling-ratio" not in text
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]):
+    assert main(["list"]) == 0 and main(["weights", "list"]) == 0 and main([]) == 0
+    text = capsys.readouterr().out
+    assert [word in text for word in ("patchcore", "arXiv:2106.08265", "wide_resnet50_2", "benchmark")] == [True] * 4
+
+
+def test_a_full_disk_leaves_the_old_run_alone(
+    flat_run: Path, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch, capsys
+):
+    run_dir = tmp_path / "patchcore" / "photos" / "photos"
+    shutil.copytree(flat_run, run_dir)
+    before = {name: (run_dir / name).read_bytes() for name in ("model.json", "model.safetensors", "threshold.json")}
+
+    def full(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    assert main(["fit", str(photos), "--seed", "1", *backbone_options, "--output", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    assert not list(run_dir.glob(".*.tmp"))
+
+
+def test_an_interrupted_fit_resumes_and_others_do_not(
+    photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def interrupt(self: Detector, directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
+    run_dir = tmp_path / "patchcore" / "photos" / "photos"
+    with monkeypatch.context() as patched:
+        patched.setitem(fit.fit.__kwdefaults__, "checkpoint_seconds", 0.0)
+        patched.setattr(Detector, "save", interrupt)
+        assert main(command) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "jaxad: interrupted"
+    assert (run_dir / "checkpoint").is_dir() and not (run_dir / "model.json").exists()
+    shutil.copytree(run_dir, tmp_path / "copy")
+    assert main(command) == 0
+    assert f"resuming from {run_dir / 'checkpoint'}" in capsys.readouterr().err
+    resumed = (run_dir / "model.safetensors").read_bytes()
+    shutil.rmtree(run_dir)
+    assert main(command) == 0
+    assert (run_dir / "model.safetensors").read_bytes() == resumed
+    shutil.rmtree(run_dir)
+    shutil.copytree(tmp_path / "copy", run_dir)
+    capsys.readouterr()
+    assert main([*command, "--seed", "1"]) == 0
+    assert "is of other settings or data: deleted" in capsys.readouterr().err
+    assert files_below(run_dir) == MODEL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_fit_leaves_nothing_half_written(
+    number: signal.Signals, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
+):
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
+    run_dir = tmp_path / "patchcore" / "photos" / "photos"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxad", *command],
+        cwd=Path(jaxad.__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run_dir / "checkpoint").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert (process.returncode, errors) == (130, "jaxad: interrupted\n")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert not any((run_dir / name).exists() for name in MODEL)
+    assert main(command) == 0
+    assert files_below(run_dir) == MODEL

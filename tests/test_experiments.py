@@ -1,0 +1,120 @@
+"""Every recipe has a smoke variant that runs in seconds and writes the result file that the README's table reads."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+METRICS = {"image_AUROC", "image_AP", "image_F1max"}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModuleType:
+    return script("run")
+
+
+@pytest.mark.parametrize("name", ["patchcore_mtd", "padim_bottle", "spade_mtd", "mahalanobis_ad_mtd_npca"])
+def test_a_smoke_run_writes_a_whole_result(runner: ModuleType, name: str, tmp_path: Path) -> None:
+    runner.main(runner.Options((name,), results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    recipe = runner.all_recipes()[name]
+    assert result["recipe"] == name and result["method"] == recipe.method and result["seeds"] == list(recipe.seeds)
+    assert METRICS <= result["metrics"].keys()
+    assert all(0 <= value["mean"] <= 1 for value in result["metrics"].values())
+    assert result["published"] == recipe.published
+    assert set(result["seconds"]) == {"compile", "fit", "score_per_image"} and result["peak_bytes"] > 0
+    assert len(result["categories"]) == 4
+    means = [category["metrics"]["image_AUROC"]["mean"] for category in result["categories"].values()]
+    np.testing.assert_allclose(result["metrics"]["image_AUROC"]["mean"], np.mean(means))
+
+
+def test_an_unknown_recipe_names_those_there_are(runner: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"patchcore_mtd.*got nonsense"):
+        runner.main(runner.Options(("nonsense",), smoke=True))
+
+
+def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: ModuleType) -> None:
+    known = runner.all_recipes()
+    for path in (EXPERIMENTS / "results").glob("*.json"):
+        if path.stem.startswith(("bench_", "distill_")):
+            continue
+        result, recipe = json.loads(path.read_text()), known[path.stem]
+        assert result["hyperparameters"] == json.loads(json.dumps(recipe.hyperparameters)), path.name
+        assert (result["backbone"], result["seeds"]) == (recipe.backbone, list(recipe.seeds)), path.name
+        assert "--smoke" not in result["command"], path.name
+
+
+def test_distillation_lowers_the_loss_resumes_and_writes_loadable_weights(tmp_path: Path) -> None:
+    distill = script("distill_backbone")
+    random = np.random.default_rng(0)
+    (tmp_path / "photographs").mkdir()
+    for i in range(4):
+        pixels = random.integers(0, 256, (6, 6, 3), np.uint8)
+        Image.fromarray(pixels).resize((80, 80)).save(tmp_path / "photographs" / f"{i}.png")
+    recipe = distill.Recipe(
+        tmp_path / "photographs",
+        teacher="resnet50",
+        out=tmp_path / "pdn_small.safetensors",
+        results=tmp_path / "distill_backbone.json",
+        workdir=tmp_path / "work",
+        crops=32,
+        size=64,
+        batch_size=8,
+        epochs=3,
+    )
+    distill.main(recipe)
+    result = json.loads(recipe.results.read_text())
+    assert result["loss_curve"]["train"][-1] < result["loss_curve"]["train"][0]
+    assert result["resumed_from_epoch"] == 0 and result["file_bytes"] <= 6 << 20
+    from jaxad import backbones
+
+    frozen = backbones.load("pdn_small", recipe.out)
+    image = random.integers(0, 256, (1, 64, 64, 3), np.uint8)
+    described = jax.jit(backbones.features("pdn_small", ("layer3",)))(frozen, image)["layer3"]
+    assert described.shape == (1, 8, 8, 384) and bool(np.isfinite(described).all())
+    distill.main(recipe)
+    assert json.loads(recipe.results.read_text())["resumed_from_epoch"] == 3
+
+
+def test_the_benchmark_beside_peers_agrees_with_them(tmp_path: Path) -> None:
+    bench = script("bench_peers")
+    bench.main(bench.Options(backbone="resnet18", weights=random_resnet18(tmp_path), results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_peers.json").read_text())
+    assert result["knn"]["same_neighbors"] == 1.0
+    radius = result["coreset"]["radius"]
+    np.testing.assert_allclose(radius["jaxad"], radius["plain jitted greedy"], rtol=1e-4)
+    assert {"jaxad", "FAISS flat", "scikit-learn"} == result["knn"]["contenders"].keys()
+
+
+def random_resnet18(folder: Path) -> Path:
+    """A ResNet-18 of random weights under torchvision's names, batch norm an identity."""
+    from safetensors.numpy import save_file
+
+    from jaxad.backbones import backbone
+
+    tensors = {}
+    for name, leaf in backbone("resnet18").init(jax.random.key(0))["params"].items():
+        norm = name[:-1] + "1" if name.endswith("downsample.0") else name.replace("conv", "bn")
+        width = leaf["bias"].shape
+        tensors[f"{name}.weight"] = np.ascontiguousarray(np.asarray(leaf["kernel"]).transpose(3, 2, 0, 1))
+        ones, zeros = np.ones(width, np.float32), np.zeros(width, np.float32)
+        stats = {"weight": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
+        tensors |= {f"{norm}.{key}": value for key, value in stats.items()}
+    path = folder / "resnet18.safetensors"
+    save_file(tensors, path)
+    return path
