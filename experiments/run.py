@@ -78,12 +78,13 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
         key = (detector.preprocess, recipe.mask_threshold)
         if key not in opened:
             source = "demo" if options.smoke else options.data
-            opened[key] = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
-        for category, split in opened[key].items():
-            if split.test is None:
+            splits = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
+            few = slice(None, None, 4 if options.smoke else 1)
+            opened[key] = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
+        for category, (train, test) in opened[key].items():
+            if test is None:
                 raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")
-            few = slice(0, 8) if options.smoke else slice(None)
-            part = measure(detector, split.train.subset(few), split.test.subset(few), cache)
+            part = measure(detector, train, test, cache)
             entries.setdefault(category, []).append(part)
             print(name, category, f"seed {seed}", {k: round(v, 4) for k, v in part["metrics"].items()}, flush=True)
     categories = {category: summary(parts) for category, parts in entries.items()}

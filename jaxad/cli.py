@@ -5,6 +5,7 @@ the traceback), an interruption one line and exit code 130. Only commands that n
 """
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import os
@@ -23,7 +24,7 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
-from jaxad.progress import Bars, say
+from jaxad.progress import Bars, say, uninterrupted
 
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
@@ -44,12 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("JAXAD_DEBUG"):
             raise
-        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        words = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            words = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         return _fail(f"error: {' '.join(words.split())}", 2)
 
 
 def _dispatch(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
+    if name in ("fit", "score", "evaluate", "benchmark") and not {"-h", "--help"} & set(rest):
+        with uninterrupted():
+            importlib.import_module("jaxad.runs")
     if name in ("-h", "--help"):
         lines = [f"  {command:<10} {(inspect.getdoc(run) or '').splitlines()[0]}" for command, run in COMMANDS.items()]
         print("usage: jaxad COMMAND [OPTIONS]\n", jaxad.__doc__, "", *lines, sep="\n")
@@ -74,7 +80,7 @@ class Data:
         category: One product class, or all of them one after the other.
         mask_threshold: A mask pixel counts where it is above.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
-        preset: "paper" resizes to 256 and crops to 224.
+        preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
     """
 
     source: Source

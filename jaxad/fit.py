@@ -244,10 +244,14 @@ def score(
     Raises:
         ValueError: A score is not finite; names the image.
     """
+    if len(data) == 0:
+        return
     program = _programs(method).score
     embedded = embedding(method, frozen, data, batch_size, cache, False)
     done = 0
-    for part, x in embedded.batches(np.arange(len(data))) if len(data) else ():
+    if progress:
+        progress("score", 0, len(data))
+    for part, x in embedded.batches(np.arange(len(data))):
         scores = jax.tree.map(lambda leaf, n=len(part): np.asarray(leaf)[:n], program(state, frozen, x))
         finite = np.isfinite(scores.image)
         if not finite.all():

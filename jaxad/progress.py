@@ -1,7 +1,10 @@
 """What the command line tells while it works, on stderr."""
 
+import contextlib
+import signal
 import sys
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -13,6 +16,19 @@ LINE_SECONDS = 5.0
 def say(line: str) -> None:
     """Prints a line at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off until the block ends: extension modules that are being imported would garble or swallow it."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class Bars:

@@ -58,34 +58,34 @@ def fit_run(
         recipe: What the caller knows of the run: source, mask_threshold, command.
         cache: Embedded images shared between detectors.
     """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     for abandoned in run_dir.glob(".*.tmp"):
         abandoned.unlink()
-    checkpoint = run_dir / "checkpoint"
+    checkpoint, title = run_dir / "checkpoint", _title(detector, train)
     _resume(checkpoint, _fingerprint(detector, train))
-    title = _title(detector, train)
     try:
         with Bars(title) as bars:
             detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=bars)
+        shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
+        detector.save(checkpoint / "model")
+        artifact.write_json(checkpoint / "model" / "recipe.json", _recipe(detector, train) | shared | recipe)
     except BaseException:
         if not _saved(checkpoint):
             shutil.rmtree(checkpoint)
-            with contextlib.suppress(OSError):  # an older run is still there
-                os.removedirs(run_dir)
+            with contextlib.suppress(OSError):  # unless others have written there meanwhile
+                for folder in made:
+                    folder.rmdir()
         raise
-    for name in RESULTS:
+    for name in ("model.json", *RESULTS):
         (run_dir / name).unlink(missing_ok=True)
-    shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
-    artifact.write_json(run_dir / "recipe.json", _recipe(detector, train) | shared | recipe)
-    detector.save(run_dir)
+    for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
+        os.replace(checkpoint / "model" / name, run_dir / name)
     shutil.rmtree(checkpoint)
     seconds, threshold = detector.seconds, detector.image_threshold
-    held = "none held out for a threshold"
+    told = f"{detector.n_train} images in {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
     if threshold:
-        held = f"{threshold.n} held out for the threshold"
-        if threshold.guaranteed_fpr > threshold.fpr:
-            held += f" (few: it may flag {threshold.guaranteed_fpr:.0%} of the good ones, not {threshold.fpr:.0%})"
-    spent = f"{seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
-    say(f"{title}: fitted on {detector.n_train} images, {held}, {spent}")
+        told += f", threshold from {threshold.n} others: at most {threshold.guaranteed_fpr:.0%} false alarms"
+    say(f"{title}: {told}")
 
 
 def evaluate_run(
@@ -138,7 +138,7 @@ def evaluate_run(
         detector.save_thresholds(run_dir)
     thresholds = [t for t in (detector.image_threshold, detector.pixel_threshold) if t is not None]
     with score_files(run_dir, detector.image_threshold) as write:
-        for one in zip(test.paths, labels, test.defects, scores, strict=True):
+        for one in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
             write(*one)
     chosen = choose_examples(scores, labels, detector.image_threshold.value if detector.image_threshold else None)
     limits = detector.color_limits()
@@ -220,10 +220,10 @@ def score_run(
                     raise ValueError(
                         "overlays take their colors from held-out images, got a model without: fit with holdout > 0"
                     )
-                in_threads(draw, zip(part, found.pixel, strict=True))
-            for i, score in zip(part, found.image, strict=True):
+                in_threads(draw, zip(part.tolist(), found.pixel, strict=True))
+            for i, score in zip(part.tolist(), found.image.tolist(), strict=True):
                 label, defect = (int(data.labels[i]), data.defects[i]) if labeled else (-1, "")
-                anomalous += bool(write(data.paths[i], label, defect, float(score)))
+                anomalous += bool(write(data.paths[i], label, defect, score))
     return anomalous
 
 
@@ -262,14 +262,9 @@ def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[
         table.writerow(fields)
 
         def write(path: str, label: int, defect: str, score: float) -> bool | None:
-            prediction = None if threshold is None else bool(score > threshold.value)
-            row = (
-                path,
-                None if label < 0 else int(label),
-                defect or None,
-                float(score),
-                None if prediction is None else int(prediction),
-            )
+            prediction = None if threshold is None else score > threshold.value
+            flag = None if prediction is None else int(prediction)
+            row = (path, None if label < 0 else label, defect or None, score, flag)
             table.writerow(row)
             jsonl_file.write(json.dumps(dict(zip(fields, row, strict=True))) + "\n")
             return prediction

@@ -1,6 +1,7 @@
 """The command line from end to end on tiny images, what it says to mistakes, and what an interruption leaves behind."""
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -18,11 +19,10 @@ import safetensors.numpy
 from PIL import Image
 
 import jaxad
-from jaxad import artifact, fit, runs
+from jaxad import artifact, detector, fit, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
-from jaxad.detector import Detector
 
 SMALL = ("--image-size", "64", "--batch-size", "4")
 MODEL = {"model.json", "model.safetensors", "recipe.json", "threshold.json"}
@@ -40,10 +40,8 @@ def save_image(path: Path, seed: int, size: tuple[int, int] = (48, 40), scratch:
 def backbone_options(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Random weights, so that no test needs the real ones."""
     path = tmp_path_factory.mktemp("weights") / "pdn_small.safetensors"
-    params = backbone("pdn_small").init(jax.random.key(0))["params"]
-    tensors = {
-        f"{module}.{leaf}": np.asarray(value) for module, leaves in params.items() for leaf, value in leaves.items()
-    }
+    modules = backbone("pdn_small").init(jax.random.key(0))["params"]
+    tensors = {f"{name}.{leaf}": np.asarray(leaves[leaf]) for name, leaves in modules.items() for leaf in leaves}
     safetensors.numpy.save_file(tensors, path)
     return ("--backbone", "pdn_small", "--weights", str(path), *SMALL)
 
@@ -197,13 +195,13 @@ def test_detectors_with_the_same_features_share_them(
     images = Dataset.images
     monkeypatch.setattr(Dataset, "images", lambda self, indices: decoded.extend(indices) or images(self, indices))
     options = {"weights": backbone_options[3], "image_size": 64, "layers": ("layer2",)}
-    detectors = [Detector("patchcore", **options), Detector("padim", n_features=4, **options)]
+    detectors = [jaxad.Detector("patchcore", **options), jaxad.Detector("padim", n_features=4, **options)]
     detectors[1].frozen = detectors[0].load_frozen()
     train = open_data(mvtec, category="bolt", preprocess=detectors[0].preprocess)["bolt"].train
     shared = runs.shared_caches(detectors)
     assert shared[0] is shared[1] is not None and runs.shared_caches([detectors[0]]) == [None]
-    for detector, cache in zip(detectors, shared, strict=True):
-        runs.fit_run(detector, train, tmp_path / detector.method_name, {}, cache=cache)
+    for one, cache in zip(detectors, shared, strict=True):
+        runs.fit_run(one, train, tmp_path / one.method_name, {}, cache=cache)
     assert len(decoded) == len(train)
     limits = detectors[1].color_limits()
     detectors[1].fit(train)
@@ -306,14 +304,14 @@ def test_a_full_disk_leaves_the_old_run_alone(
 def test_an_interrupted_fit_resumes_and_others_do_not(
     photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    def interrupt(self: Detector, directory: Path) -> None:
+    def interrupt(self: jaxad.Detector, directory: Path) -> None:
         raise KeyboardInterrupt
 
     command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
     run_dir = tmp_path / "patchcore" / "photos" / "photos"
     with monkeypatch.context() as patched:
-        patched.setitem(fit.fit.__kwdefaults__, "checkpoint_seconds", 0.0)
-        patched.setattr(Detector, "save", interrupt)
+        patched.setattr(detector, "fit", functools.partial(fit.fit, checkpoint_seconds=0.0))
+        patched.setattr(jaxad.Detector, "save", interrupt)
         assert main(command) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "jaxad: interrupted"
     assert (run_dir / "checkpoint").is_dir() and not (run_dir / "model.json").exists()

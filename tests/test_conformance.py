@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import CASES, IMAGE_SIZE
+from tests.cases import CASES, IMAGE_SIZE
 from jaxad import artifact
 from jaxad.backbones import backbone
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, State

@@ -8,7 +8,8 @@ variance, with `"npca"` the remaining ones (section III-C).
 Paper: Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection, ICPR 2020,
     arXiv:2005.14140.
 Reference: https://github.com/ORippler/gaussian-ad-mvtec.
-Differences: none.
+Differences: with fewer images than features, NPCA leaves out the last component: it has no variance, and so its
+    direction is that of rounding errors.
 Results: experiments/recipes/mahalanobis_ad.py
 """
 
@@ -91,7 +92,7 @@ def mahalanobis_ad(
         variance, directions = jnp.maximum(variance[::-1], 0), directions[:, ::-1]
         rank = jnp.arange(x.shape[1])
         last = jnp.argmax(jnp.cumsum(variance) > variance_threshold * variance.sum())
-        kept = rank <= last if reduction == "pca" else (rank >= last - 1) & (rank < seen.sum())
+        kept = rank <= last if reduction == "pca" else (rank >= last - 1) & (rank < seen.sum() - 1)
         basis = jnp.where(kept, directions, 0)
         reduced = jnp.matmul(centered, basis, precision=HIGHEST)
         mean, covariance = ledoit_wolf(reduced, seen, kept)

@@ -55,8 +55,8 @@ def padim(
         backbone: The network that describes positions.
         layers: Its stages, the finest first; None for its pyramid (layer1 to layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
-        n_features: Channels drawn at random; "all" keeps every one; None is the paper's: 100 of up to 448 channels
-            (ResNet-18), else 550.
+        n_features: Channels drawn at random; "all" keeps every one; None is the paper's: 100 for small networks
+            (ResNet-18; up to 1,024 channels), else 550.
         epsilon: Added to the diagonal of the covariances.
         sigma: Smoothing of the heat map in pixels.
 
@@ -76,7 +76,7 @@ def padim(
     def init(key: Key, frozen: Frozen, spec: PyTree) -> PadimMoments:
         del frozen
         _, h, w, c = jax.eval_shape(stack, spec).shape
-        wanted = {"all": c, None: 100 if c <= 448 else 550}.get(n_features, n_features)
+        wanted = {"all": c, None: 100 if c <= 1024 else 550}.get(n_features, n_features)
         if wanted > c:
             raise ValueError(f"n_features must be at most {c} (the channels of {', '.join(layers)} together), got {wanted}")
         channels = jnp.sort(jax.random.permutation(key, c)[:wanted])

@@ -1,17 +1,18 @@
 """PatchCore: nearest neighbors of patch features in a coreset of the normal ones.
 
 Stored: a memory bank of locally aware patch features (the 3x3 neighborhood mean of layer2 and layer3, stacked, Eq. 1-2
-and 4 of section 3.1), thinned by greedy k-center selection on a random projection (section 3.2, algorithm 1). A patch scores its distance to
-its nearest neighbors in the bank, an image the score of its worst patch (Eq. 6), optionally re-weighted by how far the
-nearest bank entry lies from its own neighbors (Eq. 7). The heat map is the upsampled patch scores, smoothed.
+and 4 of section 3.1), thinned by greedy k-center selection on a random projection (section 3.2,
+algorithm 1). A patch scores its distance to its nearest neighbors in the bank, an image the score of its worst patch
+(Eq. 6), optionally re-weighted by how far the nearest bank entry lies from its own neighbors (Eq. 7). The heat map is
+the upsampled patch scores, smoothed.
 Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them 128 / c of that for the projection and
 the ratio of that for the bank. Scoring holds the bank.
 
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting; mean over `num_neighbors` distances).
 Differences: the stacked channels are kept as they are (1,536 for a ResNet-50) instead of being averaged in groups down
-    to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are put on one scale by the covering radius of
-    their banks, not by the minimum and maximum over the test set.
+    to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are
+    put on one scale by the covering radius of their banks, not by the minimum and maximum over the test set.
 Results: experiments/recipes/patchcore.py
 """
 
@@ -42,7 +43,8 @@ class PatchcoreBank(NamedTuple):
     bank: Float[Array, "m c"]
     size: Int[Array, ""]
     radius: Float[Array, ""]
-    """Largest distance of a training patch to the bank, in the projected space in which it was chosen."""
+    """Largest distance of a training patch to the bank, in the projected space in which it was chosen; after `update` a
+    bound of it."""
 
 
 def patchcore(
@@ -69,7 +71,7 @@ def patchcore(
         projection_dim: Dimensions of the Gaussian random projection for the selection; None for no projection.
         num_neighbors: Neighbors whose mean distance a patch scores.
         scoring: "official" takes the maximum over patches, "paper" re-weights it (Eq. 7).
-        reweight_neighbors: Neighbors of the nearest bank entry that Eq. 7 looks at (b).
+        reweight_neighbors: Neighbors of the nearest bank entry, itself included, that Eq. 7 looks at (b).
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
@@ -77,9 +79,11 @@ def patchcore(
     """
     if not 0 < coreset_sampling_ratio <= 1:
         raise ValueError(f"coreset_sampling_ratio must be in (0, 1], got {coreset_sampling_ratio}")
-    for name, value in (("patch_size", patch_size), ("num_neighbors", num_neighbors), ("reweight_neighbors", reweight_neighbors)):
+    for name, value in (("patch_size", patch_size), ("num_neighbors", num_neighbors)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
+    if reweight_neighbors < 2:
+        raise ValueError(f"reweight_neighbors must be 2 or more (the entry is the first), got {reweight_neighbors}")
     if projection_dim is not None and projection_dim < 1:
         raise ValueError(f"projection_dim must be 1 or more, or None for no projection, got {projection_dim}")
     if scoring not in ("official", "paper"):
@@ -124,7 +128,9 @@ def _single(
     def thin(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
         del frozen
         n, p, _ = state.patches.shape
-        return _thin(key, state.patches.reshape(n * p, -1), jnp.repeat(state.seen, p), ratio, projection_dim)
+        size = jnp.round(ratio * (state.seen.sum() * p).astype(jnp.float32)).astype(jnp.int32)
+        points, valid = state.patches.reshape(n * p, -1), jnp.repeat(state.seen, p)
+        return _thin(key, points, valid, max(1, round(ratio * n * p)), jnp.maximum(size, 1), projection_dim)
 
     def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
@@ -146,13 +152,18 @@ def _single(
     return Method(features(backbone, layers), init, (Stage("collect", collect, thin),), score)
 
 
-def _thin(key: Key, points: Float[Array, "n c"], valid: Bool[Array, "n"], ratio: float, projection_dim: int | None) -> PatchcoreBank:
-    """The greedy coreset of a share of the valid points (at least one of them)."""
+def _thin(
+    key: Key,
+    points: Float[Array, "n c"],
+    valid: Bool[Array, "n"],
+    k: int,
+    size: Int[Array, ""],
+    projection_dim: int | None,
+) -> PatchcoreBank:
+    """The greedy coreset of `size` of the valid points (or all, where they are fewer), with room for `k`."""
     first_key, projection_key = jax.random.split(key)
     n, c = points.shape
-    k = max(1, round(ratio * n))
     count = jnp.sum(valid, dtype=jnp.int32)
-    size = jnp.maximum(1, jnp.round(ratio * count.astype(jnp.float32)).astype(jnp.int32))
     if k == n:
         order = jnp.argsort(~valid, stable=True)
         return PatchcoreBank(points[order], count, jnp.zeros(()))
@@ -213,15 +224,20 @@ def update(
         key: Random key.
         bank: A fitted bank.
         new: The bank fitted, with the same hyper-parameters, on the new images alone.
-        size: Rows of the result; None keeps all of both.
+        size: Rows of the result, at most those of both; None keeps all.
         projection_dim: As in `patchcore`.
 
     Raises:
-        ValueError: The banks hold features of different widths.
+        ValueError: The banks hold features of different widths, or fewer rows than wanted.
     """
-    if bank.bank.shape[1] != new.bank.shape[1]:
-        raise ValueError(f"both banks must hold features of one width, got {bank.bank.shape[1]} and {new.bank.shape[1]}")
+    widths = bank.bank.shape[1], new.bank.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(f"both banks must hold features of one width, got {widths[0]} and {widths[1]}")
     points = jnp.concatenate([bank.bank, new.bank])
     valid = jnp.concatenate([jnp.arange(b.bank.shape[0]) < b.size for b in (bank, new)])
-    thinned = _thin(key, points, valid, 1.0 if size is None else size / points.shape[0], projection_dim)
-    return thinned._replace(radius=jnp.maximum(jnp.maximum(bank.radius, new.radius), thinned.radius))
+    n = points.shape[0]
+    k = n if size is None else size
+    if not 1 <= k <= n:
+        raise ValueError(f"size must be within 1..{n} (the rows of both banks), got {size}")
+    thinned = _thin(key, points, valid, k, jnp.int32(k), projection_dim)
+    return thinned._replace(radius=jnp.maximum(bank.radius, new.radius) + thinned.radius)

@@ -1,5 +1,7 @@
 """Mahalanobis AD against scikit-learn's shrinkage and principal components, and scipy's distance."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,8 @@ def reduce(train, test, reduction, threshold):
         return train, test
     pca = PCA().fit(train)
     last = int(np.argmax(np.cumsum(pca.explained_variance_ratio_) > threshold))
-    components = pca.components_[: last + 1] if reduction == "pca" else pca.components_[last - 1 :]
-    components = components[: len(train) - 1]  # one more has no variance and no direction of its own
+    components = pca.components_[: len(train) - 1]  # one more has no variance and no direction of its own
+    components = components[: last + 1] if reduction == "pca" else components[max(last - 1, 0) :]
     return (train - pca.mean_) @ components.T, (test - pca.mean_) @ components.T
 
 
@@ -93,4 +95,4 @@ def test_equal_images_give_finite_scores_with_a_reduction(reduction):
 )
 def test_bad_hyperparameters(hyperparameter, rule):
     with pytest.raises(ValueError, match=rule):
-        mahalanobis_ad(**OPTIONS | hyperparameter)
+        inspect.unwrap(mahalanobis_ad)(**OPTIONS | hyperparameter)

@@ -1,5 +1,7 @@
 """PaDiM against numpy: a covariance and an explicit inverse for every position."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,8 +81,9 @@ def test_one_image_is_enough():
     method = padim(n_features="all", **OPTIONS)
     x = feature_maps(0, 1)
     batch = Batch(x, jnp.ones(1, bool), jnp.zeros(1, jnp.int32), None, jnp.zeros(1, jnp.int32))
-    state, _ = method.stages[0].update(jax.random.key(0), method.init(jax.random.key(0), None, x), None, batch)
-    scores = method.score(method.stages[0].finalize(jax.random.key(0), state, None), None, feature_maps(1, 2))
+    state, _ = jax.jit(method.stages[0].update)(jax.random.key(0), method.init(jax.random.key(0), None, x), None, batch)
+    state = jax.jit(method.stages[0].finalize)(jax.random.key(0), state, None)
+    scores = jax.jit(method.score)(state, None, feature_maps(1, 2))
     wanted = np.linalg.norm(embedding(feature_maps(1, 2)) - embedding(x), axis=-1) / np.sqrt(0.01)
     assert np.isfinite(scores.image).all() and (np.asarray(scores.image) <= wanted.max(1) * 1.001).all()
 
@@ -95,8 +98,8 @@ def test_one_image_is_enough():
     ],
 )
 def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises((ValueError, TypeError), match=rule):
-        padim(**OPTIONS | hyperparameter)
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(padim)(**OPTIONS | hyperparameter)
 
 
 def test_more_channels_than_there_are():

@@ -1,5 +1,7 @@
 """SPADE against brute force on features that are really stacked."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,7 @@ def test_equals_brute_force(k, kappa):
 
 def test_fewer_images_seen_than_neighbors_wanted():
     method = spade(num_neighbors=5, **OPTIONS)
-    scores = method.score(fit(method, TRAIN, np.array([2, 5])), None, TEST)
+    scores = jax.jit(method.score)(fit(method, TRAIN, np.array([2, 5])), None, TEST)
     pooled = cdist(TEST["layer3"].mean((1, 2)), TRAIN["layer3"].mean((1, 2))[np.array([2, 5])], "sqeuclidean")
     np.testing.assert_allclose(scores.image, pooled.mean(1), rtol=1e-4)
     gallery = stack(TRAIN)[[2, 5]].reshape(-1, 7)
@@ -61,14 +63,14 @@ def test_fewer_images_seen_than_neighbors_wanted():
 
 def test_a_training_image_scores_nothing():
     method = spade(num_neighbors=1, **OPTIONS)
-    scores = method.score(fit(method, TRAIN, np.arange(N)), None, jax.tree.map(lambda m: m[:2], TRAIN))
+    scores = jax.jit(method.score)(fit(method, TRAIN, np.arange(N)), None, jax.tree.map(lambda m: m[:2], TRAIN))
     np.testing.assert_allclose(scores.image, 0, atol=1e-4)
     np.testing.assert_allclose(scores.pixel, 0, atol=1e-3)
 
 
 def test_the_image_layer_may_be_part_of_the_pyramid():
     method = spade(**OPTIONS | dict(image_layer="layer2", num_neighbors=2))
-    scores = method.score(fit(method, TRAIN, np.arange(N)), None, TEST)
+    scores = jax.jit(method.score)(fit(method, TRAIN, np.arange(N)), None, TEST)
     pooled = cdist(TEST["layer2"].mean((1, 2)), TRAIN["layer2"].mean((1, 2)), "sqeuclidean")
     np.testing.assert_allclose(scores.image, np.sort(pooled, 1)[:, :2].mean(1), rtol=1e-4)
 
@@ -80,7 +82,7 @@ def test_pyramid_distances_on_grids_that_do_not_divide():
     a, b = ([pair[i] for pair in pairs] for i in range(2))
     rows, columns = [0, 0, 1, 2, 2], [0, 1, 1]
     stacked = [np.concatenate([m[0], m[1][rows][:, columns]], -1).reshape(15, 6) for m in (a, b)]
-    result = pyramid_distances([(jnp.asarray(x), jnp.asarray(y)) for x, y in pairs])
+    result = jax.jit(pyramid_distances)([(jnp.asarray(x), jnp.asarray(y)) for x, y in pairs])
     np.testing.assert_allclose(result, cdist(*stacked, "sqeuclidean"), rtol=1e-4, atol=1e-4)
 
 
@@ -94,4 +96,4 @@ def test_pyramid_distances_on_grids_that_do_not_divide():
 )
 def test_bad_hyperparameters(hyperparameter, rule):
     with pytest.raises(ValueError, match=rule):
-        spade(**OPTIONS | hyperparameter)
+        inspect.unwrap(spade)(**OPTIONS | hyperparameter)

@@ -1,0 +1,228 @@
+"""The facade, from folders and arrays to predictions, on a backbone with random weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+import jaxad
+from jaxad import Detector
+from jaxad.backbones import backbone
+from jaxad.data import open_data
+from jaxad.metrics import conformal_threshold
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Two sets of random weights of the small backbone, as the files that a user would have."""
+    files = []
+    for seed in range(2):
+        params = backbone("pdn_small").init(jax.random.key(seed))["params"]
+        tensors = {f"{module}.{leaf}": np.asarray(v) for module, leaves in params.items() for leaf, v in leaves.items()}
+        files.append(tmp_path_factory.mktemp("weights") / f"random{seed}.safetensors")
+        safetensors.numpy.save_file(tensors, files[-1])
+    return files
+
+
+def photographs(n, seed=0):
+    rng = np.random.default_rng(seed)
+    y, x = np.indices((40, 48))
+    clean = 128 + 60 * np.sin((x + 2 * y) / 4)[..., None] * np.array([1.0, 0.8, 0.6])
+    return np.clip(clean + rng.normal(0, 8, (n, 40, 48, 3)), 0, 255).astype(np.uint8)
+
+
+NORMAL = photographs(14)
+UNSEEN = photographs(4, seed=1)
+DEFECTIVE = UNSEEN.copy()
+DEFECTIVE[:, 14:26, 16:32] = 255
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The layout of MVTec AD."""
+    root = tmp_path_factory.mktemp("product")
+    for part, images in (("train/good", NORMAL), ("test/good", UNSEEN), ("test/spot", DEFECTIVE)):
+        (root / part).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / part / f"{i:02}.png")
+    return root
+
+
+OPTIONS = dict(image_size=SIZE, coreset_sampling_ratio=0.1, num_neighbors=2)
+
+
+@pytest.fixture(scope="module")
+def detector(weights, folder):
+    return Detector("patchcore", backbone="pdn_small", weights=weights[0], fpr=0.3, **OPTIONS).fit(folder / "train" / "good")
+
+
+def test_fit_and_predict_a_folder(detector, folder):
+    result = detector.predict(folder)
+    assert len(result.paths) == 8 and all(str(folder / "test") in path for path in result.paths)
+    assert result.pred_score.shape == (8,) and result.pred_score.dtype == np.float32
+    assert result.anomaly_map.shape == result.pred_mask.shape == (8, SIZE, SIZE)
+    bad = np.array(["spot" in path for path in result.paths])
+    assert result.pred_score[bad].min() > result.pred_score[~bad].max()
+    assert result.pred_label[bad].all()
+    np.testing.assert_array_equal(result.pred_label, result.pred_score > detector.image_threshold.value)
+    np.testing.assert_array_equal(result.pred_mask, result.anomaly_map > detector.pixel_threshold.value)
+    inside = result.anomaly_map[bad][:, 11:21, 11:21].mean((1, 2))
+    assert (inside > result.anomaly_map[bad].mean((1, 2))).all()
+
+
+def test_all_ways_to_give_images(detector, folder):
+    """A file, a list of files, a flat folder, arrays and single arrays give the same scores."""
+    wanted = detector.predict(DEFECTIVE).pred_score
+    files = sorted((folder / "test" / "spot").iterdir())
+    for source, part in (
+        (files[1], slice(1, 2)),
+        (str(files[1]), slice(1, 2)),
+        (files[1:3], slice(1, 3)),
+        (folder / "test" / "spot", slice(None)),
+        (DEFECTIVE[2], slice(2, 3)),
+        (list(DEFECTIVE), slice(None)),
+        (open_data(DEFECTIVE, preprocess=detector.preprocess)["arrays"].train, slice(None)),
+    ):
+        np.testing.assert_allclose(detector.predict(source).pred_score, wanted[part], rtol=1e-5)
+
+
+def test_a_gray_image(detector):
+    assert detector.predict(DEFECTIVE[0, ..., 0]).pred_score.shape == (1,)
+
+
+def test_thresholds_come_from_held_out_normals(detector, folder):
+    assert (detector.n_train, detector.n_heldout) == (11, 3)
+    order = np.random.default_rng(0).permutation(14)
+    result = detector.predict(NORMAL[np.sort(order[:3])])
+    assert detector.image_threshold == conformal_threshold(result.pred_score, 0.3)
+    assert detector.pixel_threshold == conformal_threshold(result.anomaly_map, 0.3)
+    assert detector.image_threshold.source == "held-out normals"
+    low, high = detector.color_limits()
+    assert low < detector.pixel_threshold.value == pytest.approx((low + high) / 2, rel=1e-6)
+
+
+def test_the_seed_decides(detector, weights, folder):
+    again = Detector("patchcore", backbone="pdn_small", weights=weights[0], fpr=0.3, **OPTIONS).fit(folder)
+    np.testing.assert_array_equal(again.state.bank, detector.state.bank)
+    assert again.image_threshold == detector.image_threshold
+
+
+def test_without_holdout_there_are_no_labels(weights):
+    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE, holdout=0).fit(NORMAL)
+    result = detector.predict(np.concatenate([UNSEEN, DEFECTIVE]))
+    assert detector.n_train == 14 and result.pred_label is None and result.pred_mask is None
+    assert result.anomaly_map is None and detector.color_limits() is None
+    assert result.pred_score[4:].min() > result.pred_score[:4].max()
+
+
+def test_a_single_training_image(weights):
+    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE).fit(NORMAL[:1])
+    assert (detector.n_train, detector.n_heldout, detector.image_threshold) == (1, 0, None)
+
+
+def test_images_as_they_are(weights):
+    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=None, holdout=0).fit(NORMAL)
+    assert np.isfinite(detector.predict(UNSEEN).pred_score).all()
+    with pytest.raises(ValueError, match=r"images must be \(40, 48\) \(height, width\) as in fit, got \(48, 40\)"):
+        detector.predict(UNSEEN.swapaxes(1, 2))
+
+
+def test_saved_and_loaded(detector, tmp_path):
+    detector.save(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors", "threshold.json"]
+    loaded = jaxad.load(tmp_path / "model")
+    wanted, result = detector.predict(DEFECTIVE), loaded.predict(DEFECTIVE)
+    for a, b in zip(result, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert loaded.recipe() == detector.recipe() and loaded.color_limits() == detector.color_limits()
+    assert loaded.image_threshold == detector.image_threshold and loaded.pixel_threshold == detector.pixel_threshold
+    loaded.save(tmp_path / "again")
+    for name in ("model.json", "model.safetensors", "threshold.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+def test_a_threshold_edited_by_hand_counts(detector, tmp_path):
+    detector.save(tmp_path)
+    path = tmp_path / "threshold.json"
+    values = json.loads(path.read_text())
+    scores = detector.predict(DEFECTIVE).pred_score
+    values["image"]["value"] = float(np.median(scores))
+    path.write_text(json.dumps(values))
+    loaded = jaxad.load(tmp_path)
+    assert loaded.image_threshold.source == "edited by hand" and loaded.pixel_threshold.source == "held-out normals"
+    assert loaded.predict(DEFECTIVE).pred_label.sum() == 2
+    path.write_text(json.dumps({"image": {"value": 1e9}}))
+    loaded = jaxad.load(tmp_path)
+    assert not loaded.predict(DEFECTIVE).pred_label.any() and loaded.pixel_threshold is None
+    path.unlink()
+    assert jaxad.load(tmp_path).predict(DEFECTIVE[:1]).pred_label is None
+
+
+def test_an_ensemble_of_two_backbones(weights, tmp_path):
+    options = dict(backbone=("pdn_small", "pdn_small"), weights=weights, layers=("layer2",), **OPTIONS)
+    detector = Detector("patchcore", **options).fit(NORMAL)
+    wanted = detector.predict(np.concatenate([UNSEEN, DEFECTIVE])).pred_score
+    assert wanted[4:].min() > wanted[:4].max()
+    detector.save(tmp_path)
+    np.testing.assert_array_equal(jaxad.load(tmp_path).predict(DEFECTIVE).pred_score, wanted[4:])
+
+
+def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
+    detector.save(tmp_path)
+    model, description = (tmp_path / name for name in ("model.safetensors", "model.json"))
+    content, text = model.read_bytes(), description.read_text()
+    model.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        jaxad.load(tmp_path)
+    model.write_bytes(content)
+    with pytest.raises(ValueError, match="sha256"):
+        jaxad.load(tmp_path, weights=weights[1])
+    description.write_text(text[:50])
+    with pytest.raises(ValueError, match=r"model\.json must be JSON"):
+        jaxad.load(tmp_path)
+    description.write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="must have format 1, got 99"):
+        jaxad.load(tmp_path)
+    description.unlink()
+    with pytest.raises(FileNotFoundError, match="no fitted model"):
+        jaxad.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"coreset_ratio": 0.1}, "patchcore has the hyper-parameters .*coreset_sampling_ratio.*; got coreset_ratio"),
+        ({"method": "patchcor"}, "method must be one of .*patchcore.*; got 'patchcor'"),
+        ({"backbone": "resnet51"}, "no backbone is called 'resnet51': did you mean"),
+        ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
+        ({"fpr": 0.0}, r"fpr must be in \(0, 1\), got 0.0"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"image_size": 0}, "a size must be one positive number .*, got 0"),
+        ({"image_size": (8, 8), "center_crop": 16}, "crop"),
+        ({"coreset_sampling_ratio": 2.0}, r"coreset_sampling_ratio must be in \(0, 1\], got 2.0"),
+        ({"backbone": ("pdn_small", "pdn_small"), "weights": "one"}, "got 2 backbones and 1 files"),
+    ],
+)
+def test_bad_arguments(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        Detector(**arguments)
+
+
+def test_before_fit(tmp_path):
+    with pytest.raises(ValueError, match="must be fitted before it scores"):
+        Detector().predict(UNSEEN)
+    with pytest.raises(ValueError, match="must be fitted before it is saved"):
+        Detector().save(tmp_path)
+
+
+def test_several_categories_need_a_choice(weights):
+    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE, holdout=0)
+    source = {"bolt": NORMAL[:3], "nut": NORMAL[3:8]}
+    with pytest.raises(ValueError, match="choose category from bolt, nut"):
+        detector.fit(source)
+    assert detector.fit(source, category="nut").n_train == 5

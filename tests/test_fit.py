@@ -1,0 +1,435 @@
+"""The driver, with a toy gradient method whose every number a hand-written loop gives as well."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxad import fit as module
+from jaxad.base import Method, Scores, Stage
+from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.fit import NonFiniteLoss, fit, score, score_all
+from jaxad.methods import padim
+
+KEY = jax.random.key(3)
+N = 21
+
+
+class ToyState(NamedTuple):
+    weight: jax.Array
+    optimizer: optax.OptState
+    seen: jax.Array
+    """How often every training image was learned from."""
+
+
+class ToyModel(NamedTuple):
+    weight: jax.Array
+    noise: jax.Array
+
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def mean_color(frozen, image):
+    return {"color": image.astype(jnp.float32).mean((1, 2)) / 255 * frozen}
+
+
+def toy(*, epochs=3, batch_size: int | None = 4, shuffle=True, rate=1.0) -> Method:
+    """Counts images in one stage, then learns a weight by noisy gradient steps in another."""
+
+    def init(key, frozen, spec):
+        n = spec["color"].shape[0]
+        weight = jax.random.normal(key, (3,))
+        return ToyState(weight, OPTIMIZER.init(weight), jnp.zeros(n, jnp.int32))
+
+    def count(key, state, frozen, batch):
+        row = jnp.where(batch.valid, batch.index, len(state.seen))
+        return state._replace(seen=state.seen.at[row].add(1, mode="drop")), {}
+
+    def loss(weight, key, batch):
+        noise = jax.random.normal(key, (3,)) * 0.01
+        error = (batch.x["color"] @ (weight + noise) - 1.0) ** 2
+        return jnp.where(batch.valid, error, 0).sum() / batch.valid.sum().astype(jnp.float32)
+
+    def train(key, state, frozen, batch):
+        value, gradient = jax.value_and_grad(loss)(state.weight, key, batch)
+        updates, optimizer = OPTIMIZER.update(gradient * rate, state.optimizer)
+        row = jnp.where(batch.valid, batch.index, len(state.seen))
+        seen = state.seen.at[row].add(1, mode="drop")
+        new = ToyState(optax.apply_updates(state.weight, updates), optimizer, seen)
+        return new, {"loss": value, "valid": batch.valid.sum()}
+
+    def finalize(key, state, frozen):
+        return ToyModel(state.weight, jax.random.normal(key, (2,)))
+
+    def score(state, frozen, x):
+        return Scores((x["color"] @ state.weight - 1.0) ** 2, None)
+
+    stages = (
+        Stage("count", count),
+        Stage("train", train, finalize, epochs=epochs, batch_size=batch_size, shuffle=shuffle),
+    )
+    return Method(mean_color, init, stages, score)
+
+
+TOY = toy()
+LONG = toy(epochs=12)
+FROZEN = jnp.float32(2.0)
+
+
+def photographs(n=N, seed=0) -> Dataset:
+    images = np.random.default_rng(seed).integers(0, 256, (n, 6, 5, 3), np.uint8)
+    return open_data(images, preprocess=Preprocess(None))["arrays"].train
+
+
+DATA = photographs()
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The number of images decoded so far, as a list of batches."""
+    calls = []
+    images = Dataset.images
+
+    def counted(self, indices):
+        calls.extend(indices)
+        return images(self, indices)
+
+    monkeypatch.setattr(Dataset, "images", counted)
+    return calls
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """What the chunks of all stages were given: the number of the first step, and the stacked batches."""
+    seen = []
+    call = module.Program.__call__
+
+    def spy(self, *args):
+        if isinstance(args[0], ToyState):
+            seen.append(jax.tree.map(np.asarray, args[3:]))
+        return call(self, *args)
+
+    monkeypatch.setattr(module.Program, "__call__", spy)
+    return seen
+
+
+def by_hand(method, data, key, chosen):
+    """The driver's result for the batches that it chose, as a plain loop."""
+    x = mean_color(FROZEN, jnp.asarray(data.images(range(len(data)))))
+    state = method.init(jax.random.fold_in(key, 0), FROZEN, x)
+    stage_key = jax.random.fold_in(key, 2)
+    update = jax.jit(method.stages[1].update)
+    for step, index in enumerate(chosen):
+        batch = module.Batch(
+            jax.tree.map(lambda leaf, i=index: leaf[i], x),
+            jnp.ones(len(index), bool),
+            jnp.zeros(len(index), jnp.int32),
+            None,
+            jnp.asarray(index, jnp.int32),
+        )
+        state, _ = update(jax.random.fold_in(stage_key, step), state, FROZEN, batch)
+    return method.stages[1].finalize(jax.random.fold_in(stage_key, 1 << 30), state, FROZEN)
+
+
+def test_equals_a_loop_over_shuffled_full_batches(chunks):
+    fitted = fit(TOY, FROZEN, DATA, KEY, batch_size=8)
+    trained = [batches for _, batches in chunks if batches.valid.shape[1] == 4]
+    assert all(batches.valid.all() for batches in trained)
+    chosen = np.concatenate([batches.index for batches in trained])
+    assert chosen.shape == (3 * 5, 4)
+    epochs = chosen.reshape(3, 20)
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    np.testing.assert_allclose(fitted.state.weight, by_hand(TOY, DATA, KEY, chosen).weight, rtol=1e-5)
+    assert_equal(fitted.state.noise, by_hand(TOY, DATA, KEY, chosen[:0]).noise)
+    assert fitted.metrics["loss"].shape == (15,) and (fitted.metrics["valid"] == 4).all()
+
+
+def test_steps_in_chunks(chunks, monkeypatch):
+    whole = fit(TOY, FROZEN, DATA, KEY).state
+    assert [(step, len(batches.valid)) for step, batches in chunks] == [(0, 2), (0, 5), (5, 5), (10, 5)]
+    monkeypatch.setattr(module, "CHUNK", 2)
+    chunks.clear()
+    assert_equal(fit(TOY, FROZEN, DATA, KEY).state, whole)
+    assert [(step, len(batches.valid)) for step, batches in chunks[:4]] == [(0, 2), (0, 2), (2, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(5, 5), (21, 1), (40, 1)])
+def test_without_shuffling_every_image_counts_once_an_epoch(chunks, batch_size, steps):
+    fitted = fit(toy(epochs=2, batch_size=None, shuffle=False), FROZEN, DATA, KEY, batch_size=batch_size)
+    assert fitted.metrics["valid"].sum() == 2 * N and len(fitted.metrics["valid"]) == 2 * steps
+    index = np.concatenate([batches.index[batches.valid] for _, batches in chunks])
+    np.testing.assert_array_equal(index, np.tile(np.arange(N), 3))
+
+
+def test_shuffling_fewer_images_than_a_batch():
+    fitted = fit(toy(epochs=2, batch_size=50), FROZEN, photographs(7), KEY)
+    np.testing.assert_array_equal(fitted.metrics["valid"], [7, 7])
+
+
+def test_the_embedding_batch_size_does_not_matter():
+    assert_equal(fit(TOY, FROZEN, DATA, KEY, batch_size=8).state, fit(TOY, FROZEN, DATA, KEY, batch_size=3).state)
+
+
+def test_the_key_decides():
+    assert_equal(fit(TOY, FROZEN, DATA, KEY).state, fit(TOY, FROZEN, DATA, KEY).state)
+    assert not np.array_equal(fit(TOY, FROZEN, DATA, jax.random.key(4)).state.weight, fit(TOY, FROZEN, DATA, KEY).state.weight)
+
+
+def test_images_are_decoded_once_for_all_stages_and_epochs(decoded):
+    fit(TOY, FROZEN, DATA, KEY)
+    assert sorted(decoded) == list(range(N))
+
+
+def test_images_are_decoded_once_for_all_methods_of_a_cache(decoded):
+    cache = {}
+    state = fit(TOY, FROZEN, DATA, KEY, cache=cache).state
+    fit(LONG, FROZEN, DATA.subset(range(N)), KEY, cache=cache)
+    score_all(TOY, state, FROZEN, DATA, cache=cache)
+    assert sorted(decoded) == list(range(N))
+    score_all(TOY, state, FROZEN, DATA.subset([3, 4]), cache=cache)
+    assert sorted(decoded) == sorted([*range(N), 0, 1])
+
+
+def test_a_cache_tells_weights_apart():
+    cache = {}
+    fit(TOY, FROZEN, DATA, KEY, cache=cache)
+    other = jnp.float32(0.5)
+    assert_equal(fit(TOY, other, DATA, KEY, cache=cache).state, fit(TOY, other, DATA, KEY).state)
+
+
+def test_embeddings_that_do_not_fit_are_computed_anew(decoded, monkeypatch):
+    kept = fit(TOY, FROZEN, DATA, KEY).state
+    decoded.clear()
+    monkeypatch.setattr(module, "CACHE_BYTES", 10)
+    assert_equal(fit(TOY, FROZEN, DATA, KEY).state, kept)
+    assert len(decoded) == N + 3 * 20
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_located():
+    with pytest.raises(NonFiniteLoss, match=r"got (nan|inf) in stage train, epoch \d+, step \d+: ") as raised:
+        fit(toy(rate=1e30), FROZEN, DATA, KEY)
+    epoch, step = (int(word.strip(":,")) for word in str(raised.value).split() if word.strip(":,").isdigit())
+    assert epoch == (step - 1) // 5 + 1 and step <= 15
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="at least one normal image, got none"):
+        fit(TOY, FROZEN, DATA.subset(slice(0)), KEY)
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        score_all(TOY, ToyModel(jnp.zeros(3), jnp.zeros(2)), FROZEN, DATA.subset(slice(0)))
+
+
+def test_progress_adds_up():
+    calls = []
+    fit(TOY, FROZEN, DATA, KEY, batch_size=8, progress=lambda *call: calls.append(call))
+    for stage, total in (("count", N), ("train", 3 * N)):
+        done = [d for name, d, t in calls if name == stage and t == total]
+        assert done == sorted(done) and done[-1] == total and len(done) > 2
+    assert {name for name, _, _ in calls} == {"count", "finish count", "train", "finish train"}
+
+
+def test_compile_time_is_told_apart():
+    first = fit(toy(), FROZEN, DATA, KEY)
+    assert first.compile_seconds > 0 and first.run_seconds > 0
+    method = toy()
+    fit(method, FROZEN, DATA, KEY)
+    again = fit(method, FROZEN, DATA, KEY)
+    assert again.compile_seconds < first.compile_seconds
+
+
+def test_scores_come_batch_by_batch(decoded):
+    model = fit(TOY, FROZEN, DATA, KEY).state
+    decoded.clear()
+    calls = []
+    stream = score(TOY, model, FROZEN, DATA, batch_size=4, progress=lambda *call: calls.append(call))
+    first, scores = next(stream)
+    assert list(first) == [0, 1, 2, 3] and isinstance(scores.image, np.ndarray) and len(decoded) <= 8
+    parts = [(first, scores), *stream]
+    assert np.concatenate([part for part, _ in parts]).tolist() == list(range(N)) and len(parts[-1][0]) == 1
+    image = np.concatenate([s.image for _, s in parts])
+    color = DATA.images(range(N)).mean((1, 2)) / 255 * 2
+    np.testing.assert_allclose(image, (color @ np.asarray(model.weight) - 1) ** 2, rtol=1e-4, atol=1e-5)
+    assert calls[-1] == ("score", N, N) and len(calls) == 6
+    np.testing.assert_allclose(score_all(TOY, model, FROZEN, DATA, batch_size=N).image, image, rtol=1e-5)
+
+
+def test_scores_that_are_not_finite_name_the_image():
+    data = photographs(3)
+    with pytest.raises(ValueError, match=r"scores must be finite, got nan for array\[0\]"):
+        score_all(TOY, ToyModel(jnp.full(3, jnp.nan), jnp.zeros(2)), FROZEN, data)
+
+
+def test_masks_and_labels_reach_the_method():
+    seen = []
+
+    def update(key, state, frozen, batch):
+        jax.debug.callback(lambda *a: seen.append(a), batch.label, batch.index, batch.valid)
+        return state, {}
+
+    method = Method(mean_color, lambda key, frozen, spec: jnp.zeros(1), (Stage("look", update),), TOY.score)
+    fit(method, FROZEN, photographs(5), KEY, batch_size=3)
+    jax.effects_barrier()
+    assert sorted(int(i) for _, index, valid in seen for i in index[valid]) == list(range(5))
+    assert all((label == 0).all() for label, _, _ in seen)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_after(calls):
+    """A progress callback that raises at that call."""
+    count = iter(range(calls))
+
+    def progress(what, done, total):
+        if next(count, None) is None:
+            raise Stop
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return fit(TOY, FROZEN, DATA, KEY, batch_size=8).state
+
+
+@pytest.mark.parametrize("calls", [1, 4, 5, 9, 13, 20])
+def test_a_run_that_was_stopped_resumes_bit_for_bit(calls, tmp_path, uninterrupted):
+    options = dict(batch_size=8, checkpoint_dir=tmp_path / "run", checkpoint_seconds=0)
+    with pytest.raises(Stop):
+        fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(calls), **options)
+    assert_equal(fit(TOY, FROZEN, DATA, KEY, **options).state, uninterrupted)
+
+
+def test_resuming_does_not_start_over(tmp_path, decoded, uninterrupted):
+    options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(Stop):
+        fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(16), **options)
+    resumed = fit(TOY, FROZEN, DATA, KEY, **options)
+    assert 0 < len(resumed.metrics["loss"]) < 15
+    decoded.clear()
+    finished = fit(TOY, FROZEN, DATA, KEY, **options)
+    assert_equal(finished.state, uninterrupted)
+    assert not decoded and finished.metrics == {}
+
+
+def test_resuming_in_the_middle_of_an_epoch(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    for calls, saved in ((8, 2), (4, 5), (9, 12)):
+        with pytest.raises(Stop):
+            fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(calls), **options)
+        assert [int(path.name) % (1 << 32) for path in tmp_path.iterdir()] == [saved]
+    assert_equal(fit(TOY, FROZEN, DATA, KEY, **options).state, uninterrupted)
+
+
+def test_checkpoints_wait_their_time(tmp_path):
+    fit(TOY, FROZEN, DATA, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=1e6)
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
+    fit(TOY, FROZEN, DATA, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
+    options = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    fit(TOY, FROZEN, DATA, KEY, **options)
+    for method, data, key in ((TOY, DATA, jax.random.key(8)), (TOY, photographs(9), KEY)):
+        with pytest.raises(ValueError, match=f"same fit .*: delete {tmp_path}"):
+            fit(method, FROZEN, data, key, **options)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    method, other = (
+        Method(mean_color, lambda key, frozen, spec, n=n: jnp.zeros(n), (Stage("keep", keep),), TOY.score) for n in (2, 3)
+    )
+    options = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    fit(method, FROZEN, DATA, KEY, **options)
+    with pytest.raises(ValueError, match=f"damaged or of another method: delete {tmp_path}"):
+        fit(other, FROZEN, DATA, KEY, **options)
+
+
+def keep(key, state, frozen, batch):
+    return state, {}
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+    options = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    fit(TOY, FROZEN, DATA, KEY, **options)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    contents = {path: path.read_bytes() for path in files}
+    model = fit(TOY, FROZEN, DATA, KEY).state
+    refused = 0
+    for damaged in files:
+        damaged.write_bytes(contents[damaged][: len(contents[damaged]) // 2])
+        try:
+            assert_equal(fit(TOY, FROZEN, DATA, KEY, **options).state, model)  # a file that does not matter
+        except ValueError as error:
+            assert f"delete {tmp_path}" in str(error)
+            refused += 1
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(contents[path])
+    assert refused >= 2
+
+
+CHILD = """
+import os, random, signal, sys, threading
+import jax
+from tests.test_fit import DATA, FROZEN, KEY, LONG
+from jaxad.fit import fit
+
+directory, seconds = sys.argv[1], float(sys.argv[2])
+timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+def progress(what, done, total):
+    if what == "train" and not timer.is_alive():
+        timer.start()
+
+fit(LONG, FROZEN, DATA, KEY, batch_size=8, checkpoint_dir=directory, checkpoint_seconds=0, progress=progress)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """Killed at some moment of stepping or saving, twice over, then finished here."""
+    whole = fit(LONG, FROZEN, DATA, KEY, batch_size=8).state
+    for seconds in np.random.default_rng().uniform(0.05, 0.6, 2):
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), str(seconds)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert child.returncode == -signal.SIGKILL, child.stderr
+    assert any((tmp_path / "run").iterdir())
+    resumed = fit(LONG, FROZEN, DATA, KEY, batch_size=8, checkpoint_dir=tmp_path / "run", checkpoint_seconds=0)
+    assert_equal(resumed.state, whole)
+
+
+def test_a_real_method_through_the_driver(tmp_path):
+    """PaDiM's streamed state from 5 batches is that from one; checkpoints do not touch it."""
+    from jaxad.backbones import backbone
+
+    frozen = backbone("pdn_small").init(KEY)
+    method = padim(backbone="pdn_small", layers=("layer1",), image_size=(32, 32), n_features=4)
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    data = open_data(images, preprocess=Preprocess(None))["arrays"].train
+    small = fit(method, frozen, data, KEY, batch_size=2, checkpoint_dir=tmp_path, checkpoint_seconds=0).state
+    again = fit(method, frozen, data, KEY, batch_size=2, checkpoint_dir=tmp_path).state
+    whole = fit(method, frozen, data, KEY, batch_size=9).state
+    assert_equal(small, again)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), small, whole)
