@@ -2,9 +2,9 @@
 
     python experiments/bench_memory.py
 
-Every point is a process of its own that fits or scores rendered demo images (embedded backbone, 224 px), so its peak is the operating
-system's own figure. PatchCore holds all patches while it collects; its peak is stated as base + n * bytes of the patches
-of an image, and checked against that.
+Every point is a process of its own that fits or scores rendered demo images (embedded backbone, 224 px), so its peak is
+the operating system's own figure. PatchCore holds all patches while it collects: its growth is given as a multiple of
+their size.
 """
 
 import json
@@ -31,7 +31,7 @@ class Options:
     images: tuple[int, ...] = (32, 128, 512)
     size: int = 224
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
-    one: Annotated[tuple[str, int] | None, tyro.conf.arg(help="internal: what to measure, and with how many images")] = None
+    one: Annotated[tuple[str, int] | None, tyro.conf.arg(help="internal: a case and a number of images")] = None
 
 
 CASES = ("padim fit", "padim score", "patchcore score", "patchcore fit")
@@ -42,7 +42,7 @@ def measure(what: str, n: int, size: int) -> dict[str, Any]:
     name, _, part = what.partition(" ")
     data = open_data("demo", category="fabric", preprocess=Preprocess((size, size)))["fabric"].train
     many = data.subset(np.arange(n) % len(data))
-    options = {"n_features": 100} if name == "padim" else {}
+    options: dict[str, Any] = {"n_features": 100} if name == "padim" else {}
     detector = jaxad.Detector(name, image_size=size, holdout=0, **options)
     detector.fit(many if part == "fit" else data.subset(range(16)))
     before = peak_bytes()

@@ -123,7 +123,8 @@ def neighbors(query: np.ndarray, bank: np.ndarray, runs: int, k: int = 9) -> dic
 def main(options: Options) -> None:
     """Runs all three and writes results/bench_peers.json."""
     runs, images = (1, 8) if options.smoke else (options.runs, options.images)
-    make = dict(backbone=options.backbone, weights=options.weights, image_size=64 if options.smoke else 224, holdout=0)
+    size = 64 if options.smoke else 224
+    make: dict[str, Any] = dict(backbone=options.backbone, weights=options.weights, image_size=size, holdout=0)
     detector = jaxad.Detector("patchcore", coreset_sampling_ratio=0.1, **make)
     split = next(iter(open_data(options.data, category=options.category, preprocess=detector.preprocess).values()))
     train, test = split.train.subset(slice(0, images)), split.train.subset(slice(images, images + 32))
@@ -159,7 +160,8 @@ def main(options: Options) -> None:
     for what in ("coreset", "knn"):
         medians = {name: round(c["median"], 4) for name, c in record[what]["contenders"].items()}
         print(f"{what}: {medians} seconds, ratio {record[what]['ratio']:.2f}")
-    print(f"whole fit of {len(train)} images: {whole['median']['fit']:.1f} s, {whole['median']['score_per_image']:.3f} s an image")
+    medians = whole["median"]
+    print(f"fit of {len(train)} images: {medians['fit']:.1f} s; scoring: {medians['score_per_image']:.3f} s an image")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxad.backbones
 from jaxad.backbones import pdn
+from jaxad.ops.heatmap import stack_maps
 
 
 @dataclass
@@ -61,7 +62,7 @@ def augment(path: Path, size: int, rng: np.random.Generator) -> np.ndarray:
     """One strongly augmented crop of a photograph, uint8 (size, size, 3)."""
     image = Image.open(path).convert("RGB")
     side = int(min(image.size) * np.sqrt(rng.uniform(0.05, 1.0)))
-    left, top = rng.integers(0, image.width - side + 1), rng.integers(0, image.height - side + 1)
+    left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
     image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
     image = image.transpose(Image.Transpose(rng.integers(0, 7)))
     for enhance, strength in ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.5), (ImageEnhance.Color, 0.6)):
@@ -119,8 +120,7 @@ def main(recipe: Recipe) -> None:
     @jax.jit
     def describe(frozen, image):
         maps = teacher.apply(frozen, image, ("layer2", "layer3"))
-        fine = maps["layer2"]
-        return jnp.concatenate([fine, jax.image.resize(maps["layer3"], (*fine.shape[:3], maps["layer3"].shape[-1]), "linear")], -1)
+        return stack_maps([maps["layer2"], maps["layer3"]])
 
     def crop(i: int) -> np.ndarray:
         return augment(paths[i % len(paths)], recipe.size, np.random.default_rng((recipe.seed, i)))
@@ -155,12 +155,13 @@ def main(recipe: Recipe) -> None:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
+    evaluate = jax.jit(loss_fn)
     state = (student_frozen["params"], optimizer.init(student_frozen["params"]))
     curve: list[float] = []
     resumed = 0
     held_out = max(1, len(batches) // 50)
 
-    with ocp.training.Checkpointer(recipe.workdir.absolute()) as checkpoints:
+    with ocp.training.Checkpointer(str(recipe.workdir.absolute())) as checkpoints:
         latest = checkpoints.latest
         if latest is not None:
             saved = checkpoints.load(latest.step, {"state": state, "curve": np.zeros(2 * latest.step)})
@@ -172,20 +173,20 @@ def main(recipe: Recipe) -> None:
                 rows = slice(i * recipe.batch_size, (i + 1) * recipe.batch_size)
                 state, loss = step(state, images[rows], targets[rows])
                 losses.append(loss)
-            test = [
-                float(jax.jit(loss_fn)(state[0], images[i : i + recipe.batch_size], targets[i : i + recipe.batch_size]))
-                for i in batches[len(batches) - held_out :]
-            ]
+            rest = (slice(i, i + recipe.batch_size) for i in batches[len(batches) - held_out :])
+            test = [float(evaluate(state[0], images[rows], targets[rows])) for rows in rest]
             curve += [float(np.mean(losses)), float(np.mean(test))]
             if not np.isfinite(curve[-2]):
-                raise ValueError(f"the loss must stay finite, got {curve[-2]} in epoch {epoch + 1}: lower learning_rate")
+                raise ValueError(
+                    f"the loss must stay finite, got {curve[-2]} in epoch {epoch + 1}: lower learning_rate"
+                )
             print(f"epoch {epoch + 1}: loss {curve[-2]:.4f}, held-out crops {curve[-1]:.4f}", flush=True)
             checkpoints.save(epoch + 1, {"state": state, "curve": np.array(curve)})
 
     tensors = {f"{m}.{k}": np.asarray(v, np.float16) for m, leaf in state[0].items() for k, v in leaf.items()}
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = recipe.out.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"backbone": "pdn_small", "teacher": recipe.teacher, "license": "Apache-2.0"})
+    save_file(tensors, temporary, metadata={"backbone": "pdn_small", "teacher": recipe.teacher})
     os.replace(temporary, recipe.out)
     record = {
         "recipe": "distill_backbone",

@@ -98,13 +98,13 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
         "category": next(iter(categories)) if len(categories) == 1 else None,
         "backbone": backbone,
         "weights": jaxad.backbones.source(backbone, options.weights).get("sha256") if not options.smoke else None,
-        "hyperparameters": recipe.hyperparameters,
+        "hyperparameters": dict(recipe.hyperparameters),
         "image_size": preprocess["image_size"],
         "center_crop": preprocess["center_crop"],
         "seeds": list(recipe.seeds),
         "metrics": {k: {"mean": means[k], "std": stds[k]} for k in means},
         "categories": categories if len(categories) > 1 else {},
-        "published": recipe.published,
+        "published": dict(recipe.published),
         "n_train": sum(p[0]["n_train"] for p in entries.values()),
         "n_test": sum(p[0]["n_test"] for p in entries.values()),
         "seconds": {k: float(np.mean([p["seconds"][k] for p in everything])) for k in everything[0]["seconds"]},
@@ -123,7 +123,8 @@ def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: Embe
     started = time.perf_counter()
     parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress)]
     per_image = (time.perf_counter() - started) / len(test)
-    pixel = None if parts[0].pixel is None else np.concatenate([s.pixel for s in parts])
+    maps = [s.pixel for s in parts if s.pixel is not None]
+    pixel = np.concatenate(maps) if maps else None
     masks = test.masks(range(len(test))) if pixel is not None else None
     report = evaluate(np.concatenate([s.image for s in parts]), test.labels, pixel, masks)
     return {
@@ -131,7 +132,7 @@ def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: Embe
         "reasons": report.reasons,
         "n_train": len(train),
         "n_test": len(test),
-        "seconds": {"compile": detector.seconds["compile"], "fit": detector.seconds["fit"], "score_per_image": per_image},
+        "seconds": {k: detector.seconds[k] for k in ("compile", "fit")} | {"score_per_image": per_image},
     }
 
 

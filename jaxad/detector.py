@@ -5,7 +5,7 @@ import itertools
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 import jaxad.backbones
 from jaxad import artifact
-from jaxad.base import Frozen, Method, State
+from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
 from jaxad.fit import EmbeddingCache, Progress, abstract_state, fit, score
@@ -97,7 +97,7 @@ class Detector:
         self.preprocess.check()
         self.holdout, self.fpr, self.seed, self.batch_size = holdout, fpr, seed, batch_size
         self.frozen: Frozen = None
-        self.state: State | None = None
+        self.state: State = None
         self.image_threshold: Threshold | None = None
         self.pixel_threshold: Threshold | None = None
         self.normal_level: float | None = None
@@ -125,7 +125,7 @@ class Detector:
         """Learns from the normal images of a source.
 
         Args:
-            source: Whatever `jaxad.data.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
+            source: What `jaxad.data.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
             mask_threshold: A mask pixel counts where it is above.
             cache: Embedded images shared between detectors; they must share `frozen` too.
@@ -142,7 +142,9 @@ class Detector:
         order = np.random.default_rng(self.seed).permutation(len(data))
         chosen, held = np.sort(order[held_out:]), np.sort(order[:held_out])
         options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
-        learned = fit(method, frozen, data.subset(chosen) if held_out else data, key, checkpoint_dir=checkpoint_dir, **options)
+        learned = fit(
+            method, frozen, data.subset(chosen) if held_out else data, key, checkpoint_dir=checkpoint_dir, **options
+        )
         self.state, self.n_train, self.n_heldout = learned.state, len(chosen), held_out
         self.seconds = {"compile": learned.compile_seconds, "fit": learned.run_seconds}
         self.image_threshold = self.pixel_threshold = self.normal_level = None
@@ -163,7 +165,9 @@ class Detector:
             self.seconds["threshold"] = time.perf_counter() - started
         return self
 
-    def score(self, data: Dataset, *, cache: EmbeddingCache | None = None, progress: Progress | None = None):
+    def score(
+        self, data: Dataset, *, cache: EmbeddingCache | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[np.ndarray, Scores]]:
         """Scores batch by batch: yields (indices, `Scores`); memory does not grow with the number of images.
 
         Raises:
@@ -172,7 +176,9 @@ class Detector:
         if self.state is None or self._built is None:
             raise ValueError("a detector must be fitted before it scores: call fit, or jaxad.load a saved one")
         if data.image_size != self._built[0]:
-            raise ValueError(f"images must be {self._built[0]} (height, width) as in fit, got {data.image_size}: set image_size")
+            raise ValueError(
+                f"images must be {self._built[0]} (height, width) as in fit, got {data.image_size}: set image_size"
+            )
         options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
         return score(self._built[1], self.state, self.load_frozen(), data, **options)
 
@@ -200,7 +206,8 @@ class Detector:
         data = source if isinstance(source, Dataset) else self._one(source, category, 0, "test")
         parts = [scores for _, scores in self.score(data, progress=progress)]
         image = np.concatenate([s.image for s in parts])
-        pixel = None if parts[0].pixel is None else np.concatenate([s.pixel for s in parts])
+        maps = [s.pixel for s in parts if s.pixel is not None]
+        pixel = np.concatenate(maps) if maps else None
         label = None if self.image_threshold is None else image > self.image_threshold.value
         mask = None if pixel is None or self.pixel_threshold is None else pixel > self.pixel_threshold.value
         return Prediction(data.paths, image, label, pixel, mask)
@@ -249,21 +256,26 @@ class Detector:
         """The pretrained weights, read once; assign `frozen` to share them between detectors."""
         if self.frozen is None:
             loaded = tuple(map(jaxad.backbones.load, self.backbones, self.weights))
-            self.frozen = jax.tree.map(jax.numpy.asarray, loaded if len(loaded) > 1 else loaded[0])
+            self.frozen = jax.tree.map(jax.numpy.asarray, loaded[0] if len(loaded) == 1 else loaded)
         return self.frozen
 
     def _build(self, image_size: tuple[int, int]) -> Method:
         """The method for images of that size."""
         if self._built is None or self._built[0] != image_size:
             make = factory(self.method_name)
-            given = {"backbone": self.backbones if len(self.backbones) > 1 else self.backbones[0], "image_size": image_size}
+            given = {
+                "backbone": self.backbones[0] if len(self.backbones) == 1 else self.backbones,
+                "image_size": image_size,
+            }
             accepted = {k: v for k, v in given.items() if k in inspect.signature(make).parameters}
             self._built = image_size, make(**accepted, **self.hyperparameters)
         return self._built[1]
 
     def _one(self, source: Any, category: str | None, mask_threshold: int, split: str) -> Dataset:
         """The only category of a source, or the one asked for."""
-        if isinstance(source, np.ndarray) and (source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))):
+        if isinstance(source, np.ndarray) and (
+            source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
+        ):
             source = source[None]
         plain = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         layout = "flat" if plain and split == "test" else "auto"
@@ -290,8 +302,12 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
     directory = Path(directory)
     saved = artifact.read_description(directory)
     files = [entry["path"] if Path(entry["path"]).is_file() else None for entry in saved["backbones"]]
-    resize, crop = (None if v is None else tuple(v) for v in (saved["preprocess"]["resize"], saved["preprocess"]["center_crop"]))
-    hyperparameters = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["hyperparameters"].items()}
+    resize, crop = (
+        None if v is None else tuple(v) for v in (saved["preprocess"]["resize"], saved["preprocess"]["center_crop"])
+    )
+    hyperparameters: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in saved["hyperparameters"].items()
+    }
     detector = Detector(
         saved["method"],
         backbone=[entry["name"] for entry in saved["backbones"]],

@@ -52,6 +52,7 @@ class Program:
         self.compile_seconds = 0.0
 
     def __call__(self, *args: PyTree) -> Any:
+        """The function's result; compiles where the arguments have new shapes or types."""
         leaves, tree = jax.tree.flatten(args)
         kinds = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
         key = (tree, tuple(kinds))
@@ -390,7 +391,9 @@ class _Saver:
         if self._directory is not None:
             policy = ocp.training.preservation_policies.LatestN(1)
             self._checkpoints = ocp.training.Checkpointer(
-                self._directory, preservation_policy=policy, cleanup_tmp_directories=True
+                str(self._directory),
+                preservation_policy=policy,  # pyright: ignore[reportArgumentType] (orbax's own types disagree)
+                cleanup_tmp_directories=True,
             )
         return self
 
@@ -399,7 +402,7 @@ class _Saver:
             self._checkpoints.close()
 
     def restore(self, abstract: Callable[[int], State]) -> tuple[int, int, State] | None:
-        """The stage, step and state to go on from, None where nothing is saved; `abstract(stage)` is its state's type."""
+        """The stage, step and state to go on from, if any; `abstract` gives the type of the state of a stage."""
         latest = None if self._directory is None else self._checkpoints.latest
         if latest is None:
             return None

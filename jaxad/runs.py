@@ -24,7 +24,7 @@ import numpy as np
 import jaxad
 from jaxad import artifact
 from jaxad.data import Dataset, Split, open_data, to_original
-from jaxad.data.folders import LAYOUTS
+from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
 from jaxad.detector import Detector, peak_bytes
 from jaxad.fit import EmbeddingCache, compile_seconds
@@ -128,13 +128,13 @@ def evaluate_run(
     compiled = compile_seconds(detector.method) - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
     masks = None if maps is None else test.masks(range(len(test)))
-    pixels = (None, None) if maps is None or masks is None else (maps[known], masks[known])
-    measured = evaluate(scores[known], labels[known], *pixels)
+    heat, truth = (None if pixel is None else pixel[known] for pixel in (maps, masks))
+    measured = evaluate(scores[known], labels[known], heat, truth)
 
     (run_dir / "metrics.json").unlink(missing_ok=True)
     if oracle:
         detector.image_threshold = oracle_threshold(scores[known], labels[known])
-        detector.pixel_threshold = None if pixels[0] is None else oracle_threshold(*pixels)
+        detector.pixel_threshold = None if heat is None or truth is None else oracle_threshold(heat, truth)
         detector.save_thresholds(run_dir)
     thresholds = [t for t in (detector.image_threshold, detector.pixel_threshold) if t is not None]
     with score_files(run_dir, detector.image_threshold) as write:
@@ -336,7 +336,7 @@ def open_split(
         ValueError: There are several and none of the two names is among them; and all of `open_data`.
     """
     folder = any_folder and Path(source).is_dir()
-    layout = next(name for name, known in LAYOUTS.items() if known.matches(Path(source))) if folder else "auto"
+    layout = recognize(Path(source)) if folder else "auto"
     options: dict[str, Any] = {"preprocess": detector.preprocess, "mask_threshold": mask_threshold, "layout": layout}
     opened = open_data(source, category=asked, **options)
     if len(opened) == 1:

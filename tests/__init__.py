@@ -1,4 +1,4 @@
-"""The type checker that the suite runs every function of jaxad under; an int is a float, as Python's typing rules say."""
+"""The type checker that the suite runs every function of jaxad under; an int may stand for a float."""
 
 from beartype import BeartypeConf, beartype
 

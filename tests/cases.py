@@ -1,7 +1,7 @@
 """The conformance table: one row a method and one for every variant that takes another path.
 
-`tests/test_conformance.py` runs each row through the same tests. A row carries whatever differs, so that no test asks for a
-method's name. Keep it tiny: 64 px, few channels, few steps.
+`tests/test_conformance.py` runs each row through the same tests. A row carries whatever differs, so that no test asks
+for a method's name. Keep it tiny: 64 px, few channels, few steps.
 """
 
 from typing import Any, NamedTuple

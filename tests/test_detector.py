@@ -58,7 +58,13 @@ OPTIONS = dict(image_size=SIZE, coreset_sampling_ratio=0.1, num_neighbors=2)
 
 @pytest.fixture(scope="module")
 def detector(weights, folder):
-    return Detector("patchcore", backbone="pdn_small", weights=weights[0], fpr=0.3, **OPTIONS).fit(folder / "train" / "good")
+    detector = Detector("patchcore", backbone="pdn_small", weights=weights[0], fpr=0.3, **OPTIONS)
+    return detector.fit(folder / "train" / "good")
+
+
+def mahalanobis(weights, **options):
+    """Without heat maps, and quick to compile."""
+    return Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], **{"image_size": SIZE} | options)
 
 
 def test_fit_and_predict_a_folder(detector, folder):
@@ -113,7 +119,7 @@ def test_the_seed_decides(detector, weights, folder):
 
 
 def test_without_holdout_there_are_no_labels(weights):
-    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE, holdout=0).fit(NORMAL)
+    detector = mahalanobis(weights, holdout=0).fit(NORMAL)
     result = detector.predict(np.concatenate([UNSEEN, DEFECTIVE]))
     assert detector.n_train == 14 and result.pred_label is None and result.pred_mask is None
     assert result.anomaly_map is None and detector.color_limits() is None
@@ -121,12 +127,12 @@ def test_without_holdout_there_are_no_labels(weights):
 
 
 def test_a_single_training_image(weights):
-    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE).fit(NORMAL[:1])
+    detector = mahalanobis(weights).fit(NORMAL[:1])
     assert (detector.n_train, detector.n_heldout, detector.image_threshold) == (1, 0, None)
 
 
 def test_images_as_they_are(weights):
-    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=None, holdout=0).fit(NORMAL)
+    detector = mahalanobis(weights, image_size=None, holdout=0).fit(NORMAL)
     assert np.isfinite(detector.predict(UNSEEN).pred_score).all()
     with pytest.raises(ValueError, match=r"images must be \(40, 48\) \(height, width\) as in fit, got \(48, 40\)"):
         detector.predict(UNSEEN.swapaxes(1, 2))
@@ -134,7 +140,8 @@ def test_images_as_they_are(weights):
 
 def test_saved_and_loaded(detector, tmp_path):
     detector.save(tmp_path / "model")
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors", "threshold.json"]
+    files = ("model.json", "model.safetensors", "threshold.json")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == list(files)
     loaded = jaxad.load(tmp_path / "model")
     wanted, result = detector.predict(DEFECTIVE), loaded.predict(DEFECTIVE)
     for a, b in zip(result, wanted, strict=True):
@@ -142,7 +149,7 @@ def test_saved_and_loaded(detector, tmp_path):
     assert loaded.recipe() == detector.recipe() and loaded.color_limits() == detector.color_limits()
     assert loaded.image_threshold == detector.image_threshold and loaded.pixel_threshold == detector.pixel_threshold
     loaded.save(tmp_path / "again")
-    for name in ("model.json", "model.safetensors", "threshold.json"):
+    for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
@@ -221,7 +228,7 @@ def test_before_fit(tmp_path):
 
 
 def test_several_categories_need_a_choice(weights):
-    detector = Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], image_size=SIZE, holdout=0)
+    detector = mahalanobis(weights, holdout=0)
     source = {"bolt": NORMAL[:3], "nut": NORMAL[3:8]}
     with pytest.raises(ValueError, match="choose category from bolt, nut"):
         detector.fit(source)

@@ -81,14 +81,14 @@ def test_update_readme(tmp_path):
     options = update_readme.Options(readme, results)
     update_readme.main(options)
     assert readme.read_text() == f"before\n<!-- results -->\n{update_readme.NONE}<!-- /results -->\nafter\n"
-    result = {"method": "padim", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
+    result = {"recipe": "padim_mtd", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
     (results / "padim_mtd.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="out of date"):
         update_readme.main(update_readme.Options(readme, results, check=True))
     update_readme.main(options)
     update_readme.main(update_readme.Options(readme, results, check=True))
     text = readme.read_text()
-    assert re.search(r"^\| padim \| mtd \|.* 0\.93[78] \|", text, re.MULTILINE)
+    assert re.search(r"^\| `padim_mtd` \|.* 0\.93[78] \|", text, re.MULTILINE)
     assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
     readme.write_text("no markers\n")
     with pytest.raises(SystemExit, match="one pair"):

@@ -1,6 +1,10 @@
 """One file a method; each holds `RECIPES`, by name."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Recipe(NamedTuple):
@@ -9,18 +13,18 @@ class Recipe(NamedTuple):
     method: str
     dataset: str
     backbone: str
-    hyperparameters: dict[str, Any] = {}
+    hyperparameters: Mapping[str, Any] = NOTHING
     image_size: int = 224
     center_crop: int | None = None
     mask_threshold: int = 0
     seeds: tuple[int, ...] = (0,)
-    published: dict[str, dict[str, Any]] = {}
+    published: Mapping[str, Mapping[str, Any]] = NOTHING
     """Metric -> {"value": fraction, "source": where it stands}."""
     notes: str = ""
 
 
 MTD = {"dataset": "mtd", "mask_threshold": 127}
-"""Magnetic Tile Defects in DifferNet's split: 761 training images, 191 good and 392 defective test images; plain resize."""
+"""Magnetic Tile Defects in DifferNet's split: 761 training, 191 good and 392 defective test images; plain resize."""
 BOTTLE = {"dataset": "mvtec_bottle", "image_size": 256, "center_crop": 224}
 """MVTec AD's bottle, 256 -> 224."""
 RESNET50 = "resnet50.caffe_in1k"

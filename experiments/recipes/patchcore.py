@@ -6,7 +6,7 @@
     python experiments/run.py patchcore_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python experiments/run.py patchcore_mtd_embedded --data MTD_FOLDER
 
-On two CPU cores MTD takes about 15 minutes and 7 GB, the others a few minutes; the numbers stand in experiments/results.
+On two CPU cores MTD takes about 20 minutes and 8 GB, the others a few minutes.
 """
 
 from recipes import BOTTLE, MTD, RESNET50, Recipe, published

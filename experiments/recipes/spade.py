@@ -1,5 +1,7 @@
-"""SPADE, arXiv:2005.02357, with K = 5 as in the reference implementation (the paper: 50), and the image described by
-layer3, the deepest stage of the weights at hand (the paper: layer4).
+"""SPADE, arXiv:2005.02357.
+
+K = 5 as in the reference implementation (the paper: 50), and the image is described by layer3, the deepest stage of the
+weights at hand (the paper: layer4).
 
     python experiments/run.py spade_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 

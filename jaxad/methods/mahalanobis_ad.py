@@ -1,9 +1,9 @@
 """Mahalanobis AD: one Gaussian per stage over globally pooled features.
 
-Stored: for every stage of the network the mean and the Cholesky factor of the Ledoit-Wolf covariance of its average-pooled
-features (section III-B). An image scores the sum over the stages of its Mahalanobis distances (Eq. 2 and section IV-B); there is no heat map.
-With `reduction="pca"` a stage keeps the leading principal components that explain `variance_threshold` of the
-variance, with `"npca"` the remaining ones (section III-C).
+Stored: for every stage of the network the mean and the Cholesky factor of the Ledoit-Wolf covariance of its
+average-pooled features (section III-B). An image scores the sum over the stages of its Mahalanobis distances (Eq. 2 and
+section IV-B); there is no heat map. With `reduction="pca"` a stage keeps the leading principal components that explain
+`variance_threshold` of the variance, with `"npca"` the remaining ones (section III-C).
 
 Paper: Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection, ICPR 2020,
     arXiv:2005.14140.
@@ -15,7 +15,6 @@ Results: experiments/recipes/mahalanobis_ad.py
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 

@@ -78,7 +78,7 @@ def padim(
         _, h, w, c = jax.eval_shape(stack, spec).shape
         wanted = {"all": c, None: 100 if c <= 1024 else 550}.get(n_features, n_features)
         if wanted > c:
-            raise ValueError(f"n_features must be at most {c} (the channels of {', '.join(layers)} together), got {wanted}")
+            raise ValueError(f"n_features must be at most {c} (the channels of all layers together), got {wanted}")
         channels = jnp.sort(jax.random.permutation(key, c)[:wanted])
         return PadimMoments(channels, moments_init((h * w, wanted)))
 

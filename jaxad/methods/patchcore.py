@@ -9,7 +9,7 @@ Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them
 the ratio of that for the bank. Scoring holds the bank.
 
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
-Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting; mean over `num_neighbors` distances).
+Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
 Differences: the stacked channels are kept as they are (1,536 for a ResNet-50) instead of being averaged in groups down
     to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are
     put on one scale by the covering radius of their banks, not by the minimum and maximum over the test set.
@@ -123,7 +123,8 @@ def _single(
         patches = describe(batch.x)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
-        return PatchcorePatches(state.patches.at[row].set(patches, mode="drop"), state.seen.at[row].set(True, mode="drop")), {}
+        seen = state.seen.at[row].set(True, mode="drop")
+        return PatchcorePatches(state.patches.at[row].set(patches, mode="drop"), seen), {}
 
     def thin(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
         del frozen
@@ -139,7 +140,8 @@ def _single(
         valid = jnp.arange(state.bank.shape[0]) < state.size
         neighbors = min(num_neighbors, state.bank.shape[0])
         distance, index = knn(query.reshape(-1, c), state.bank, neighbors, valid)
-        patch = jnp.where(jnp.isfinite(distance), distance, 0).sum(1) / jnp.isfinite(distance).sum(1).astype(jnp.float32)
+        found = jnp.isfinite(distance)
+        patch = jnp.where(found, distance, 0).sum(1) / found.sum(1).astype(jnp.float32)
         patch, nearest = patch.reshape(b, h * w), index[:, 0].reshape(b, h * w)
         worst = jnp.argmax(patch, 1)
         image = jnp.take_along_axis(patch, worst[:, None], 1)[:, 0]
@@ -178,7 +180,11 @@ def _thin(
 
 
 def _reweight(
-    feature: Float[Array, "b c"], center: Float[Array, "b c"], bank: Float[Array, "m c"], valid: Bool[Array, "m"], b: int
+    feature: Float[Array, "b c"],
+    center: Float[Array, "b c"],
+    bank: Float[Array, "m c"],
+    valid: Bool[Array, "m"],
+    b: int,
 ) -> Float[Array, "b"]:
     """1 minus the softmax weight of the nearest bank entry among its b nearest in the bank (Eq. 7)."""
     _, index = knn(center, bank, b, valid)

@@ -1,11 +1,12 @@
 """SPADE: nearest normal images, then nearest pixels in them.
 
 Stored: the pooled features and the feature pyramids of all normal images. An image scores the mean squared distance of
-its pooled feature to the K nearest normal ones (Eq. 1-2); a pixel the mean squared distance of its pyramid feature, which stacks
-layer1 to layer3, to its kappa nearest among all pixels of those K images (Eq. 3 and section 3.4).
+its pooled feature to the K nearest normal ones (Eq. 1-2); a pixel the mean squared distance of its pyramid feature,
+which stacks layer1 to layer3, to its kappa nearest among all pixels of those K images (Eq. 3 and section 3.4).
 
 Paper: Sub-Image Anomaly Detection with Deep Pyramid Correspondences, 2020, arXiv:2005.02357.
-Reference: none official; https://github.com/byungjae89/SPADE-pytorch (K = 5, plain distances, stages compared one by one).
+Reference: none official; https://github.com/byungjae89/SPADE-pytorch (K = 5, plain distances, stages compared one by
+    one).
 Differences: the gallery is kept in half precision. The distance of two stacked features is the sum over stages of the
     distances on each stage's own grid, repeated to that of layer1; the stacked features never exist.
 Results: experiments/recipes/spade.py
@@ -92,7 +93,9 @@ def spade(
         """The heat map of one image, from its nearest images, one after the other."""
         h, w = x[layers[0]].shape[:2]
 
-        def join(nearest: Float[Array, "p kappa"], neighbor: tuple[Array, Array]) -> tuple[Float[Array, "p kappa"], None]:
+        def join(
+            nearest: Float[Array, "p kappa"], neighbor: tuple[Array, Array]
+        ) -> tuple[Float[Array, "p kappa"], None]:
             i, counts = neighbor
             total = pyramid_distances([(x[k], gallery[k][i].astype(jnp.float32)) for k in layers])
             both = jnp.concatenate([nearest, smallest_k(total, nearest.shape[1])[0]], 1)

@@ -41,7 +41,8 @@ def greedy_coreset(
     shrink, so no outsider can be the next center. Then one matrix product updates all distances to the centers found.
     The centers and their order are those of the plain algorithm.
 
-    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265, alg. 1.
+    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265,
+    algorithm 1.
 
     Args:
         points: Vectors to choose from.

@@ -18,9 +18,7 @@ def neighborhood_mean(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b 
     return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), padding) / (size * size)
 
 
-def stack_maps(
-    maps: Sequence[Float[Array, "b _ _ _"]], method: str = "linear"
-) -> Float[Array, "b h w c"]:
+def stack_maps(maps: Sequence[Float[Array, "b _ _ _"]], method: str = "linear") -> Float[Array, "b h w c"]:
     """Feature maps of several stages on the grid of the first, channels side by side.
 
     Args:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxad.report.pictures import replacing
+from jaxad.artifact import replacing
 
 FILE = "examples.npz"
 
@@ -118,13 +118,13 @@ def load_examples(run_dir: Path) -> Examples | None:
     if not (run_dir / FILE).exists():
         return None
     with np.load(run_dir / FILE, allow_pickle=False) as arrays:
-        limits = arrays["limits"] if "limits" in arrays else None
+        limits = arrays.get("limits")
         return Examples(
             image=arrays["image"],
             path=arrays["path"].tolist(),
             label=arrays["label"],
             score=arrays["score"],
-            mask=arrays["mask"] if "mask" in arrays else None,
-            map=arrays["map"] if "map" in arrays else None,
+            mask=arrays.get("mask"),
+            map=arrays.get("map"),
             limits=None if limits is None else (float(limits[0]), float(limits[1])),
         )

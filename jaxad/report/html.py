@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxad.artifact import replacing
 from jaxad.metrics.threshold import ORACLE, Threshold
 from jaxad.report.charts import Series, histogram_svg, roc, roc_svg
 from jaxad.report.examples import Examples, flagged
-from jaxad.report.pictures import contour, overlay, replacing
+from jaxad.report.pictures import contour, overlay
 from jaxad.report.runs import Run, load_run
 from jaxad.report.tables import ABSENT, Row, fraction, metric_names, with_means
 

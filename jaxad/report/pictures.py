@@ -1,9 +1,5 @@
 """Heat-map overlays and contours, and image files that are never half written."""
 
-import contextlib
-import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
+
+from jaxad.artifact import replacing
 
 COLORMAP = "plasma"
 
@@ -73,15 +71,3 @@ def save_tiff(path: Path, heat: Float[np.ndarray, "h w"]) -> None:
     """Write raw anomaly scores as a float32 TIFF; folders are made, and the file appears whole or not at all."""
     with replacing(path) as temporary:
         Image.fromarray(heat.astype(np.float32)).save(temporary, format="TIFF")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

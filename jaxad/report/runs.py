@@ -1,7 +1,6 @@
 """A run directory (`runs/<method>/<dataset>/<category>/`) as the report reads it."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxad.artifact import read_json
 from jaxad.metrics.threshold import ORACLE, Threshold, from_json
 from jaxad.report.examples import Examples, load_examples
 
@@ -58,12 +58,7 @@ def load_run(run_dir: Path) -> Run:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): mend it or run the command again") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _read_thresholds(path: Path) -> tuple[Threshold | None, Threshold | None]:

@@ -1,6 +1,5 @@
 """Tables of metrics, for the terminal and for the README."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from jaxad.artifact import read_json
 
 ABSENT = "–"
 MEAN = "Mean"
@@ -82,7 +83,9 @@ MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
 def results_markdown(results_dir: Path) -> str:
-    """The README's table of measured and published numbers, from the `*.json` of `experiments/results` (no `bench_*`).
+    """The README's table of measured and published numbers, from the `*.json` of `experiments/results`.
+
+    Those of benchmarks (`bench_*`) and of the distillation (`distill_*`) have no place in it.
 
     One line per recipe, ordered by data set, method and backbone; means over seeds with their standard deviation where
     there were several; the sources of the published numbers as a list below.
@@ -90,16 +93,16 @@ def results_markdown(results_dir: Path) -> str:
     Raises:
         ValueError: a file that is not a result; the message names it.
     """
-    results = [_read_result(path) for path in sorted(results_dir.glob("*.json")) if not path.name.startswith("bench_")]
+    paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(("bench_", "distill_")))
+    results = [_read_result(path) for path in paths]
     results.sort(key=lambda result: tuple(str(result.get(key)) for key in ("dataset", "method", "backbone", "recipe")))
-    headings = ["method", "data", "backbone"]
+    headings = ["recipe", "backbone"]
     for name in MARKDOWN_METRICS:
         headings += [name, "published"]
-    lines = [_line(headings), _line(["---"] * 3 + ["---:"] * (len(headings) - 3))]
+    lines = [_line(headings), _line(["---"] * 2 + ["---:"] * (len(headings) - 2))]
     sources: dict[str, int] = {}
     for result in results:
-        data = "/".join(dict.fromkeys(str(result[key]) for key in ("dataset", "category") if result.get(key)))
-        cells = [str(result["method"]), data, str(result.get("backbone") or ABSENT)]
+        cells = [f"`{result['recipe']}`", str(result.get("backbone") or ABSENT)]
         for name in MARKDOWN_METRICS:
             published = (result.get("published") or {}).get(name) or {}
             cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
@@ -110,12 +113,9 @@ def results_markdown(results_dir: Path) -> str:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): run its recipe again") from error
-    if not isinstance(result, dict) or not {"method", "metrics"} <= result.keys():
-        raise ValueError(f"{path} has no method and metrics: only results of experiments/run.py belong there")
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"recipe", "metrics"} <= result.keys():
+        raise ValueError(f"{path} has no recipe and metrics: only results of experiments/run.py belong there")
     return result
 
 

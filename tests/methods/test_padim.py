@@ -31,7 +31,8 @@ def fit(method, x, size=4, key=0):
     update = jax.jit(method.stages[0].update)
     for start in range(0, N, size):
         index = jnp.arange(start, start + size, dtype=jnp.int32)
-        batch = Batch(jax.tree.map(lambda m: m[index], x), jnp.ones(size, bool), jnp.zeros(size, jnp.int32), None, index)
+        part = {layer: m[index] for layer, m in x.items()}
+        batch = Batch(part, jnp.ones(size, bool), jnp.zeros(size, jnp.int32), None, index)
         state, _ = update(jax.random.key(0), state, None, batch)
     return jax.jit(method.stages[0].finalize)(jax.random.key(0), state, None)
 

@@ -123,7 +123,8 @@ def test_update_thins_to_a_size():
 
 def test_update_skips_the_empty_rows_of_a_bank():
     rows = jnp.arange(8.0).reshape(4, 2)
-    old, new = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1)), PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2))
+    old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1))
+    new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2))
     both = add(jax.random.key(0), old, new)
     assert both.size == 5
     np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))

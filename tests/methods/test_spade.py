@@ -29,10 +29,14 @@ def stack(x):
 
 def fit(method, x, order):
     n = len(order)
-    batch = Batch(
-        jax.tree.map(lambda m: m[order], x), jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.asarray(order, jnp.int32)
-    )
-    return method.stages[0].update(jax.random.key(0), method.init(jax.random.key(0), None, x), None, batch)[0]
+
+    @jax.jit
+    def run(key, x):
+        part, index = jax.tree.map(lambda m: m[order], x), jnp.asarray(order, jnp.int32)
+        batch = Batch(part, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index)
+        return method.stages[0].update(key, method.init(key, None, x), None, batch)[0]
+
+    return run(jax.random.key(0), x)
 
 
 TRAIN, TEST = feature_maps(0, N), feature_maps(1, 3)

@@ -1,5 +1,6 @@
 """The exact metrics against scikit-learn and against a slow reading of the definition of AUPRO."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -70,7 +71,7 @@ def slow_aupro(scores, masks, limit):
         overlaps = [Fraction(sum(bool(detected[p]) for p in region), len(region)) for region in regions]
         curve.append((false, sum(overlaps, Fraction(0)) / len(regions)))
     area = Fraction(0)
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x1 > limit > x0:
             y1 = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
             x1 = limit

@@ -63,7 +63,8 @@ def test_far_fewer_passes_than_centers():
 
 def test_clusters_far_from_the_origin():
     rng = np.random.default_rng(1)
-    points = (rng.normal(size=(4, 6))[rng.integers(0, 4, 200)] * 50 + rng.normal(size=(200, 6)) + 1000).astype(np.float32)
+    clusters = rng.normal(size=(4, 6))[rng.integers(0, 4, 200)] * 50
+    points = (clusters + rng.normal(size=(200, 6)) + 1000).astype(np.float32)
     result = jitted(jnp.asarray(points), 30)
     np.testing.assert_allclose(result.radius, radius_of(points, np.asarray(result.index)), rtol=1e-3)
     np.testing.assert_allclose(result.radius, plain_greedy(points, 30)[1], rtol=1e-3)

@@ -111,7 +111,8 @@ def test_mahalanobis_equals_scipy():
     covariance = np.stack([np.cov(samples(7 + i, 50, 4).T) for i in range(2)])
     factor = jnp.asarray(np.linalg.cholesky(covariance), jnp.float32)
     result = jax.jit(mahalanobis)(jnp.asarray(x), jnp.asarray(mean), factor)
-    wanted = [[distance.mahalanobis(v, m, np.linalg.inv(c)) for v, m, c in zip(row, mean, covariance, strict=True)] for row in x]
+    inverse = np.linalg.inv(covariance)
+    wanted = [[distance.mahalanobis(v, m, i) for v, m, i in zip(row, mean, inverse, strict=True)] for row in x]
     np.testing.assert_allclose(result, wanted, rtol=1e-4)
 
 

@@ -213,7 +213,7 @@ def test_many_runs_are_folded(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("recipe.json", "{", "recipe.json is not valid JSON"),
+        ("recipe.json", "{", "recipe.json must be JSON"),
         ("threshold.json", '{"image": {"value": "high"}}', "threshold.json: a threshold must be a finite number"),
         ("scores.csv", "path,score\na,high\n", "scores.csv needs the columns score and label"),
         ("scores.csv", "path,label\na,1\n", "scores.csv needs the columns score and label"),
@@ -231,7 +231,7 @@ def test_damaged_runs_are_named(tmp_path, file, content, message):
 def test_no_runs(tmp_path):
     with pytest.raises(ValueError, match="at least one run directory"):
         write_report([], tmp_path / "report.html")
-    with pytest.raises(FileNotFoundError, match="recipe.json"):
+    with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
         write_report([tmp_path], tmp_path / "report.html")
 
 
