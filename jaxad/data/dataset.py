@@ -126,7 +126,7 @@ class Dataset:
 
     def subset(self, indices: Any) -> "Dataset":
         """The images at `indices`: integers, a boolean mask or a slice."""
-        chosen = np.arange(len(self))[indices if isinstance(indices, slice) else np.asarray(indices)]
+        chosen = np.arange(len(self))[indices if isinstance(indices, slice) or len(indices) else slice(0)]
         return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen))
 
 

@@ -12,7 +12,7 @@ Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:21
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
 Differences: the stacked channels are kept as they are (1,536 for a ResNet-50) instead of being averaged in groups down
     to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are
-    put on one scale by the covering radius of their banks, not by the minimum and maximum over the test set.
+    put on one scale by the spread of their banks, not by the minimum and maximum over the test set.
 Results: experiments/recipes/patchcore.py
 """
 
@@ -195,7 +195,7 @@ def _reweight(
 
 
 def _ensemble(members: tuple[Method, ...]) -> Method:
-    """Members fitted side by side; their scores, over the covering radius of the bank, are averaged."""
+    """Members fitted side by side; their scores, in units of the spread of the bank, are averaged."""
 
     def embed(frozen: tuple, image: Array) -> tuple:
         return tuple(m.embed(f, image) for m, f in zip(members, frozen, strict=True))
@@ -215,10 +215,19 @@ def _ensemble(members: tuple[Method, ...]) -> Method:
 
     def score(state: tuple, frozen: tuple, x: tuple) -> Scores:
         scores: list[Any] = [m.score(s, f, v) for m, s, f, v in zip(members, state, frozen, x, strict=True)]
-        scale = [1 / (jnp.where(s.radius > 0, s.radius, 1) * len(members)) for s in state]
+        scale = [1 / (_spread(s) * len(members)) for s in state]
         return jax.tree.map(lambda *v: sum(a * b for a, b in zip(v, scale, strict=True)), *scores)
 
     return Method(embed, init, (Stage("collect", update, finalize),), score)
+
+
+def _spread(state: PatchcoreBank) -> Float[Array, ""]:
+    """Root mean square distance of the bank to its mean; 1 for a bank of equal rows."""
+    valid = (jnp.arange(state.bank.shape[0]) < state.size)[:, None]
+    count = state.size.astype(jnp.float32)
+    mean = jnp.where(valid, state.bank, 0).sum(0) / count
+    spread = jnp.sqrt(jnp.where(valid, (state.bank - mean) ** 2, 0).sum() / count)
+    return jnp.where(spread > 0, spread, 1)
 
 
 def update(
