@@ -28,7 +28,7 @@ from jaxad.detector import peak_bytes
 class Options:
     """Measure peak memory."""
 
-    images: tuple[int, ...] = (32, 128, 256)
+    images: tuple[int, ...] = (128, 256, 512)
     size: int = 224
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     one: Annotated[tuple[str, int] | None, tyro.conf.arg(help="internal: a case and a number of images")] = None

@@ -211,7 +211,8 @@ def fit(
             collected: list[dict[str, np.ndarray]] = []
             tick = _ticker(progress, stage, len(data), batch_size)
             for step, chunk in _chunks(stage, embedded, data, stage_key, batch_size, first_step, tick):
-                state, metrics = programs.updates[s](state, frozen, stage_key, jnp.int32(step), chunk)
+                result = programs.updates[s](state, frozen, stage_key, jnp.int32(step), chunk)
+                state, metrics = jax.block_until_ready(result)  # else chunks pile up in memory ahead of the device
                 metrics = jax.tree.map(np.asarray, metrics)
                 _check_loss(metrics, stage, step, _steps_per_epoch(stage, len(data), batch_size))
                 collected.append(metrics)
