@@ -106,7 +106,7 @@ def test_the_benchmark_beside_peers_agrees_with_them(tmp_path: Path) -> None:
     assert result["knn"]["same_neighbors"] == 1.0
     radius = result["coreset"]["radius"]
     np.testing.assert_allclose(radius["jaxad"], radius["plain jitted greedy"], rtol=1e-4)
-    assert {"jaxad", "FAISS flat", "scikit-learn"} == result["knn"]["contenders"].keys()
+    assert {"jaxad", "FAISS flat", "scikit-learn"} < result["knn"]["contenders"].keys()
 
 
 def random_resnet18(folder: Path) -> Path:
