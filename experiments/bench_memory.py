@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 
 import jaxad
 from jaxad.artifact import write_json
-from jaxad.data import Preprocess, open_data
+from jaxad.data import Dataset, Preprocess, demo
 from jaxad.detector import peak_bytes
 
 
@@ -40,11 +39,11 @@ CASES = ("padim fit", "padim score", "patchcore score", "patchcore fit")
 def measure(what: str, n: int, size: int) -> dict[str, Any]:
     """Fits on n images, or fits on 16 and scores n; the peak of this process."""
     name, _, part = what.partition(" ")
-    data = open_data("demo", category="fabric", preprocess=Preprocess((size, size)))["fabric"].train
-    many = data.subset(np.arange(n) % len(data))
+    rendered = (record for record in demo.records(train=n, good=0, per_defect=0) if record.category == "fabric")
+    many = Dataset("demo", "fabric", "train", tuple(rendered), Preprocess((size, size)), 0, False)
     options: dict[str, Any] = {"n_features": 100} if name == "padim" else {}
     detector = jaxad.Detector(name, image_size=size, holdout=0, **options)
-    detector.fit(many if part == "fit" else data.subset(range(16)))
+    detector.fit(many if part == "fit" else many.subset(range(16)))
     before = peak_bytes()
     if part == "score":
         for _ in detector.score(many):

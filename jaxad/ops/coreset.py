@@ -37,9 +37,10 @@ def greedy_coreset(
 
     The plain algorithm takes the point farthest from all centers, then updates every distance: one pass over all
     points for each center. Here a pass looks at the farthest `CANDIDATES` points and runs the algorithm among them
-    alone for as long as the farthest of them is farther than the next point outside was at the start: distances only
-    shrink, so no outsider can be the next center. Then one matrix product updates all distances to the centers found.
-    The centers and their order are those of the plain algorithm.
+    alone for as long as the farthest of them is at least as far as the next point outside was at the start: distances
+    only shrink, so no outsider can be farther. Then one matrix product updates all distances to the centers found. The
+    centers and their order are those of the plain algorithm; where several points are equally far, which of them comes
+    first may differ.
 
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265,
     algorithm 1.
@@ -91,7 +92,7 @@ def greedy_coreset(
 
         def more(inner):
             near, _, count = inner
-            wanted = (count == 0) | (near.max() > farthest[-1])
+            wanted = (count == 0) | (near.max() >= farthest[-1])
             return wanted & (count < accepted) & (total + count < goal)
 
         def accept(inner):

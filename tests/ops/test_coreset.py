@@ -140,3 +140,11 @@ def test_vmap_equals_a_loop():
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=rf"within 1\.\.3 .* got {k}"):
         greedy_coreset(jnp.ones((3, 2)), k)
+
+
+def test_copies_do_not_cost_a_pass_each():
+    """More centers than different points: the rest are equally far, and one of them is as good as another."""
+    points = np.tile(np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32), (20, 1))
+    found = jax.jit(lambda p: greedy_coreset(p, 600))(points)
+    assert len(set(np.asarray(found.index).tolist())) == 600 and found.size == 600
+    assert found.radius < 1e-2 and found.passes < 30
