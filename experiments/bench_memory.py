@@ -2,12 +2,13 @@
 
     python experiments/bench_memory.py
 
-Every point is a process of its own that fits or scores rendered demo images (embedded backbone, 224 px), so its peak is
-the operating system's own figure. PatchCore holds all patches while it collects: its growth is given as a multiple of
-their size.
+Every point is a process of its own that fits or scores rendered demo images (embedded backbone, 128 px), so its peak is
+the operating system's own figure; it has one heap for all threads (`MALLOC_ARENA_MAX=1`), since glibc's heap a thread
+grows by chance. PatchCore holds all patches while it collects: its growth is given as a multiple of their size.
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ from jaxad.detector import peak_bytes
 class Options:
     """Measure peak memory."""
 
-    images: tuple[int, ...] = (128, 256, 512)
-    size: int = 224
+    images: tuple[int, ...] = (256, 1024, 4096)
+    bank_images: tuple[int, ...] = (128, 256, 512)
+    """Of the fit whose memory grows with them."""
+    size: int = 128
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     one: Annotated[tuple[str, int] | None, tyro.conf.arg(help="internal: a case and a number of images")] = None
 
@@ -57,11 +60,12 @@ def main(options: Options) -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options.size)))
         return
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     points: dict[str, list[dict[str, Any]]] = {}
     for what in CASES:
-        for n in options.images:
+        for n in options.bank_images if what == "patchcore fit" else options.images:
             command = [sys.executable, __file__, "--one", what, str(n), "--size", str(options.size)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             points.setdefault(what, []).append(json.loads(done.stdout.splitlines()[-1]))
             print(what, points[what][-1], flush=True)
     grid = -(-options.size // 8)

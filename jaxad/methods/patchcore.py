@@ -27,7 +27,7 @@ from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
-from jaxad.ops.knn import knn
+from jaxad.ops.knn import Sketch, knn, sketch
 
 
 class PatchcorePatches(NamedTuple):
@@ -45,6 +45,8 @@ class PatchcoreBank(NamedTuple):
     radius: Float[Array, ""]
     """Largest distance of a training patch to the bank, in the projected space in which it was chosen; after `update` a
     bound of it."""
+    sketch: Sketch | None
+    """What makes looking up faster; None for a small bank."""
 
 
 def patchcore(
@@ -139,7 +141,7 @@ def _single(
         b, h, w, c = query.shape
         valid = jnp.arange(state.bank.shape[0]) < state.size
         neighbors = min(num_neighbors, state.bank.shape[0])
-        distance, index = knn(query.reshape(-1, c), state.bank, neighbors, valid)
+        distance, index = knn(query.reshape(-1, c), state.bank, neighbors, valid, state.sketch)
         found = jnp.isfinite(distance)
         patch = jnp.where(found, distance, 0).sum(1) / found.sum(1).astype(jnp.float32)
         patch, nearest = patch.reshape(b, h * w), index[:, 0].reshape(b, h * w)
@@ -168,7 +170,7 @@ def _thin(
     count = jnp.sum(valid, dtype=jnp.int32)
     if k == n:
         order = jnp.argsort(~valid, stable=True)
-        return PatchcoreBank(points[order], count, jnp.zeros(()))
+        return _bank(points[order], count, jnp.zeros(()))
     space = points
     if projection_dim is not None and projection_dim < c:
         projection = jax.random.normal(projection_key, (c, projection_dim)) / jnp.sqrt(jnp.float32(projection_dim))
@@ -176,7 +178,11 @@ def _thin(
     rank = jax.random.randint(first_key, (), 0, jnp.maximum(count, 1))
     first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
     coreset = greedy_coreset(space, k, first, valid, size)
-    return PatchcoreBank(points[coreset.index], coreset.size, coreset.radius)
+    return _bank(points[coreset.index], coreset.size, coreset.radius)
+
+
+def _bank(rows: Float[Array, "m c"], size: Int[Array, ""], radius: Float[Array, ""]) -> PatchcoreBank:
+    return PatchcoreBank(rows, size, radius, sketch(rows, jnp.arange(rows.shape[0]) < size))
 
 
 def _reweight(

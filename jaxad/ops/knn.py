@@ -1,17 +1,34 @@
-"""Exact nearest neighbors by brute force, as one matrix product in blocks."""
+"""Exact nearest neighbors: brute force as one matrix product in blocks, with a cheaper first pass for large banks."""
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK_ELEMENTS = 1 << 22
 """Distances held at a time (16 MiB in float32, which stays in a processor cache)."""
-GROUP = 64
+SKETCH_DIM = 256
+SKETCH_SAMPLE = 4096
+"""Rows of a bank that the basis of its sketch is fitted to."""
+RETRY = 64
+"""Queries looked up by brute force at a time where the first pass proves nothing."""
+
+
+class Sketch(NamedTuple):
+    """A bank in few dimensions, for the first pass of `knn`: see `sketch`."""
+
+    mean: Float[Array, "d"]
+    basis: Float[Array, "d h"]
+    """Orthonormal columns."""
+    rows: Float[Array, "m h1"]
 
 
 def squared_distances(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """Squared Euclidean distances |a|^2 - 2 a.b + |b|^2, never negative, in full float32 on every device."""
-    product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.matmul(a, b.T, precision=HIGHEST)
     return jnp.maximum(jnp.sum(a * a, 1)[:, None] - 2 * product + jnp.sum(b * b, 1)[None], 0)
 
 
@@ -19,31 +36,75 @@ def smallest_k(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "n k"], Int
     """The k smallest entries of every row, ascending, and their columns.
 
     The k smallest entries lie in the k groups of columns with the smallest minima, because every other entry is at
-    least as large as those k minima. One cheap pass for the minima leaves k * 64 columns to sort.
+    least as large as those k minima. One cheap pass for the minima leaves k groups to sort.
     """
     n, m = x.shape
-    groups, rest = divmod(m, GROUP)
+    size = 2 ** round(math.log2(m / k) / 2)  # sorts about as many minima as columns
+    groups, rest = divmod(m, size)
     if groups <= 2 * k:
         value, index = jax.lax.top_k(-x, k)
         return -value, index
-    minima = x[:, : groups * GROUP].reshape(n, groups, GROUP).min(-1)
+    minima = x[:, : groups * size].reshape(n, groups, size).min(-1)
     group = jnp.sort(jax.lax.top_k(-minima, k)[1], -1)
-    column = (group[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(n, k * GROUP)
-    column = jnp.concatenate([column, jnp.broadcast_to(groups * GROUP + jnp.arange(rest), (n, rest))], 1)
+    column = (group[:, :, None] * size + jnp.arange(size)).reshape(n, k * size)
+    column = jnp.concatenate([column, jnp.broadcast_to(groups * size + jnp.arange(rest), (n, rest))], 1)
     value, position = jax.lax.top_k(-jnp.take_along_axis(x, column, 1), k)
     return -value, jnp.take_along_axis(column, position, 1)
 
 
+def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
+    """Prepares the first pass of `knn` on a bank.
+
+    A vector's sketch is its projection onto the directions in which the bank varies most, followed by the length of
+    what the projection leaves. The distance of two sketches is at most that of the vectors (the triangle inequality
+    on the remainders), and nearly as large where few directions hold most of the variance, as with deep features.
+
+    Args:
+        bank: Vectors to find.
+        valid: Rows that count.
+
+    Returns:
+        None where the bank is too small, or its vectors too short, for a first pass to pay.
+    """
+    m, d = bank.shape
+    dim = min(SKETCH_DIM, d // 4) - 1
+    if m < 2048 or dim < 32:
+        return None
+    rows = valid[:, None]
+    mean = jnp.where(rows, bank, 0).sum(0) / jnp.maximum(valid.sum(), 1).astype(bank.dtype)
+    centered = jnp.where(rows, bank - mean, 0)
+    sample = centered[:: -(-m // SKETCH_SAMPLE)]
+    basis = sample[:dim].T
+    for _ in range(2):  # subspace iteration; any orthonormal basis is correct, a good one is fast
+        basis = jnp.linalg.qr(jnp.matmul(sample.T, jnp.matmul(sample, basis, precision=HIGHEST), precision=HIGHEST))[0]
+    return Sketch(mean, basis, _sketch_rows(centered, basis))
+
+
+def _sketch_rows(centered: Float[Array, "n d"], basis: Float[Array, "d h"]) -> Float[Array, "n h1"]:
+    head = jnp.matmul(centered, basis, precision=HIGHEST)
+    rest = jnp.linalg.norm(centered - jnp.matmul(head, basis.T, precision=HIGHEST), axis=1)
+    return jnp.concatenate([head, rest[:, None]], 1)
+
+
 def knn(
-    query: Float[Array, "n d"], bank: Float[Array, "m d"], k: int, valid: Bool[Array, "m"] | None = None
+    query: Float[Array, "n d"],
+    bank: Float[Array, "m d"],
+    k: int,
+    valid: Bool[Array, "m"] | None = None,
+    sketch: Sketch | None = None,
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k nearest rows of a bank to every query; equal distances are ordered by index.
+
+    With a sketch, a first pass over the sketches picks a few candidates for each query. Their distances are computed
+    in full, and where the k-th of them is less than any other sketch's distance, beyond rounding, no other row can be
+    nearer. The queries for which that does not hold are looked up by brute force.
 
     Args:
         query: Vectors to look up.
         bank: Vectors to find.
         k: Neighbors wanted, at most m.
         valid: Rows of the bank that count. Where fewer than k do, the rest have distance infinity.
+        sketch: What the function of that name returned for this bank.
 
     Returns:
         Euclidean distances, ascending, and indices into the bank. At no time are more than `BLOCK_ELEMENTS` distances
@@ -56,11 +117,13 @@ def knn(
     if not 1 <= k <= m:
         raise ValueError(f"the number of neighbors must be within 1..{m} (the size of the bank), got {k}")
     norms = jnp.sum(bank * bank, 1)
-    valid = jnp.ones(m, bool) if valid is None else valid
+    norms = norms if valid is None else jnp.where(valid, norms, jnp.inf)
 
     def block(q: Float[Array, "r d"]) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
-        product = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-        partial, index = smallest_k(jnp.where(valid, norms - 2 * product, jnp.inf), k)
+        if sketch is None or 8 * _candidates(k) > m:
+            partial, index = _brute_force(q, bank, norms, k)
+        else:
+            partial, index = _two_passes(q, bank, norms, k, sketch)
         return jnp.sqrt(jnp.maximum(partial + jnp.sum(q * q, 1)[:, None], 0)), index
 
     rows = max(1, BLOCK_ELEMENTS // m)
@@ -71,3 +134,53 @@ def knn(
     padded = jnp.pad(query, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
     distance, index = jax.lax.map(block, padded)
     return distance.reshape(-1, k)[:n], index.reshape(-1, k)[:n]
+
+
+def _candidates(k: int) -> int:
+    """Rows that get a second look; few enough to be cheap, many enough that most queries are settled."""
+    return 16 + 6 * k
+
+
+def _less_own(norms: Float[Array, "*s"], product: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Squared distances less the query's squared norm; rows that do not count have an infinite norm."""
+    return jnp.where(jnp.isfinite(norms), norms - 2 * product, jnp.inf)
+
+
+def _brute_force(
+    q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
+) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
+    product = jnp.matmul(q, bank.T, precision=HIGHEST)
+    return smallest_k(_less_own(jnp.broadcast_to(norms, product.shape), product), k)
+
+
+def _two_passes(
+    q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int, sketch: Sketch
+) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
+    r, d = q.shape
+    short = _sketch_rows(q - sketch.mean, sketch.basis)
+    sizes = jnp.where(jnp.isfinite(norms), jnp.sum(sketch.rows**2, 1), jnp.inf)
+    product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
+    bound, index = smallest_k(_less_own(jnp.broadcast_to(sizes, product.shape), product), _candidates(k) + 1)
+    index = jnp.sort(index[:, :-1], 1)
+
+    def second_look(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
+        one, rows = args
+        return _less_own(norms[rows], jnp.matmul(bank[rows], one, precision=HIGHEST))
+
+    together = max(1, BLOCK_ELEMENTS // 4 // (index.shape[1] * d))
+    partial, position = smallest_k(jax.lax.map(second_look, (q, index), batch_size=together), k)
+    index = jnp.take_along_axis(index, position, 1)
+
+    own = jnp.sum(q * q, 1)
+    rounding = 2 * d * jnp.finfo(q.dtype).eps * (own + jnp.where(jnp.isfinite(norms), norms, 0).max())
+    unproven = ~(partial[:, -1] + own < bound[:, -1] + jnp.sum(short**2, 1) - rounding)
+
+    def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        unproven, partial, index = carry
+        rows = jnp.nonzero(unproven, size=min(RETRY, r), fill_value=r)[0]
+        found = _brute_force(q.at[rows].get(mode="clip"), bank, norms, k)
+        updates = zip(carry, (jnp.zeros(rows.shape, bool), *found), strict=True)
+        unproven, partial, index = (old.at[rows].set(new, mode="drop") for old, new in updates)
+        return unproven, partial, index
+
+    return jax.lax.while_loop(lambda carry: carry[0].any(), retry, (unproven, partial, index))[1:]

@@ -123,8 +123,8 @@ def test_update_thins_to_a_size():
 
 def test_update_skips_the_empty_rows_of_a_bank():
     rows = jnp.arange(8.0).reshape(4, 2)
-    old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1))
-    new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2))
+    old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1), None)
+    new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2), None)
     both = add(jax.random.key(0), old, new)
     assert both.size == 5
     np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))
@@ -132,13 +132,13 @@ def test_update_skips_the_empty_rows_of_a_bank():
 
 @pytest.mark.parametrize("size", [0, 9])
 def test_update_to_an_impossible_size(size):
-    bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0))
+    bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0), None)
     with pytest.raises(ValueError, match=rf"size .*1\.\.8.* got {size}"):
         update(jax.random.key(0), bank, bank, size=size)
 
 
 def test_update_of_another_width():
-    a, b = (PatchcoreBank(jnp.ones((4, c)), jnp.int32(4), jnp.float32(0)) for c in (2, 3))
+    a, b = (PatchcoreBank(jnp.ones((4, c)), jnp.int32(4), jnp.float32(0), None) for c in (2, 3))
     with pytest.raises(ValueError, match="one width, got 2 and 3"):
         update(jax.random.key(0), a, b)
 

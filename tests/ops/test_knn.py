@@ -1,5 +1,7 @@
 """Nearest neighbors against scikit-learn and against brute force in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.neighbors import NearestNeighbors
 
 from jaxad.ops import knn as module
-from jaxad.ops.knn import knn, smallest_k, squared_distances
+from jaxad.ops.knn import knn, sketch, smallest_k, squared_distances
 
 find = jax.jit(knn, static_argnums=2)
 smallest = jax.jit(smallest_k, static_argnums=1)
@@ -98,6 +100,78 @@ def test_memory_is_bounded(monkeypatch):
     shapes = jax.ShapeDtypeStruct((500, 2), jnp.float32), jax.ShapeDtypeStruct((100, 2), jnp.float32)
     program = jax.jit(lambda a, b: knn(a, b, 1)).lower(*shapes).compile()
     assert program.memory_analysis().temp_size_in_bytes < 500 * 100 * 4
+
+
+def features(seed, n, m, d=160, rank=20):
+    """Vectors of which few directions hold most of the variance, as those of a deep network."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(rank, d))
+    rows = rng.normal(size=(n + m, rank)) @ directions + 0.3 * rng.normal(size=(n + m, d)) + 2
+    return rows[:n].astype(np.float32), rows[n:].astype(np.float32)
+
+
+@functools.cache
+def with_sketch(k):
+    return jax.jit(lambda query, bank, valid: knn(query, bank, k, valid, sketch(bank, valid)))
+
+
+@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize(
+    "case",
+    ["features", "isotropic", "duplicates", "constant", "bank itself", "few valid", "far from the origin", "huge"],
+)
+def test_a_sketch_changes_nothing(case, k):
+    """Whatever the first pass proves or fails to prove, the neighbors are those of brute force."""
+    query, bank = features(8, 100, 2100)
+    valid = np.random.default_rng(9).random(2100) < 0.9
+    if case == "isotropic":
+        query, bank = vectors(8, 100, 2100, 160)
+    elif case == "duplicates":
+        bank[1::2] = bank[::2]
+    elif case == "constant":
+        bank[:] = 1
+    elif case == "bank itself":
+        query = bank[:100].copy()
+    elif case == "few valid":
+        valid[:] = np.arange(2100) % 400 == 7
+    elif case == "far from the origin":
+        query[::2] += 50
+    elif case == "huge":
+        query, bank = query * 1e12, bank * 1e12
+    poisoned = np.where(valid[:, None], bank, np.nan)
+    distance, index = with_sketch(k)(query, poisoned, valid)
+    wanted_distance, wanted_index = brute_force(query, bank, k, valid)
+    found = np.isfinite(wanted_distance)
+    if case != "bank itself":  # where rounding decides between 0 and nearly 0
+        np.testing.assert_array_equal(np.where(found, index, 0), np.where(found, wanted_index, 0))
+    scale = np.linalg.norm(bank[valid].astype(np.float64), axis=1).max()
+    np.testing.assert_allclose(distance, wanted_distance, rtol=1e-4, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("k", [1, 9])
+def test_a_sketch_leaves_little_to_brute_force(k, monkeypatch):
+    """The first pass proves the neighbors of nearly all vectors that are like deep features."""
+    query, bank = map(jnp.asarray, features(10, 200, 2100))
+    made, left = sketch(bank, jnp.ones(2100, bool)), []
+    monkeypatch.setattr(jax.lax, "while_loop", lambda _, retry, carry: left.append(np.asarray(carry[0])) or carry)
+    knn(query, bank, k, sketch=made)
+    assert left[0].shape == (200,) and left[0].mean() < 0.05
+
+
+def test_sketches_are_never_farther_apart_than_vectors():
+    query, bank = features(11, 60, 2100)
+    made = jax.jit(sketch)(jnp.asarray(bank), jnp.ones(2100, bool))
+    short = np.asarray(module._sketch_rows(query - made.mean, made.basis), np.float64)
+    lower = np.linalg.norm(short[:, None] - np.asarray(made.rows, np.float64), axis=-1)
+    exact = np.linalg.norm(query[:, None].astype(np.float64) - bank, axis=-1)
+    assert (lower <= exact * (1 + 1e-5)).all()
+    assert np.median(lower / exact) > 0.95
+    np.testing.assert_allclose(made.basis.T @ made.basis, np.eye(made.basis.shape[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "d"), [(2047, 160), (3000, 100)])
+def test_no_sketch_of_a_small_bank(m, d):
+    assert sketch(jnp.zeros((m, d)), jnp.ones(m, bool)) is None
 
 
 @settings(deadline=None, max_examples=30)
