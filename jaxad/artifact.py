@@ -3,8 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,56 @@ FORMAT = 1
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: `path` cannot be written, or is there already and no file.
+    """
+    path = path.resolve()  # what a link points to is written, not the link
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"the output must be a file, but {path} is something else: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, whose files move to the same places in it when the block ends well.
+
+    When it does not, nothing is left of them, nor of `folder` where that is new. What a killed process left behind is
+    removed by the next one.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    stage = folder / ".staging"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        for file in [path for path in stage.rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        shutil.rmtree(stage)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, the innermost first, as far as nobody has written there meanwhile."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -41,12 +84,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; a broken one is a ValueError that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; a broken one is a ValueError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be JSON, but reading it failed ({error}): write it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {json.dumps(value)[:40]}: write it again")
+    return value
 
 
 def save_state(directory: str | Path, state: State) -> None:
@@ -76,12 +122,12 @@ def save_description(directory: str | Path, description: dict[str, Any]) -> None
     write_json(Path(directory) / "model.json", {"format": FORMAT, **description})
 
 
-def read_description(directory: str | Path) -> dict[str, Any]:
-    """The description of a saved model.
+def read_description(directory: str | Path, fields: Iterable[str] = ()) -> dict[str, Any]:
+    """The description of a saved model, with at least those fields.
 
     Raises:
         FileNotFoundError: There is no model.
-        ValueError: It is of a later format.
+        ValueError: It is damaged, or of a later format.
     """
     path = Path(directory) / "model.json"
     if not path.is_file():
@@ -89,6 +135,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     description = read_json(path)
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} must have format {FORMAT}, got {description.get('format')}: update or fit again")
+    missing = [field for field in fields if field not in description]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: fit again or restore a copy")
     return description
 
 

@@ -4,9 +4,12 @@ Tables go to stdout, everything else to stderr. What a user did wrong is one lin
 the traceback), an interruption one line and exit code 130. Only commands that need JAX import it.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
+import io
 import itertools
 import os
 import re
@@ -24,7 +27,7 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
-from jaxad.progress import Bars, say, uninterrupted
+from jaxad.progress import Bars, interrupt, say, uninterrupted
 
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is for tests."""
     if argv is None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGINT, interrupt)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -65,7 +69,7 @@ def _dispatch(argv: list[str]) -> int:
     elif name in ("fit", "benchmark", "weights"):
         COMMANDS[name](rest)
     elif name in COMMANDS:
-        tyro.cli(COMMANDS[name], prog=f"jaxad {name}", args=rest)
+        _tyro(COMMANDS[name], prog=f"jaxad {name}", args=rest)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0
@@ -273,7 +277,12 @@ def methods() -> None:
 def weights(argv: list[str]) -> None:
     """Manage pretrained weights: list, fetch NAME, import FILE."""
     commands = {"list": weights_list, "fetch": weights_fetch, "import": weights_import}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="jaxad weights", description=weights.__doc__, args=argv)
+    if not argv or argv[0] not in (*commands, "-h", "--help"):
+        raise ValueError(f"weights wants one of {', '.join(commands)}, got {argv[0] if argv else 'nothing'}")
+    if argv[0] in commands:
+        _tyro(commands[argv[0]], prog=f"jaxad weights {argv[0]}", args=argv[1:])
+    else:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="jaxad weights", description=weights.__doc__, args=argv)
 
 
 def weights_list() -> None:
@@ -346,9 +355,30 @@ def _parse(command: str, argv: list[str], groups: dict[str, type]) -> list[Any]:
     options = dataclasses.make_dataclass("Options", groups.items())
     description = inspect.getdoc(COMMANDS[command])
     config = (tyro.conf.OmitArgPrefixes,)
-    parsed = tyro.cli(options, prog=f"jaxad {command}", description=description, args=argv, config=config)
+    parsed = _tyro(options, prog=f"jaxad {command}", description=description, args=argv, config=config)
     first, *others = (getattr(parsed, group) for group in groups)
     return [first, *map(vars, others)]
+
+
+def _tyro(run: Callable[..., Any], *, prog: str, **options: Any) -> Any:
+    """`tyro.cli`, whose framed complaints become one line."""
+
+    @functools.wraps(run)
+    def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return lambda: run(*args, **kwargs)
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            call = tyro.cli(later, prog=prog, **options)
+    except SystemExit as done:
+        if not done.code:
+            raise
+        words = [line.strip(" │|") for line in complaint.getvalue().splitlines()[1:-1]]  # the frame has a title
+        parts = [list(part) for text, part in itertools.groupby(words, lambda word: word.strip("─-") != "") if text]
+        hints = [f"did you mean {part[1]}?" for part in parts if part[0].startswith("Perhaps")]
+        raise ValueError("; ".join([" ".join(parts[0]).rstrip("."), *hints, f"see {prog} --help"])) from None
+    return call()
 
 
 def _from_signature(function: Callable, doc: str | None, leave_out: Sequence[str] = (), **types: Any) -> type:

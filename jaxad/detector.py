@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -46,14 +46,16 @@ class Detector:
 
     Args:
         method: A name in `jaxad.methods.METHODS`.
-        backbone: A name in `jaxad weights list`, or several for an ensemble; None is the small one that comes with the
-            package, which needs no download. The published numbers belong to larger ones.
+        backbone: A name in `jaxad weights list`, or several for an ensemble; None is the one that the weights are named
+            after, or without weights the small one that comes with the package, which needs no download. The published
+            numbers belong to larger ones.
         weights: A safetensors file of the backbone (several for several); None: the cache of `jaxad weights fetch`.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
         holdout: Share of the normal images kept from learning, to set the threshold by; 0 uses all images and gives no
             threshold.
         fpr: Wanted false-positive rate of the threshold.
+        precision: What the backbone computes in; "bfloat16" is faster on GPUs and TPUs and halves its memory.
         seed: Seed of everything random.
         batch_size: Images at a time.
         hyperparameters: Those of the method's factory.
@@ -72,6 +74,7 @@ class Detector:
         center_crop: int | tuple[int, int] | None = None,
         holdout: float = 0.2,
         fpr: float = 0.05,
+        precision: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
         batch_size: int = 16,
         **hyperparameters: Any,
@@ -80,6 +83,8 @@ class Detector:
             raise ValueError(f"holdout must be in [0, 1), got {holdout}")
         if not 0 < fpr < 1:
             raise ValueError(f"fpr must be in (0, 1), got {fpr}")
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f'precision must be "float32" or "bfloat16", got "{precision}"')
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         known = set(inspect.signature(factory(method)).parameters) - {"backbone", "image_size"}
@@ -87,15 +92,18 @@ class Detector:
         if unknown:
             raise ValueError(f"{method} has the hyper-parameters {', '.join(sorted(known))}; got {', '.join(unknown)}")
         self.method_name, self.hyperparameters = method, hyperparameters
-        names = (backbone,) if isinstance(backbone, str) else tuple(backbone or (EMBEDDED,))
-        files = (weights,) if isinstance(weights, (str, Path)) else tuple(weights or (None,) * len(names))
+        given = (weights,) if isinstance(weights, (str, Path)) else tuple(weights or ())
+        names = (backbone,) if isinstance(backbone, str) else tuple(backbone or ())
+        names = names or tuple(EMBEDDED if one is None else jaxad.backbones.of_file(one) for one in given or (None,))
+        files = given or (None,) * len(names)
         if len(files) != len(names):
             raise ValueError(f"every backbone needs its weights: got {len(names)} backbones and {len(files)} files")
         self.weights = tuple(None if file is None else Path(file) for file in files)
         self.backbones = tuple(map(jaxad.backbones.resolve, names, self.weights))
         self.preprocess = Preprocess(_pair(image_size), _pair(center_crop))
         self.preprocess.check()
-        self.holdout, self.fpr, self.seed, self.batch_size = holdout, fpr, seed, batch_size
+        self.holdout, self.fpr, self.precision = holdout, fpr, precision
+        self.seed, self.batch_size = seed, batch_size
         self.frozen: Frozen = None
         self.state: State = None
         self.image_threshold: Threshold | None = None
@@ -223,14 +231,9 @@ class Detector:
             "normal_level": self.normal_level,
         }
         artifact.save_state(directory, self.state)
-        self.save_thresholds(directory)
+        both = thresholds.Thresholds(self.image_threshold, self.pixel_threshold)
+        artifact.write_json(Path(directory) / "threshold.json", thresholds.pair_to_json(both))
         artifact.save_description(directory, description)
-
-    def save_thresholds(self, directory: str | Path) -> None:
-        """Writes threshold.json alone."""
-        both = {"image": self.image_threshold, "pixel": self.pixel_threshold}
-        values = {k: None if v is None else thresholds.to_json(v) for k, v in both.items()}
-        artifact.write_json(Path(directory) / "threshold.json", values)
 
     def recipe(self) -> dict[str, Any]:
         """All that was asked for, as JSON values."""
@@ -240,6 +243,7 @@ class Detector:
             "preprocess": self.preprocess._asdict(),
             "holdout": self.holdout,
             "fpr": self.fpr,
+            "precision": self.precision,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -255,8 +259,9 @@ class Detector:
     def load_frozen(self) -> Frozen:
         """The pretrained weights, read once; assign `frozen` to share them between detectors."""
         if self.frozen is None:
-            loaded = tuple(map(jaxad.backbones.load, self.backbones, self.weights))
-            self.frozen = jax.tree.map(jax.numpy.asarray, loaded[0] if len(loaded) == 1 else loaded)
+            files = zip(self.backbones, self.weights, strict=True)
+            loaded = [jaxad.backbones.load(name, file, self.precision) for name, file in files]
+            self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
     def _build(self, image_size: tuple[int, int]) -> Method:
@@ -288,6 +293,13 @@ class Detector:
         return only.train if split == "train" or only.test is None else only.test
 
 
+_SAVED = (
+    *("method", "hyperparameters", "preprocess", "holdout", "fpr", "precision", "seed", "batch_size"),
+    *("backbones", "image_size", "n_train", "normal_level"),
+)
+"""The fields of model.json, written by `Detector.save`."""
+
+
 def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | None = None) -> Detector:
     """A saved detector.
 
@@ -300,7 +312,7 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
         ValueError: The files are damaged, or the backbone's weights are others than in fit.
     """
     directory = Path(directory)
-    saved = artifact.read_description(directory)
+    saved = artifact.read_description(directory, _SAVED)
     files = [entry["path"] if Path(entry["path"]).is_file() else None for entry in saved["backbones"]]
     resize, crop = (
         None if v is None else tuple(v) for v in (saved["preprocess"]["resize"], saved["preprocess"]["center_crop"])
@@ -314,7 +326,7 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
         weights=files if weights is None else weights,
         image_size=resize,
         center_crop=crop,
-        **{k: saved[k] for k in ("holdout", "fpr", "seed", "batch_size")},
+        **{k: saved[k] for k in ("holdout", "fpr", "precision", "seed", "batch_size")},
         **hyperparameters,
     )
     for wanted, found in zip(saved["backbones"], detector.sources(), strict=True):
@@ -331,9 +343,7 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
     detector.n_train, detector.normal_level = saved["n_train"], saved["normal_level"]
     path = directory / "threshold.json"
     values = artifact.read_json(path) if path.is_file() else {}
-    detector.image_threshold, detector.pixel_threshold = (
-        thresholds.from_json(values[k]) if values.get(k) else None for k in ("image", "pixel")
-    )
+    detector.image_threshold, detector.pixel_threshold = thresholds.pair_from_json(values, path)
     return detector
 
 

@@ -31,6 +31,16 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+_interruptions: list[int] = []
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Handles Ctrl-C: raises KeyboardInterrupt, and has `Bars` raise it again where a callback of C code swallows it."""
+    del frame
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
 class Bars:
     """Progress on stderr: a bar a stage with rate and time left; plain lines now and then where it is no terminal."""
 
@@ -58,6 +68,8 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` (0: unknown) of that stage."""
+        if _interruptions:
+            raise KeyboardInterrupt
         now = time.monotonic()
         if what != self._what:
             self._what, self._started = what, now

@@ -7,6 +7,7 @@ comes last of a fit and metrics.json last of an evaluation.
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from jaxad.data.images import in_threads
 from jaxad.detector import Detector, peak_bytes
 from jaxad.fit import EmbeddingCache, compile_seconds
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
-from jaxad.metrics.threshold import ORACLE
+from jaxad.metrics.threshold import Thresholds, pair_to_json
 from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.pictures import overlay, save_png, save_tiff
@@ -59,28 +60,28 @@ def fit_run(
         cache: Embedded images shared between detectors.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    for abandoned in run_dir.glob(".*.tmp"):
-        abandoned.unlink()
+    run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, title = run_dir / "checkpoint", _title(detector, train)
-    _resume(checkpoint, _fingerprint(detector, train))
-    try:
-        with Bars(title) as bars:
-            detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=bars)
-        shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
-        detector.save(checkpoint / "model")
-        artifact.write_json(checkpoint / "model" / "recipe.json", _recipe(detector, train) | shared | recipe)
-    except BaseException:
-        if not _saved(checkpoint):
-            shutil.rmtree(checkpoint)
-            with contextlib.suppress(OSError):  # unless others have written there meanwhile
-                for folder in made:
-                    folder.rmdir()
-        raise
-    for name in ("model.json", *RESULTS):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
-        os.replace(checkpoint / "model" / name, run_dir / name)
-    shutil.rmtree(checkpoint)
+    with _alone(run_dir):
+        for abandoned in run_dir.glob(".*.tmp"):
+            abandoned.unlink()
+        try:
+            _resume(checkpoint, _fingerprint(detector, train))
+            with Bars(title) as bars:
+                detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=bars)
+            shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
+            detector.save(checkpoint / "model")
+            artifact.write_json(checkpoint / "model" / "recipe.json", _recipe(detector, train) | shared | recipe)
+        except BaseException:
+            if not _saved(checkpoint):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                artifact.remove_empty(made)
+            raise
+        for name in ("model.json", *RESULTS):
+            (run_dir / name).unlink(missing_ok=True)
+        for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
+            os.replace(checkpoint / "model" / name, run_dir / name)
+        shutil.rmtree(checkpoint)
     seconds, threshold = detector.seconds, detector.image_threshold
     told = f"{detector.n_train} images in {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
     if threshold:
@@ -107,7 +108,7 @@ def evaluate_run(
         test: Images with labels; those without count in no metric.
         run_dir: Where the detector was saved.
         source: What `test` was read from.
-        oracle: Choose the thresholds on these very images, and mark them so.
+        oracle: Choose the thresholds on these very images, for this evaluation alone, and mark them so.
         cache: Embedded images shared between detectors.
 
     Raises:
@@ -132,15 +133,15 @@ def evaluate_run(
     measured = evaluate(scores[known], labels[known], heat, truth)
 
     (run_dir / "metrics.json").unlink(missing_ok=True)
+    image_threshold, chosen_here = detector.image_threshold, None
     if oracle:
-        detector.image_threshold = oracle_threshold(scores[known], labels[known])
-        detector.pixel_threshold = None if heat is None or truth is None else oracle_threshold(heat, truth)
-        detector.save_thresholds(run_dir)
-    thresholds = [t for t in (detector.image_threshold, detector.pixel_threshold) if t is not None]
-    with score_files(run_dir, detector.image_threshold) as write:
+        image_threshold = oracle_threshold(scores[known], labels[known])
+        pixel_threshold = None if heat is None or truth is None else oracle_threshold(heat, truth)
+        chosen_here = pair_to_json(Thresholds(image_threshold, pixel_threshold))
+    with score_files(run_dir, image_threshold) as write:
         for one in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
             write(*one)
-    chosen = choose_examples(scores, labels, detector.image_threshold.value if detector.image_threshold else None)
+    chosen = choose_examples(scores, labels, image_threshold.value if image_threshold else None)
     limits = detector.color_limits()
     if limits is None and maps is not None:
         limits = float(np.median(maps)), float(maps.max())
@@ -163,7 +164,8 @@ def evaluate_run(
         "reasons": measured.reasons,
         "n_test": int(known.sum()),
         "n_anomalous": int((labels == 1).sum()),
-        "oracle": any(t.source == ORACLE for t in thresholds),
+        "oracle": oracle,
+        "thresholds": chosen_here,
         "source": source,
     }
     artifact.write_json(run_dir / "metrics.json", metrics)
@@ -204,12 +206,16 @@ def score_run(
         i, heat = job
         heat = to_original(heat, data.original_size(i), data.preprocess)
         if maps:
-            save_tiff(output / "maps" / f"{names[i]}.tiff", heat)
+            save_tiff(stage / "maps" / f"{names[i]}.tiff", heat)
         if overlays and limits is not None:
-            save_png(output / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat, *limits))
+            save_png(stage / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat, *limits))
 
     anomalous = 0
-    with score_files(output, detector.image_threshold) as write, Bars(_title(detector, data)) as bars:
+    with (
+        artifact.staging(output) as stage,
+        score_files(stage, detector.image_threshold) as write,
+        Bars(_title(detector, data)) as bars,
+    ):
         for part, found in detector.score(data, progress=bars):
             if overlays or maps:
                 if found.pixel is None:
@@ -310,7 +316,11 @@ def find(paths: Sequence[Path], file: str) -> list[Path]:
 def read_recipe(run_dir: Path) -> dict[str, Any]:
     """recipe.json, empty where `Detector.save` wrote the model alone."""
     path = run_dir / "recipe.json"
-    return artifact.read_json(path) if path.is_file() else {}
+    recipe = artifact.read_json(path) if path.is_file() else {}
+    missing = {"dataset", "category", "seconds", "peak_bytes"} - recipe.keys() if recipe else ()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: fit again or restore a copy")
+    return recipe
 
 
 def open_split(
@@ -348,6 +358,22 @@ def open_split(
 
 def _title(detector: Detector, data: Dataset) -> str:
     return f"{detector.method_name} {data.name}/{data.category}"
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from fitting into the same directory."""
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is fitting into {run_dir}: wait for it, or give another output"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _saved(checkpoint: Path) -> bool:

@@ -23,6 +23,7 @@ from jaxad import artifact, detector, fit, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
+from jaxad.report.runs import load_run
 
 SMALL = ("--image-size", "64", "--batch-size", "4")
 MODEL = {"model.json", "model.safetensors", "recipe.json", "threshold.json"}
@@ -164,10 +165,16 @@ def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, ca
 def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_path: Path):
     run_dir = tmp_path / "nut"
     shutil.copytree(parts_runs / "padim" / "parts" / "nut", run_dir)
+    before = (run_dir / "threshold.json").read_bytes()
     assert main(["evaluate", str(run_dir), "--oracle"]) == 0
-    threshold = artifact.read_json(run_dir / "threshold.json")
-    assert threshold["image"]["source"] == threshold["pixel"]["source"] == "oracle (test set)"
-    assert artifact.read_json(run_dir / "metrics.json")["oracle"] is True
+    found = artifact.read_json(run_dir / "metrics.json")
+    sources = [found["thresholds"][kind]["source"] for kind in ("image", "pixel")]
+    assert found["oracle"] is True and sources == ["oracle (test set)"] * 2
+    assert load_run(run_dir).threshold.source == "oracle (test set)"
+    assert (run_dir / "threshold.json").read_bytes() == before  # no other command gets to see them
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert artifact.read_json(run_dir / "metrics.json")["oracle"] is False
+    assert load_run(run_dir).threshold.source == "held-out normals"
     score_run = ["score", str(run_dir), artifact.read_json(run_dir / "recipe.json")["source"]]
     assert main([*score_run, "--output", str(tmp_path)]) == 0
     assert [row["label"] for row in read_csv(tmp_path / "scores.csv")] == ["0"] * 3 + ["1"] * 3
@@ -260,12 +267,20 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "argv", [["fit"], ["fit", "demo", "--sede", "1"], ["score", "run", "images", "--overlay", "1"]]
+    ("argv", "words"),
+    [
+        (["fit"], "Missing from jaxad fit: SOURCE"),
+        (["fit", "demo", "--sede", "1"], "Unrecognized options: --sede, 1; did you mean --seed INT?"),
+        (["fit", "demo", "--holdout", "much"], "Error parsing --holdout: could not convert string to float: 'much'"),
+        (["score", "run", "images", "--overlay", "1"], "--overlay"),
+        (["weights"], "weights wants one of list, fetch, import, got nothing"),
+        (["weights", "fetch"], "Missing from jaxad weights fetch: NAME"),
+    ],
 )
-def test_an_option_that_is_not_there_is_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as raised:
-        main(argv)
-    assert raised.value.code == 2 and f"jaxad {argv[0]} --help" in capsys.readouterr().err
+def test_wrong_options_are_one_line_and_code_2(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and words in told
 
 
 def test_help_shows_the_options_of_the_method(capsys: pytest.CaptureFixture[str]):
@@ -330,6 +345,72 @@ def test_an_interrupted_fit_resumes_and_others_do_not(
     assert files_below(run_dir) == MODEL
 
 
+def test_two_processes_do_not_fit_into_one_directory(
+    photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
+    run_dir = tmp_path / "patchcore" / "photos" / "photos"
+    run_dir.mkdir(parents=True)
+    with runs._alone(run_dir):
+        assert main(command) == 2
+    assert f"another process is fitting into {run_dir}: wait for it" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
+def test_a_stopped_score_leaves_the_old_files_alone(
+    stop: BaseException | type[BaseException], flat_run: Path, photos: Path, tmp_path: Path, monkeypatch
+):
+    command = ["score", str(flat_run), str(photos), "--overlays", "--maps", "--output"]
+    drawn = []
+
+    def draw_two(path: Path, heat: np.ndarray) -> None:
+        drawn.append(save_tiff(path, heat))
+        if len(drawn) > 2:
+            raise stop
+
+    save_tiff = runs.save_tiff
+    assert main([*command, str(tmp_path / "old")]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save_tiff", draw_two)
+        for output in ("old", "new/er"):
+            assert main([*command, str(tmp_path / output)]) in (2, 130)
+    assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    (tmp_path / "old" / ".staging").mkdir()  # of a run that was killed
+    (tmp_path / "old" / ".staging" / "half.png").touch()
+    assert main([*command, str(tmp_path / "old")]) == 0
+    assert {path for path in (tmp_path / "old").rglob("*") if path.is_file()} == before.keys()
+
+
+def test_outputs_are_files_and_links_stay_links(flat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert main(["report", str(flat_run), "--output", str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink() and "</html>" in (tmp_path / "page.html").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["report", str(flat_run), "--output", str(tmp_path / "pipe")]) == 2
+    assert f"the output must be a file, but {tmp_path / 'pipe'} is something else" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command", "words"),
+    [
+        ("recipe.json", '{"x": 1}', "evaluate", "recipe.json lacks category, dataset, peak_bytes, seconds"),
+        ("recipe.json", "[]", "report", "recipe.json must hold a JSON object, got []"),
+        ("metrics.json", '{"metrics": {"image_AUROC": "x"}}', "report", "metrics.json must hold numbers by metric"),
+        ("threshold.json", '{"image": {"value": "abc"}}', "evaluate", "threshold.json: a threshold must be a finite"),
+    ],
+)
+def test_damaged_run_files_are_named(file, content, command, words, parts_runs: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "nut"
+    shutil.copytree(parts_runs / "padim" / "parts" / "nut", run_dir)
+    (run_dir / file).write_text(content)
+    assert main([command, str(run_dir), *(["--output", str(tmp_path / "r.html")] if command == "report" else [])]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_fit_leaves_nothing_half_written(
     number: signal.Signals, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
@@ -348,7 +429,7 @@ def test_a_killed_fit_leaves_nothing_half_written(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
-        assert (process.returncode, errors) == (130, "jaxad: interrupted\n")
+        assert process.returncode == 130 and errors.endswith("jaxad: interrupted\n")
         assert list(tmp_path.iterdir()) == []
     else:
         assert process.returncode == -signal.SIGKILL

@@ -24,7 +24,7 @@ def weights(tmp_path_factory):
     for seed in range(2):
         params = backbone("pdn_small").init(jax.random.key(seed))["params"]
         tensors = {f"{module}.{leaf}": np.asarray(v) for module, leaves in params.items() for leaf, v in leaves.items()}
-        files.append(tmp_path_factory.mktemp("weights") / f"random{seed}.safetensors")
+        files.append(tmp_path_factory.mktemp("weights") / "pdn_small.safetensors")
         safetensors.numpy.save_file(tensors, files[-1])
     return files
 
@@ -170,6 +170,33 @@ def test_a_threshold_edited_by_hand_counts(detector, tmp_path):
     assert jaxad.load(tmp_path).predict(DEFECTIVE[:1]).pred_label is None
 
 
+def test_half_precision_is_near_and_remembered(detector, weights, folder, tmp_path):
+    half = Detector("patchcore", weights=weights[0], precision="bfloat16", **OPTIONS).fit(folder)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.frozen["params"])} == {"bfloat16"}
+    exact, near = detector.predict(DEFECTIVE).pred_score, half.predict(DEFECTIVE).pred_score
+    assert 0 < np.abs(near / exact - 1).max() < 0.1
+    half.save(tmp_path)
+    np.testing.assert_array_equal(jaxad.load(tmp_path).predict(DEFECTIVE).pred_score, near)
+
+
+def test_the_weights_may_name_the_backbone(weights, tmp_path):
+    assert Detector(weights=weights[0]).backbones == ("pdn_small",)
+    assert Detector(weights=tmp_path / "resnet18.tv_in1k.safetensors").backbones == ("resnet18.tv_in1k",)
+    with pytest.raises(ValueError, match=r"mine.safetensors is not named after a backbone"):
+        Detector(weights=tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("method", ["mahalanobis_ad", "padim", "patchcore", "spade"])
+def test_equal_images_make_a_model_all_the_same(method):
+    """With the real weights, so that rounding differs from zero; the least other image scores higher."""
+    same = np.full((5, 64, 64, 3), 117, np.uint8)
+    detector = Detector(method, image_size=64, **{"n_features": 20} if method == "padim" else {}).fit(same)
+    other = same[:2].copy()
+    other[1, 20:40, 20:40] = 255
+    score = detector.predict(other).pred_score
+    assert np.isfinite(score).all() and score[1] > 2 * score[0] + 1e-3
+
+
 def test_an_ensemble_of_two_backbones(weights, tmp_path):
     options = dict(backbone=("pdn_small", "pdn_small"), weights=weights, layers=("layer2",), **OPTIONS)
     detector = Detector("patchcore", **options).fit(NORMAL)
@@ -192,6 +219,16 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
     description.write_text(text[:50])
     with pytest.raises(ValueError, match=r"model\.json must be JSON"):
         jaxad.load(tmp_path)
+    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 1}', "lacks method, hyper")):
+        description.write_text(broken)
+        with pytest.raises(ValueError, match=rf"model\.json {rule}"):
+            jaxad.load(tmp_path)
+    description.write_text(text)
+    limits = tmp_path / "threshold.json"
+    for broken, rule in (("[]", "JSON object"), ('{"image": {}}', "'value'"), ('{"image": {"value": "x"}}', "got 'x'")):
+        limits.write_text(broken)
+        with pytest.raises(ValueError, match=rf"threshold\.json.*{rule}"):
+            jaxad.load(tmp_path)
     description.write_text(text.replace('"format": 1', '"format": 99'))
     with pytest.raises(ValueError, match="must have format 1, got 99"):
         jaxad.load(tmp_path)

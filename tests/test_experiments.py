@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_the_benchmark_beside_peers_agrees_with_them(tmp_path: Path) -> None:
     radius = result["coreset"]["radius"]
     np.testing.assert_allclose(radius["jaxad"], radius["plain jitted greedy"], rtol=1e-4)
     assert {"jaxad", "FAISS flat", "scikit-learn"} < result["knn"]["contenders"].keys()
+
+
+def test_the_memory_of_one_point_is_that_of_its_process() -> None:
+    command = [sys.executable, EXPERIMENTS / "bench_memory.py", "--one", "padim score", "20", "--size", "64"]
+    point = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert point["images"] == 20 and point["peak_bytes"] >= point["before_scoring"] > point["model_bytes"] > 0
 
 
 def random_resnet18(folder: Path) -> Path:

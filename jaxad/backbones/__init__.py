@@ -4,7 +4,7 @@
 """
 
 from jaxad.backbones.networks import Backbone, backbone, features
-from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, resolve, source
+from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
     "Backbone",
@@ -16,6 +16,7 @@ __all__ = [
     "fetch",
     "import_file",
     "load",
+    "of_file",
     "resolve",
     "source",
 ]

@@ -64,12 +64,12 @@ class DepthwiseConv(nn.Module):
         pads = [padding(n, self.kernel, self.stride, self.same) for n in size]
         rows, columns = ((n + sum(pad) - self.kernel) // self.stride for n, pad in zip(size, pads, strict=True))
         padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
-        y = bias
+        y = bias.astype(jnp.float32)
         for i in range(self.kernel):
             for j in range(self.kernel):
                 last = (b, i + rows * self.stride + 1, j + columns * self.stride + 1, c)
                 shifted = jax.lax.slice(padded, (0, i, j, 0), last, (1, self.stride, self.stride, 1))
-                y = y + shifted * kernel[i, j, 0]
+                y = y + shifted * kernel[i, j, 0].astype(jnp.float32)
         return y.astype(x.dtype)
 
 

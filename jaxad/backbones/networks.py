@@ -31,7 +31,7 @@ class Backbone(NamedTuple):
     """Random weights."""
     apply: Callable[[Frozen, Array, tuple[str, ...]], dict[str, Float[Array, "b _ _ _"]]]
     """(frozen, image, layers) -> the float32 feature maps of those stages; image b h w 3 of any size, uint8 or float in
-    [0, 1]. Nothing past the deepest of them is computed."""
+    [0, 1]. Nothing past the deepest of them is computed. The network computes in the type of the weights."""
     fold: Callable[[Mapping[str, np.ndarray]], Frozen]
     """The tensors of a torch checkpoint -> frozen, batch norm folded into the convolutions. Stages past the deepest
     that the checkpoint holds may be missing, and are then missing from `frozen`; a tensor that is missing before it, or
@@ -75,14 +75,12 @@ def _fold(entry: registry.Entry, stages: tuple[str, ...], tensors: Mapping[str, 
 
 
 @functools.lru_cache
-def backbone(name: str, dtype: DTypeLike = jnp.float32) -> Backbone:
+def backbone(name: str) -> Backbone:
     """The architecture of that name.
 
     Args:
         name: `resnet18/34/50/101/152`, `wide_resnet50_2`, `wide_resnet101_2`, `efficientnet_b0..b7`,
             `tf_efficientnet_b0..b7`, `pdn_small`, or one of them with a training recipe (`resnet50.caffe_in1k`).
-        dtype: What the network computes in; `jnp.bfloat16` halves memory and is the faster one on TPU and GPU. The
-            weights and the feature maps stay in float32.
 
     Raises:
         ValueError: There is no such backbone.
@@ -109,7 +107,8 @@ def backbone(name: str, dtype: DTypeLike = jnp.float32) -> Backbone:
     def apply(frozen: Frozen, image: Array, layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
         _check(name, stages, layers)
         try:
-            maps: Any = network.apply({"params": frozen["params"]}, normalize(frozen, image, dtype), tuple(layers))
+            normalized = normalize(frozen, image, jax.tree.leaves(frozen["params"])[0].dtype)
+            maps: Any = network.apply({"params": frozen["params"]}, normalized, tuple(layers))
         except flax.errors.ScopeParamNotFoundError:
             held = [stage for stage in stages if any(f"{m}.".startswith(f"{stage}.") for m in frozen["params"])]
             raise ValueError(
@@ -133,22 +132,21 @@ def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:
 
 
 @functools.lru_cache
-def features(name: str, layers: tuple[str, ...], pool: bool = False, dtype: DTypeLike = jnp.float32) -> EmbedFn:
+def features(name: str, layers: tuple[str, ...], pool: bool = False) -> EmbedFn:
     """The `embed` of methods on pretrained features; the same arguments give the same function, so caches are shared.
 
     Args:
         name: A backbone.
         layers: Names of its stages.
         pool: Average every map over its positions.
-        dtype: What the network computes in; the features are float32.
 
     Returns:
-        (frozen, image b h w 3) -> {layer: b h' w' c}, or {layer: b c} with `pool`.
+        (frozen, image b h w 3) -> {layer: b h' w' c}, or {layer: b c} with `pool`; float32.
 
     Raises:
         ValueError: There is no such backbone or stage.
     """
-    network = backbone(name, dtype)
+    network = backbone(name)
     _check(name, network.stages, layers)
 
     def embed(frozen: Frozen, image: Array) -> dict[str, Array]:

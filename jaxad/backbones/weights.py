@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from jaxad.backbones import registry
 from jaxad.backbones.networks import backbone
@@ -81,20 +82,43 @@ def resolve(name: str, weights: str | Path | None) -> str:
 
     Returns:
         The file's stem where it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
+
+    Raises:
+        ValueError: `name` has variants that are read in different ways, and neither it nor the file says which.
     """
     entry = registry.lookup(name)
     if weights is None or name in registry.ENTRIES:
         return name
     variant = _variant(entry, Path(weights))
-    return name if variant is None else variant.name
+    if variant is not None:
+        return variant.name
+    variants = [one for one in registry.ENTRIES.values() if one.architecture == entry.architecture]
+    if len({(one.stride_in_1x1, one.normalization) for one in variants}) > 1:
+        names = " or ".join(one.name for one in variants)
+        raise ValueError(f"{weights} does not say which {name} it holds: give {names} as the backbone")
+    return name
 
 
-def load(name: str, weights: str | Path | None = None) -> Frozen:
+def of_file(weights: str | Path) -> str:
+    """The backbone that a file is named after (`resnet18.tv_in1k.safetensors`).
+
+    Raises:
+        ValueError: It is named after none.
+    """
+    stem = Path(weights).stem
+    if stem not in registry.ENTRIES and stem not in registry.PLAIN:
+        raise ValueError(f"{weights} is not named after a backbone: give the backbone's name as well")
+    return stem
+
+
+def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.float32) -> Frozen:
     """Reads a backbone's weights: from that file, or else from the user's cache, or else from the package.
 
     Args:
         name: A backbone.
         weights: A safetensors file with torchvision's or timm's names. The deepest stages may be missing.
+        dtype: What the network shall compute in; `jnp.bfloat16` halves memory and is the faster one on TPU and GPU. Its
+            features are float32 in any case.
 
     Returns:
         The frozen weights, for `backbone(name).apply` and `features(name, ...)`.
@@ -108,7 +132,8 @@ def load(name: str, weights: str | Path | None = None) -> Frozen:
     variant = _variant(entry, path) or entry
     if (variant.stride_in_1x1, variant.normalization) != (entry.stride_in_1x1, entry.normalization):
         raise ValueError(f"{path} holds the variant {variant.name}: ask for that backbone instead of {name}")
-    return jax.tree.map(jnp.asarray, _read(name, path))
+    frozen = jax.tree.map(jnp.asarray, _read(name, path))
+    return frozen | {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), frozen["params"])}
 
 
 def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
@@ -139,8 +164,10 @@ def import_file(path: str | Path, name: str | None = None) -> Path:
         ValueError: It is no safetensors file, or of another architecture.
     """
     path = Path(path)
-    entry = registry.lookup(path.stem if name is None else resolve(name, path))
-    _read(entry.name, _locate(entry.name, path))
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}: give a safetensors file")
+    entry = registry.lookup(of_file(path) if name is None else resolve(name, path))
+    _read(entry.name, path)
     target = cache_dir() / f"{entry.name}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     part = _temporary(target)

@@ -283,5 +283,5 @@ def _check_mask_size(record: Record) -> None:
 def _mixed_sizes(path: str, size: Size, first_path: str, first: Size) -> ValueError:
     return ValueError(
         f"images must have one size where resize is None, got {size[0]} x {size[1]} in {path} but "
-        f"{first[0]} x {first[1]} in {first_path}: set resize"
+        f"{first[0]} x {first[1]} in {first_path}: set resize (--image-size)"
     )

@@ -1,12 +1,16 @@
 """Readers of folders and tables of images: each yields one `Record` per image."""
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxad.data.images import EXTENSIONS, read_mask
 from jaxad.data.records import GOOD, Record, kind_of
+
+OUTPUT_MARKS = ("model.safetensors", "scores.jsonl")
+"""A folder below a flat source with one of these files is a model or scores of ours, heat maps included."""
 
 
 class Layout(NamedTuple):
@@ -55,8 +59,10 @@ def files(paths: Iterable[Path], category: str = "files") -> Iterator[Record]:
 
 
 def flat(root: Path) -> Iterator[Record]:
-    """All images under a folder, at any depth, as normal training images."""
-    return files(_images(root, "**/*"), root.resolve().name)
+    """All images under a folder, at any depth, as normal training images; but none that jaxad itself wrote there."""
+    written = {path.parent for name in OUTPUT_MARKS for path in root.rglob(name)} - {root}
+    found = (path for path in _images(root, "**/*") if written.isdisjoint(path.parents))
+    return files(found, root.resolve().name)
 
 
 def mvtec(root: Path) -> Iterator[Record]:
@@ -89,6 +95,8 @@ def visa(root: Path) -> Iterator[Record]:
 
 def table(path: Path) -> Iterator[Record]:
     """A CSV file with image_path, label, split and, if wanted, mask_path and category; paths are relative to the file.
+
+    Its separator is a comma, a semicolon or a tab.
 
     The label is good, ok, normal or 0 for a normal image, empty for an unknown one (test only), else the defect.
     """
@@ -163,8 +171,13 @@ def _refuse_mixture(root: Path) -> None:
 
 def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
     """Records of a CSV file whose `columns` say under which name each field stands."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text, but {error}: save it again as CSV UTF-8") from None
+    with io.StringIO(text, newline="") as file:
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
         present = reader.fieldnames or []
         missing = [columns[key] for key in ("image_path", "label", "split") if columns[key] not in present]
         if missing:

@@ -208,6 +208,8 @@ def _opened(source: Source, name: str) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(f"image file not found: {name}") from None
+    except PermissionError:
+        raise PermissionError(f"no permission to read {name}: change its permissions or remove it") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is too large to decode ({error}): cut it into tiles") from error
     except (OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, zlib.error) as error:

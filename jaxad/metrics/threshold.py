@@ -6,6 +6,7 @@ A sample is predicted anomalous where its score is greater than the threshold.
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,6 +121,8 @@ def from_json(fields: Mapping[str, Any]) -> Threshold:
     Raises:
         ValueError: no value, one that is not a finite number, or fields that are missing or unknown.
     """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f'a threshold must be an object such as {{"value": 3.5}}, got {fields!r}')
     if "value" not in fields:
         raise ValueError(f"a threshold needs the field 'value', got {sorted(fields)}")
     by_hand = edited(fields["value"])
@@ -130,3 +133,31 @@ def from_json(fields: Mapping[str, Any]) -> Threshold:
         raise ValueError(f"a threshold has the fields {sorted(wanted)} or 'value' alone, got {sorted(fields)}")
     fpr = math.nan if fields["fpr"] is None else fields["fpr"]
     return Threshold(by_hand.value, fpr, fields["guaranteed_fpr"], fields["n"], fields["source"])
+
+
+class Thresholds(NamedTuple):
+    """Those of a detector; None where it has none."""
+
+    image: Threshold | None
+    pixel: Threshold | None
+
+
+def pair_to_json(thresholds: Thresholds) -> dict[str, Any]:
+    """What threshold.json holds."""
+    return {kind: None if one is None else to_json(one) for kind, one in thresholds._asdict().items()}
+
+
+def pair_from_json(values: Mapping[str, Any], path: Path) -> Thresholds:
+    """The inverse of `pair_to_json`; what is missing is None.
+
+    Args:
+        values: What `path` holds.
+        path: Named in errors.
+
+    Raises:
+        ValueError: as `from_json`.
+    """
+    try:
+        return Thresholds(*(from_json(values[k]) if values.get(k) is not None else None for k in Thresholds._fields))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

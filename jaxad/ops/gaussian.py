@@ -70,6 +70,7 @@ def ledoit_wolf(
     centered = jnp.where(rows, x - mean, 0)
     sample = jnp.matmul(centered.T, centered, precision=HIGHEST) / n
     scale = jnp.trace(sample) / d
+    scale = jnp.where(scale > (4 * jnp.finfo(x.dtype).eps) ** 2 * jnp.sum(mean**2) / d, scale, 0)  # else rounding
     dispersion = jnp.sum(sample**2) - d * scale**2
     noise = (jnp.sum(jnp.sum(centered**2, 1) ** 2) / n - jnp.sum(sample**2)) / n
     shrinkage = jnp.where(dispersion > 0, jnp.clip(noise / jnp.where(dispersion > 0, dispersion, 1), 0, 1), 1)

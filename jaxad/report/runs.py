@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxad.artifact import read_json
-from jaxad.metrics.threshold import ORACLE, Threshold, from_json
+from jaxad.metrics.threshold import ORACLE, Threshold, pair_from_json
 from jaxad.report.examples import Examples, load_examples
 
 
@@ -41,12 +41,13 @@ def load_run(run_dir: Path) -> Run:
     """
     if not (run_dir / "recipe.json").is_file():
         raise FileNotFoundError(f"{run_dir} has no recipe.json: give a run directory that `jaxad fit` has written")
-    metrics = _read_json(run_dir / "metrics.json")
-    threshold, pixel_threshold = _read_thresholds(run_dir / "threshold.json")
+    metrics = _read_metrics(run_dir / "metrics.json")
+    edited = run_dir / "threshold.json"
+    threshold, pixel_threshold = pair_from_json(metrics.get("thresholds") or _read_json(edited), edited)
     scores, labels = _read_scores(run_dir / "scores.csv")
     return Run(
         recipe=_read_json(run_dir / "recipe.json"),
-        metrics={name: math.nan if value is None else value for name, value in metrics.get("metrics", {}).items()},
+        metrics=metrics.get("metrics", {}),
         reasons=metrics.get("reasons", {}),
         oracle=metrics.get("oracle", False) or ORACLE in {one.source for one in (threshold, pixel_threshold) if one},
         threshold=threshold,
@@ -61,13 +62,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _read_thresholds(path: Path) -> tuple[Threshold | None, Threshold | None]:
-    fields = _read_json(path)
+def _read_metrics(path: Path) -> dict[str, Any]:
+    found = _read_json(path)
     try:
-        image, pixel = (from_json(fields[kind]) if fields.get(kind) else None for kind in ("image", "pixel"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return image, pixel
+        values = {name: math.nan if value is None else float(value) for name, value in found.get("metrics", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold numbers by metric, got {found['metrics']!r}: evaluate again") from error
+    return found | {"metrics": values}
 
 
 def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:

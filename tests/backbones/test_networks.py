@@ -39,10 +39,19 @@ def picture(height, width):
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8))
 
 
+def in_type(frozen, dtype):
+    """The frozen weights, or their shapes, with parameters of that type."""
+
+    def cast(p):
+        return jax.ShapeDtypeStruct(p.shape, dtype) if isinstance(p, jax.ShapeDtypeStruct) else p.astype(dtype)
+
+    return frozen | {"params": jax.tree.map(cast, frozen["params"])}
+
+
 def convolutions(name, layers, dtype=jnp.float32):
     """The convolutions in the program that computes those layers."""
-    network = backbone(name, dtype)
-    frozen = jax.eval_shape(network.init, jax.random.key(0))
+    network = backbone(name)
+    frozen = in_type(jax.eval_shape(network.init, jax.random.key(0)), dtype)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     program = jax.make_jaxpr(network.apply, static_argnums=2)(frozen, image, layers)
     return [e for e in program.jaxpr.eqns if e.primitive is jax.lax.conv_general_dilated_p]
@@ -79,10 +88,10 @@ def test_nothing_past_the_last_wanted_stage_is_computed(name, layers, count):
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
     stages = backbone(name).stages
     assert {e.invars[0].aval.dtype for e in convolutions(name, stages, jnp.bfloat16)} == {jnp.dtype(jnp.bfloat16)}
-    network = backbone(name, jnp.bfloat16)
+    network = backbone(name)
     maps = jax.eval_shape(
         lambda frozen, image: network.apply(frozen, image, stages),
-        jax.eval_shape(network.init, jax.random.key(0)),
+        in_type(jax.eval_shape(network.init, jax.random.key(0)), jnp.bfloat16),
         jax.ShapeDtypeStruct((1, 33, 47, 3), jnp.float32),
     )
     assert {m.dtype for m in maps.values()} == {jnp.dtype(jnp.float32)}
@@ -90,7 +99,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
 
 def test_bfloat16_features_are_near_the_float32_ones(frozen):
     exact, half = (
-        jax.jit(features("resnet18", ("layer2",), dtype=dtype))(frozen, picture(40, 56))["layer2"]
+        jax.jit(features("resnet18", ("layer2",)))(in_type(frozen, dtype), picture(40, 56))["layer2"]
         for dtype in (jnp.float32, jnp.bfloat16)
     )
     error = jnp.sqrt(jnp.mean((exact - half) ** 2) / jnp.mean(exact**2))

@@ -254,7 +254,9 @@ def test_import_takes_the_variant_from_the_stem(cache, tmp_path):
     save_file(partial("resnet50"), file)
     assert backbones.import_file(file).name == file.name
     assert backbones.import_file(file, "resnet50").name == file.name
-    with pytest.raises(ValueError, match="no backbone is called 'mine'"):
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*nowhere: give a safetensors file"):
+        backbones.import_file(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"mine.safetensors is not named after a backbone: give the backbone's name"):
         backbones.import_file(file.rename(tmp_path / "mine.safetensors"))
 
 
@@ -302,8 +304,12 @@ def test_the_embedded_network_reads_its_own_half_precision_file(tmp_path):
 
 def test_resolve_takes_the_variant_from_the_file():
     assert backbones.resolve("resnet50", "folder/resnet50.caffe_in1k.safetensors") == "resnet50.caffe_in1k"
-    assert backbones.resolve("resnet50", "folder/resnet18.tv_in1k.safetensors") == "resnet50"
-    assert backbones.resolve("resnet50", "mine.safetensors") == "resnet50"
+    assert backbones.resolve("resnet18", "mine.safetensors") == "resnet18"
+    for file in ("folder/resnet18.tv_in1k.safetensors", "mine.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"does not say which resnet50 it holds: give resnet50.tv_in1k or resnet50.c"
+        ):
+            backbones.resolve("resnet50", file)
     assert backbones.resolve("resnet50", None) == "resnet50"
     assert backbones.resolve("resnet50.caffe_in1k", "resnet50.tv_in1k.safetensors") == "resnet50.caffe_in1k"
     with pytest.raises(ValueError, match="no backbone is called"):

@@ -90,6 +90,16 @@ def test_flat_folder_is_read_at_any_depth(tmp_path):
     assert len(open_data(category(tmp_path / "x"), layout="flat")["x"].train) == 13  # the masks, too
 
 
+def test_what_jaxad_wrote_into_a_flat_folder_is_no_training_image(tmp_path):
+    for name in ("a.png", "runs/patchcore/a/a/scores/new/overlays/a.png", "heat/overlays/a.png", "mine/b.png"):
+        save(tmp_path / name)
+    (tmp_path / "runs/patchcore/a/a/model.safetensors").touch()
+    (tmp_path / "heat/scores.jsonl").touch()
+    (tmp_path / "scores.jsonl").touch()  # of the folder itself: its images count
+    (train, _) = open_data(tmp_path)[tmp_path.name]
+    assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.png", "mine/b.png"]
+
+
 def test_files_and_one_file(tmp_path):
     paths = [save(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8)) for i in (3, 1, 2)]
     train = open_data(paths, preprocess=Preprocess(None))["files"].train
@@ -127,8 +137,10 @@ def test_csv(tmp_path):
     train, test = open_data(table)["parts"]
     assert train.paths == (str(tmp_path / "images/a.png"),)
     assert test.labels.tolist() == [0, 1, -1] and test.defects == ("good", "scratch", "") and test.has_masks
-    table.write_text("category,image_path,label,split\nx,images/a.png,normal,train\ny,images/b.png,Good,train\n")
-    assert list(open_data(table)) == ["x", "y"]
+    rows = "category,image_path,label,split\nx,images/a.png,normal,train\ny,images/b.png,Good,train\n"
+    for separator in ",;\t":
+        table.write_text(rows.replace(",", separator))
+        assert list(open_data(table)) == ["x", "y"]
 
 
 def test_kolektor_layout(tmp_path):
@@ -213,6 +225,11 @@ def csv_file(tmp_path, text):
     return tmp_path / "t.csv"
 
 
+def latin_csv(tmp_path):
+    (tmp_path / "t.csv").write_bytes("image_path,label,split\ncafé.png,good,train\n".encode("latin-1"))
+    return tmp_path / "t.csv"
+
+
 def sized_masks(tmp_path):
     save(category(tmp_path / "a") / "ground_truth/dent/001_mask.png", SPOT[:7])
     return tmp_path / "a"
@@ -263,6 +280,11 @@ FAULTS = {
     "crop above resize": (mixed_sizes, {"preprocess": Preprocess((8, 8), (9, 8))}, "crop must fit .* 8 x 8 .*: shrink"),
     "bad resize": (mixed_sizes, {"preprocess": Preprocess((0, 8))}, r"resize must be two positive numbers .*\(0, 8\)"),
     "csv columns": (lambda t: csv_file(t, "image_path,kind\n"), {}, "lacks the columns label, split: its first line"),
+    "csv encoding": (
+        latin_csv,
+        {},
+        "t.csv must be UTF-8 text, but .*: save it again as CSV UTF-8",
+    ),
     "csv empty": (lambda t: csv_file(t, ""), {}, "lacks the columns image_path, label, split"),
     "csv split": (
         lambda t: csv_file(t, "image_path,label,split\na.png,good,val\n"),
