@@ -2,12 +2,14 @@
 
     python experiments/run.py patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-Several recipes on the same data share decoded and embedded images. `--smoke` runs a recipe in seconds, on a few small
+Every recipe runs in a process of its own, so that its peak memory is its own, and the seconds are those of its first
+seed: the others find the features cached. `--smoke` runs a recipe in seconds, on a few small
 images of the demo data with random weights, and is what the tests do; give it another `--results`.
 """
 
 import importlib
 import pkgutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ import jaxad.backbones
 from jaxad.artifact import write_json
 from jaxad.data import Dataset, open_data
 from jaxad.detector import peak_bytes
-from jaxad.fit import EmbeddingCache
+from jaxad.fit import EmbeddingCache, compile_seconds
 from jaxad.metrics import evaluate
 
 
@@ -54,8 +56,10 @@ def all_recipes() -> dict[str, recipes.Recipe]:
     return found
 
 
-def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCache, opened: dict, frozen: dict) -> None:
+def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     """Runs one recipe on all categories and seeds, and writes its result."""
+    cache: EmbeddingCache = {}
+    frozen: Any = None
     preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
     if options.smoke:
         preprocess = dict(image_size=64, center_crop=None)
@@ -71,17 +75,16 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
             **recipe.hyperparameters,
         )
         backbone = detector.backbones[0]
-        if backbone not in frozen and options.smoke:
-            frozen[backbone] = jaxad.backbones.backbone(backbone).init(jax.random.key(0))
-        detector.frozen = frozen.get(backbone)
-        frozen[backbone] = detector.load_frozen()
-        key = (detector.preprocess, recipe.mask_threshold)
-        if key not in opened:
+        if frozen is None:
+            made = options.smoke and jaxad.backbones.backbone(backbone).init(jax.random.key(0))
+            frozen = made or detector.load_frozen()
             source = "demo" if options.smoke else options.data
             splits = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
             few = slice(None, None, 4 if options.smoke else 1)
-            opened[key] = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
-        for category, (train, test) in opened[key].items():
+            opened = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
+        detector.frozen = frozen
+        for category, (train, test) in opened.items():
+            assert train is not None
             if test is None:
                 raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")
             part = measure(detector, train, test, cache)
@@ -90,7 +93,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
     categories = {category: summary(parts) for category, parts in entries.items()}
     means = {k: float(np.mean([c["metrics"][k]["mean"] for c in categories.values()])) for k in evaluated(categories)}
     stds = {k: float(np.mean([c["metrics"][k]["std"] for c in categories.values()])) for k in means}
-    everything = [part for parts in entries.values() for part in parts]
+    first = [parts[0]["seconds"] for parts in entries.values()]
     record = {
         "recipe": name,
         "method": recipe.method,
@@ -107,7 +110,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
         "published": dict(recipe.published),
         "n_train": sum(p[0]["n_train"] for p in entries.values()),
         "n_test": sum(p[0]["n_test"] for p in entries.values()),
-        "seconds": {k: float(np.mean([p["seconds"][k] for p in everything])) for k in everything[0]["seconds"]},
+        "seconds": {k: float(np.mean([seconds[k] for seconds in first])) for k in first[0]},
         "peak_bytes": peak_bytes(),
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
@@ -120,9 +123,10 @@ def run(name: str, recipe: recipes.Recipe, options: Options, cache: EmbeddingCac
 def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:
     """Fits on one category, scores its test set and evaluates."""
     detector.fit(train, cache=cache, progress=progress)
-    started = time.perf_counter()
+    started, compiled = time.perf_counter(), compile_seconds(detector.method)
     parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress)]
-    per_image = (time.perf_counter() - started) / len(test)
+    compiled = compile_seconds(detector.method) - compiled
+    per_image = (time.perf_counter() - started - compiled) / len(test)
     maps = [s.pixel for s in parts if s.pixel is not None]
     pixel = np.concatenate(maps) if maps else None
     masks = test.masks(range(len(test))) if pixel is not None else None
@@ -160,11 +164,12 @@ def main(options: Options) -> None:
     unknown = [name for name in options.names if name not in known]
     if unknown or not options.names:
         raise SystemExit(f"recipes are {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}")
-    cache: EmbeddingCache = {}
-    opened: dict[Any, Any] = {}
-    frozen: dict[str, Any] = {}
+    if len(options.names) == 1:
+        run(options.names[0], known[options.names[0]], options)
+        return
+    others = [word for word in sys.argv[1:] if word not in options.names]
     for name in options.names:
-        run(name, known[name], options, cache, opened, frozen)
+        subprocess.run([sys.executable, __file__, name, *others], check=True)
 
 
 if __name__ == "__main__":

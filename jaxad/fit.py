@@ -255,11 +255,12 @@ def score(
         progress("score", 0, len(data))
     for part, x in embedded.batches(np.arange(len(data))):
         scores = jax.tree.map(lambda leaf, n=len(part): np.asarray(leaf)[:n], program(state, frozen, x))
-        finite = np.isfinite(scores.image)
-        if not finite.all():
-            where = data.paths[part[np.argmin(finite)]]
-            bad = scores.image[~finite][0]
-            raise ValueError(f"scores must be finite, got {bad} for {where}: the model is degenerate")
+        for values in (scores.image, scores.image if scores.pixel is None else scores.pixel):
+            finite = np.isfinite(values)
+            if not finite.all():
+                i = int(np.argmin(finite.reshape(len(part), -1).all(1)))
+                bad = values[i][~finite[i]].flat[0]
+                raise ValueError(f"scores must be finite, got {bad} for {data.paths[part[i]]}: the model is degenerate")
         done += len(part)
         if progress:
             progress("score", done, len(data))

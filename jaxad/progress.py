@@ -35,7 +35,7 @@ _interruptions: list[int] = []
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Handles Ctrl-C: raises KeyboardInterrupt, and has `Bars` raise it again where a callback of C code swallows it."""
+    """Handles Ctrl-C: raises KeyboardInterrupt, which `Bars` raises again where a callback of C code swallowed it."""
     del frame
     _interruptions.append(number)
     raise KeyboardInterrupt

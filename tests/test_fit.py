@@ -274,6 +274,13 @@ def test_scores_that_are_not_finite_name_the_image():
     with pytest.raises(ValueError, match=r"scores must be finite, got nan for array\[0\]"):
         score_all(TOY, ToyModel(jnp.full(3, jnp.nan), jnp.zeros(2)), FROZEN, data)
 
+    def overflow(state, frozen, x):
+        image = jnp.arange(len(x["color"]), dtype=jnp.float32)
+        return Scores(image, jnp.zeros((len(image), 2, 2)).at[:, 1, 0].set(jnp.where(image == 1, jnp.inf, 0)))
+
+    with pytest.raises(ValueError, match=r"scores must be finite, got inf for array\[1\]"):
+        score_all(TOY._replace(score=overflow), ToyModel(jnp.zeros(3), jnp.zeros(2)), FROZEN, data)
+
 
 def test_masks_and_labels_reach_the_method():
     seen = []

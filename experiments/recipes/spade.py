@@ -26,6 +26,8 @@ RECIPES = {
             pixel_AP=0.123,
             pixel_AUPRO=0.627,
         ),
+        notes="Above the published image AUROC: the image is described by layer3 instead of layer4, which the weights "
+        "at hand lack, with K = 5; network, image size and split differ as well.",
         **MTD,
     ),
     "spade_pillqc": Recipe("spade", "pillqc", RESNET50, LAYER3),

@@ -92,6 +92,7 @@ def mahalanobis_ad(
         rank = jnp.arange(x.shape[1])
         last = jnp.argmax(jnp.cumsum(variance) > variance_threshold * variance.sum())
         kept = rank <= last if reduction == "pca" else (rank >= last - 1) & (rank < seen.sum() - 1)
+        kept = kept | ~kept.any()  # a single image has no variance to tell components apart
         basis = jnp.where(kept, directions, 0)
         reduced = jnp.matmul(centered, basis, precision=HIGHEST)
         mean, covariance = ledoit_wolf(reduced, seen, kept)

@@ -93,7 +93,10 @@ def padim(
     def factorize(key: Key, state: PadimMoments, frozen: Frozen) -> PadimGaussian:
         del key, frozen
         count, mean, scatter = state.moments
-        covariance = scatter / jnp.maximum(count - 1, 1) + epsilon * jnp.eye(mean.shape[-1])
+        covariance = scatter / jnp.maximum(count - 1, 1)
+        variance = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None] / mean.shape[-1]
+        least = jnp.maximum(epsilon, 1e-5 * variance)  # more than float32 loses where features are very large
+        covariance = covariance + least * jnp.eye(mean.shape[-1])
         return PadimGaussian(state.channels, mean, jnp.linalg.cholesky(covariance, symmetrize_input=False))
 
     def score(state: PadimGaussian, frozen: Frozen, x: dict[str, Array]) -> Scores:

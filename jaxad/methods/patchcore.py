@@ -5,8 +5,8 @@ and 4 of section 3.1), thinned by greedy k-center selection on a random projecti
 algorithm 1). A patch scores its distance to its nearest neighbors in the bank, an image the score of its worst patch
 (Eq. 6), optionally re-weighted by how far the nearest bank entry lies from its own neighbors (Eq. 7). The heat map is
 the upsampled patch scores, smoothed.
-Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them 128 / c of that for the projection and
-the ratio of that for the bank. Scoring holds the bank.
+Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them three times 128 / c of that for the
+projection as it is, centered and in blocks, and the ratio of that for the bank. Scoring holds the bank.
 
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
@@ -236,14 +236,12 @@ def _spread(state: PatchcoreBank) -> Float[Array, ""]:
     return jnp.where(spread > 0, spread, 1)
 
 
-def update(
-    key: Key, bank: PatchcoreBank, new: PatchcoreBank, *, size: int | None = None, projection_dim: int | None = 128
-) -> PatchcoreBank:
+def update(key: Key, bank: State, new: State, *, size: int | None = None, projection_dim: int | None = 128) -> State:
     """Adds the bank of new normal images to a fitted one, thinned again by the greedy selection.
 
     Args:
         key: Random key.
-        bank: A fitted bank.
+        bank: A fitted bank, or those of an ensemble.
         new: The bank fitted, with the same hyper-parameters, on the new images alone.
         size: Rows of the result, at most those of both; None keeps all.
         projection_dim: As in `patchcore`.
@@ -251,6 +249,9 @@ def update(
     Raises:
         ValueError: The banks hold features of different widths, or fewer rows than wanted.
     """
+    if not isinstance(bank, PatchcoreBank):
+        members = zip(jax.random.split(key, len(bank)), bank, new, strict=True)
+        return tuple(update(k, old, more, size=size, projection_dim=projection_dim) for k, old, more in members)
     widths = bank.bank.shape[1], new.bank.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"both banks must hold features of one width, got {widths[0]} and {widths[1]}")

@@ -8,7 +8,8 @@ order gives (all tied); the best and the worst order give the interval.
 The overlap of a region, for AUPRO, is the sum over its detected pixels of 1 / area: a histogram in which pixels carry
 that weight holds the overlap of all regions together, however many there are.
 
-`update` is pure and may be jitted, vmapped and sharded; states add up: `merge`, or `jax.lax.psum` over devices.
+`update` is pure and may be jitted, vmapped and sharded; states add up: `merge`, or `jax.lax.psum` over devices. A bin
+counts to 2^32 - 1 and stays there; `compute` refuses a full one.
 """
 
 import math
@@ -21,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt32
 
 from jaxad.metrics import exact
+
+FULL = np.uint32(2**32 - 1)
 
 
 class Histogram(NamedTuple):
@@ -90,8 +93,9 @@ def update(
     code = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), jnp.uint32)  # -0.0 ties with 0.0
     code = jnp.where(code >> 31, ~code, code | jnp.uint32(1 << 31))
     index = jnp.where(valid & finite, code >> (33 - bins.bit_length()), bins).astype(jnp.int32)  # bins: dropped
+    counts = state.counts.at[(weights > 0).astype(jnp.int32), index].add(jnp.uint32(1), mode="drop")
     return Histogram(
-        state.counts.at[(weights > 0).astype(jnp.int32), index].add(jnp.uint32(1), mode="drop"),
+        jnp.where(counts < state.counts, FULL, counts),
         state.overlap.at[index].add(weights, mode="drop"),
         state.non_finite + jnp.sum(valid & ~finite, dtype=jnp.uint32),
     )
@@ -99,7 +103,12 @@ def update(
 
 def merge(*states: Histogram) -> Histogram:
     """The histogram of all the samples of all states: their sum."""
-    return reduce(lambda a, b: jax.tree.map(jnp.add, a, b), states)
+
+    def add(a: Histogram, b: Histogram) -> Histogram:
+        both = jax.tree.map(jnp.add, a, b)
+        return both._replace(counts=jnp.where(both.counts < a.counts, FULL, both.counts))
+
+    return reduce(add, states)
 
 
 def _binned(state: Histogram) -> exact.Curve:
@@ -148,11 +157,13 @@ def compute(state: Histogram, prefix: str = "pixel", fpr_limit: float = 0.3) -> 
         An interval for every name of `METRICS` with the prefix, of NaN with a reason where the metric is undefined.
 
     Raises:
-        ValueError: non-finite scores (with their number), another prefix, or a limit outside (0, 1].
+        ValueError: non-finite scores (with their number), a full bin, another prefix, or a limit outside (0, 1].
     """
     if prefix not in ("image", "pixel"):
         raise ValueError(f"prefix must be 'image' or 'pixel', got {prefix!r}")
     exact.check_limit(fpr_limit)
+    if (np.asarray(state.counts) == FULL).any():
+        raise ValueError(f"a bin counts at most {FULL} samples, and one is full: use more bits or fewer samples")
     points = _binned(state)
     bad = int(state.non_finite)
     if bad:

@@ -87,7 +87,7 @@ def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
     best = int(exact.f1(points).argmax())
     lowest = points.score[best]
     below = scores[scores < lowest]
-    value = below.max() if below.size else lowest - max(1, abs(lowest))
+    value = below.max() if below.size else float(lowest) - max(1.0, abs(float(lowest)))
     fpr = float(points.normal[best] / points.n_normal)
     return Threshold(float(value), fpr, 1.0, points.n_normal + points.n_anomalous, ORACLE)
 

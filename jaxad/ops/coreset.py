@@ -21,7 +21,8 @@ class Coreset(NamedTuple):
     size: Int[Array, ""]
     """How many rows are chosen: k, or the number of valid points where that is smaller."""
     radius: Float[Array, ""]
-    """Largest distance of a valid point to its nearest center."""
+    """Largest distance of a valid point to its nearest center; its square is exact to about 1e-6 of the largest squared
+    distance between two points."""
     passes: Int[Array, ""]
     """Passes made over the points."""
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
+LEAST_SHRINKAGE = 1e-5
+"""What keeps the covariance of two vectors, whose optimal shrinkage is 0, positive definite in float32."""
 
 
 class Moments(NamedTuple):
@@ -73,7 +75,8 @@ def ledoit_wolf(
     scale = jnp.where(scale > (4 * jnp.finfo(x.dtype).eps) ** 2 * jnp.sum(mean**2) / d, scale, 0)  # else rounding
     dispersion = jnp.sum(sample**2) - d * scale**2
     noise = (jnp.sum(jnp.sum(centered**2, 1) ** 2) / n - jnp.sum(sample**2)) / n
-    shrinkage = jnp.where(dispersion > 0, jnp.clip(noise / jnp.where(dispersion > 0, dispersion, 1), 0, 1), 1)
+    optimal = noise / jnp.where(dispersion > 0, dispersion, 1)
+    shrinkage = jnp.where(dispersion > 0, jnp.clip(optimal, LEAST_SHRINKAGE, 1), 1)
     diagonal = jnp.where(kept & (scale > 0), shrinkage * scale, 1)
     return mean, (1 - shrinkage) * sample + jnp.diag(diagonal.astype(x.dtype))
 

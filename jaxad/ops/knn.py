@@ -1,6 +1,7 @@
 """Exact nearest neighbors: brute force as one matrix product in blocks, with a cheaper first pass for large banks."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK_ELEMENTS = 1 << 22
 """Distances held at a time (16 MiB in float32, which stays in a processor cache)."""
-SKETCH_DIM = 256
+SKETCH_DIM = 384
 SKETCH_SAMPLE = 4096
 """Rows of a bank that the basis of its sketch is fitted to."""
-RETRY = 64
+RETRY = 32
 """Queries looked up by brute force at a time where the first pass proves nothing."""
 
 
@@ -24,6 +25,10 @@ class Sketch(NamedTuple):
     basis: Float[Array, "d h"]
     """Orthonormal columns."""
     rows: Float[Array, "m h1"]
+    sizes: Float[Array, "m"]
+    """Squared norms of `rows`; infinite where a row does not count."""
+    norms: Float[Array, "m"]
+    """Squared norms of the bank's rows, likewise."""
 
 
 def squared_distances(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -77,12 +82,17 @@ def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
     basis = sample[:dim].T
     for _ in range(2):  # subspace iteration; any orthonormal basis is correct, a good one is fast
         basis = jnp.linalg.qr(jnp.matmul(sample.T, jnp.matmul(sample, basis, precision=HIGHEST), precision=HIGHEST))[0]
-    return Sketch(mean, basis, _sketch_rows(centered, basis))
+    short = _sketch_rows(centered, basis)
+    sizes, norms = (jnp.where(valid, jnp.sum(x * x, 1), jnp.inf) for x in (short, bank))
+    return Sketch(mean, basis, short, sizes, norms)
 
 
 def _sketch_rows(centered: Float[Array, "n d"], basis: Float[Array, "d h"]) -> Float[Array, "n h1"]:
+    """The remainder's length errs on the large side, so that inner products do as well, and distances on the small."""
     head = jnp.matmul(centered, basis, precision=HIGHEST)
-    rest = jnp.linalg.norm(centered - jnp.matmul(head, basis.T, precision=HIGHEST), axis=1)
+    squared = jnp.sum(centered * centered, 1)
+    rounding = centered.shape[1] * jnp.finfo(centered.dtype).eps * squared
+    rest = jnp.sqrt(jnp.maximum(squared - jnp.sum(head * head, 1), 0) + rounding)
     return jnp.concatenate([head, rest[:, None]], 1)
 
 
@@ -107,41 +117,53 @@ def knn(
         sketch: What the function of that name returned for this bank.
 
     Returns:
-        Euclidean distances, ascending, and indices into the bank. At no time are more than `BLOCK_ELEMENTS` distances
-        (or those of one query) in memory.
+        Euclidean distances, ascending, and indices into the bank; a squared distance is exact to about 1e-6 of the
+        squared norms, so center vectors that lie far from the origin. At no time are more than `BLOCK_ELEMENTS`
+        distances (or those of one query) in memory.
 
     Raises:
         ValueError: k is not within 1..m.
     """
-    (n, d), m = query.shape, bank.shape[0]
+    n, m = query.shape[0], bank.shape[0]
     if not 1 <= k <= m:
         raise ValueError(f"the number of neighbors must be within 1..{m} (the size of the bank), got {k}")
-    norms = jnp.sum(bank * bank, 1)
-    norms = norms if valid is None else jnp.where(valid, norms, jnp.inf)
+    if sketch is None or 8 * _candidates(k) > m:
+        norms = jnp.sum(bank * bank, 1)
+        norms = norms if valid is None else jnp.where(valid, norms, jnp.inf)
+        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
+    else:
+        partial, index, unproven = _in_blocks(lambda q: _two_passes(q, bank, k, sketch), query, m)
 
-    def block(q: Float[Array, "r d"]) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
-        if sketch is None or 8 * _candidates(k) > m:
-            partial, index = _brute_force(q, bank, norms, k)
-        else:
-            partial, index = _two_passes(q, bank, norms, k, sketch)
-        return jnp.sqrt(jnp.maximum(partial + jnp.sum(q * q, 1)[:, None], 0)), index
+        def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            partial, index, unproven = carry
+            rows = jnp.nonzero(unproven, size=min(RETRY, n), fill_value=n)[0]
+            found = _brute_force(query.at[rows].get(mode="clip"), bank, sketch.norms, k)
+            updates = zip(carry, (*found, jnp.zeros(rows.shape, bool)), strict=True)
+            partial, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
+            return partial, index, unproven
 
+        partial, index, _ = jax.lax.while_loop(lambda carry: carry[2].any(), retry, (partial, index, unproven))
+    return jnp.sqrt(jnp.maximum(partial + jnp.sum(query * query, 1)[:, None], 0)), index
+
+
+def _in_blocks(look_up: Callable[[Array], tuple[Array, ...]], query: Float[Array, "n d"], m: int) -> tuple[Array, ...]:
+    """`look_up` of all queries, of so many at a time that their distances to m rows fit into `BLOCK_ELEMENTS`."""
+    n, d = query.shape
     rows = max(1, BLOCK_ELEMENTS // m)
     if n <= rows:
-        return block(query)
+        return look_up(query)
     blocks = -(-n // rows)
     rows = -(-n // blocks)
     padded = jnp.pad(query, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
-    distance, index = jax.lax.map(block, padded)
-    return distance.reshape(-1, k)[:n], index.reshape(-1, k)[:n]
+    return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(look_up, padded))
 
 
 def _candidates(k: int) -> int:
     """Rows that get a second look; few enough to be cheap, many enough that most queries are settled."""
-    return 16 + 6 * k
+    return 29 + 3 * k
 
 
-def _less_own(norms: Float[Array, "*s"], product: Float[Array, "*s"]) -> Float[Array, "*s"]:
+def _less_own(norms: Float[Array, "m"], product: Float[Array, "*r m"]) -> Float[Array, "*r m"]:
     """Squared distances less the query's squared norm; rows that do not count have an infinite norm."""
     return jnp.where(jnp.isfinite(norms), norms - 2 * product, jnp.inf)
 
@@ -149,38 +171,29 @@ def _less_own(norms: Float[Array, "*s"], product: Float[Array, "*s"]) -> Float[A
 def _brute_force(
     q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
-    product = jnp.matmul(q, bank.T, precision=HIGHEST)
-    return smallest_k(_less_own(jnp.broadcast_to(norms, product.shape), product), k)
+    product = jnp.matmul(bank, q.T, precision=HIGHEST).T  # in this order faster for few queries
+    return smallest_k(_less_own(norms, product), k)
 
 
 def _two_passes(
-    q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int, sketch: Sketch
-) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
-    r, d = q.shape
+    q: Float[Array, "r d"], bank: Float[Array, "m d"], k: int, sketch: Sketch
+) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Bool[Array, "r"]]:
+    """As `_brute_force`, and for which queries the result is not proven."""
+    d = q.shape[1]
     short = _sketch_rows(q - sketch.mean, sketch.basis)
-    sizes = jnp.where(jnp.isfinite(norms), jnp.sum(sketch.rows**2, 1), jnp.inf)
     product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
-    bound, index = smallest_k(_less_own(jnp.broadcast_to(sizes, product.shape), product), _candidates(k) + 1)
+    bound, index = smallest_k(_less_own(sketch.sizes, product), _candidates(k) + 1)
     index = jnp.sort(index[:, :-1], 1)
 
     def second_look(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
         one, rows = args
-        return _less_own(norms[rows], jnp.matmul(bank[rows], one, precision=HIGHEST))
+        return _less_own(sketch.norms[rows], jnp.matmul(bank[rows], one, precision=HIGHEST))
 
-    together = max(1, BLOCK_ELEMENTS // 4 // (index.shape[1] * d))
+    together = max(1, BLOCK_ELEMENTS // 8 // (index.shape[1] * d))
     partial, position = smallest_k(jax.lax.map(second_look, (q, index), batch_size=together), k)
     index = jnp.take_along_axis(index, position, 1)
 
     own = jnp.sum(q * q, 1)
-    rounding = 2 * d * jnp.finfo(q.dtype).eps * (own + jnp.where(jnp.isfinite(norms), norms, 0).max())
+    rounding = 2 * d * jnp.finfo(q.dtype).eps * (own + jnp.where(jnp.isfinite(sketch.norms), sketch.norms, 0).max())
     unproven = ~(partial[:, -1] + own < bound[:, -1] + jnp.sum(short**2, 1) - rounding)
-
-    def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        unproven, partial, index = carry
-        rows = jnp.nonzero(unproven, size=min(RETRY, r), fill_value=r)[0]
-        found = _brute_force(q.at[rows].get(mode="clip"), bank, norms, k)
-        updates = zip(carry, (jnp.zeros(rows.shape, bool), *found), strict=True)
-        unproven, partial, index = (old.at[rows].set(new, mode="drop") for old, new in updates)
-        return unproven, partial, index
-
-    return jax.lax.while_loop(lambda carry: carry[0].any(), retry, (unproven, partial, index))[1:]
+    return partial, index, unproven

@@ -111,3 +111,16 @@ def test_equal_images_give_finite_scores_with_a_reduction(reduction):
 def test_bad_hyperparameters(hyperparameter, rule):
     with pytest.raises(ValueError, match=rule):
         inspect.unwrap(mahalanobis_ad)(**OPTIONS | hyperparameter)
+
+
+@pytest.mark.parametrize("reduction", [None, "pca", "npca"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_images_give_finite_scores(n, reduction):
+    """Two images have an optimal shrinkage of 0, one has no variance at all."""
+    rng = np.random.default_rng(3)
+    method = mahalanobis_ad(reduction=reduction, **OPTIONS)
+    few = {layer: rng.normal(3, 1, (n, width)).astype(np.float32) for layer, width in WIDTHS.items()}
+    state = fit(method, few)
+    away = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf[:1]), jnp.asarray(leaf[:1] + 9)]), few)
+    score = np.asarray(jax.jit(method.score)(state, None, away).image)
+    assert np.isfinite(score).all() and (reduction or score[1] > score[0])

@@ -130,6 +130,14 @@ def test_update_skips_the_empty_rows_of_a_bank():
     np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))
 
 
+def test_update_of_an_ensemble_is_that_of_its_members():
+    rows = jnp.arange(8.0).reshape(4, 2)
+    banks = tuple(PatchcoreBank(rows + i, jnp.int32(4), jnp.float32(0), None) for i in range(2))
+    both = add(jax.random.key(0), banks, banks)
+    assert [int(member.size) for member in both] == [8, 8]
+    np.testing.assert_array_equal(both[1].bank, np.concatenate([rows + 1, rows + 1]))
+
+
 @pytest.mark.parametrize("size", [0, 9])
 def test_update_to_an_impossible_size(size):
     bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0), None)

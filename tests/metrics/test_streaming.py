@@ -128,6 +128,16 @@ def test_merge_is_one_pass():
     assert float(merged.overlap.sum()) == pytest.approx(5, rel=1e-5)  # the five regions
 
 
+def test_a_full_bin_is_refused_instead_of_wrapping():
+    state = streaming.update(streaming.init(10), jnp.zeros(3), jnp.zeros(3))
+    state = state._replace(counts=jnp.where(state.counts > 0, jnp.uint32(2**32 - 2), state.counts))
+    more = streaming.update(state, jnp.zeros(3), jnp.zeros(3))
+    for full in (more, streaming.merge(state, state)):
+        assert int(full.counts.max()) == 2**32 - 1
+        with pytest.raises(ValueError, match="a bin counts at most 4294967295 samples, and one is full"):
+            streaming.compute(full)
+
+
 def test_padding_changes_nothing():
     scores, masks = realistic(3)
     weights = metrics.region_weights(masks)

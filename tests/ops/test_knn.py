@@ -153,7 +153,7 @@ def test_a_sketch_leaves_little_to_brute_force(k, monkeypatch):
     """The first pass proves the neighbors of nearly all vectors that are like deep features."""
     query, bank = map(jnp.asarray, features(10, 200, 2100))
     made, left = sketch(bank, jnp.ones(2100, bool)), []
-    monkeypatch.setattr(jax.lax, "while_loop", lambda _, retry, carry: left.append(np.asarray(carry[0])) or carry)
+    monkeypatch.setattr(jax.lax, "while_loop", lambda _, retry, carry: left.append(np.asarray(carry[2])) or carry)
     knn(query, bank, k, sketch=made)
     assert left[0].shape == (200,) and left[0].mean() < 0.05
 
