@@ -46,7 +46,7 @@ def smallest_k(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "n k"], Int
     n, m = x.shape
     size = 2 ** round(math.log2(m / k) / 2)  # sorts about as many minima as columns
     groups, rest = divmod(m, size)
-    if groups <= 2 * k:
+    if groups <= 4 * k:
         value, index = jax.lax.top_k(-x, k)
         return -value, index
     minima = x[:, : groups * size].reshape(n, groups, size).min(-1)

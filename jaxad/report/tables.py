@@ -79,7 +79,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 
 
 def results_markdown(results_dir: Path) -> str:

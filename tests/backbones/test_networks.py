@@ -49,12 +49,13 @@ def in_type(frozen, dtype):
 
 
 def convolutions(name, layers, dtype=jnp.float32):
-    """The convolutions in the program that computes those layers."""
+    """The convolutions in the program that computes those layers; those of one pixel are matrix products."""
     network = backbone(name)
     frozen = in_type(jax.eval_shape(network.init, jax.random.key(0)), dtype)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     program = jax.make_jaxpr(network.apply, static_argnums=2)(frozen, image, layers)
-    return [e for e in program.jaxpr.eqns if e.primitive is jax.lax.conv_general_dilated_p]
+    found = (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
+    return [e for e in program.jaxpr.eqns if e.primitive in found]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

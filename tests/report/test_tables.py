@@ -75,13 +75,14 @@ def test_readme_table(tmp_path):
     result(tmp_path / "c.json", dataset="demo", category=None, metrics={}, published=None)
     (tmp_path / "bench_knn.json").write_text("not even json")
     lines = results_markdown(tmp_path).splitlines()
-    head = "| recipe | backbone | image_AUROC | published | pixel_AUROC | published | pixel_AUPRO | published |"
+    measured = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
+    head = f"| recipe | backbone | {' | published | '.join(measured)} | published |"
     assert lines == [
         head,
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| `c` | resnet50 | – | – | – | – | – | – |",
-        "| `b` | resnet50 | 0.935 | 0.900 [1] | – | 0.950 | – | – |",
-        "| `a` | resnet50 | 0.800 ± 0.012 | 0.868 [2] | – | – | – | – |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| `c` | resnet50 | – | – | – | – | – | – | – | – |",
+        "| `b` | resnet50 | 0.935 | 0.900 [1] | – | 0.950 | – | – | – | – |",
+        "| `a` | resnet50 | 0.800 ± 0.012 | 0.868 [2] | – | – | – | – | – | – |",
         "",
         "1. PaDiM, Table 1 | a",
         "2. IM-IAD",
