@@ -169,7 +169,7 @@ def main(options: Options) -> None:
         return
     others = [word for word in sys.argv[1:] if word not in options.names]
     for name in options.names:
-        subprocess.run([sys.executable, __file__, name, *others], check=True)
+        subprocess.run([sys.executable, sys.argv[0], name, *others], check=True)
 
 
 if __name__ == "__main__":
