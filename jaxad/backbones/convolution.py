@@ -39,7 +39,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        if self.kernel == 1:  # on a CPU a third faster than XLA's convolution
+        if self.kernel == 1:  # on a CPU faster than XLA's convolution
             return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]) + bias
         y = jax.lax.conv_general_dilated(
             x,
