@@ -29,8 +29,9 @@ import jaxad.backbones
 from jaxad.artifact import write_json
 from jaxad.data import Dataset, open_data
 from jaxad.detector import peak_bytes
-from jaxad.fit import EmbeddingCache, compile_seconds
+from jaxad.embedding import EmbeddingCache
 from jaxad.metrics import evaluate
+from jaxad.program import compile_seconds
 
 
 @dataclass
@@ -123,9 +124,9 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
 def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:
     """Fits on one category, scores its test set and evaluates."""
     detector.fit(train, cache=cache, progress=progress)
-    started, compiled = time.perf_counter(), compile_seconds(detector.method)
+    started, compiled = time.perf_counter(), compile_seconds()
     parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress)]
-    compiled = compile_seconds(detector.method) - compiled
+    compiled = compile_seconds() - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
     maps = [s.pixel for s in parts if s.pixel is not None]
     pixel = np.concatenate(maps) if maps else None

@@ -18,7 +18,8 @@ from jaxad import artifact
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
-from jaxad.fit import EmbeddingCache, Progress, abstract_state, fit, score
+from jaxad.embedding import EmbeddingCache
+from jaxad.fit import Progress, abstract_state, fit, score
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds

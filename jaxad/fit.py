@@ -1,32 +1,34 @@
-"""The driver: the only place with epochs, loops over data, checkpoints and progress.
+"""The driver: the only place with epochs, loops over data, classes, meshes and progress.
 
 Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk, with
-progress, a look at the loss and, where wanted, a checkpoint between two chunks.
+progress, a look at the loss and, where wanted, a checkpoint between two chunks. Several classes are one more axis of
+every array.
 """
 
 import functools
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+from jax.sharding import Mesh
 
-from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, Stage, State
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
+from jaxad.checkpoint import Saver
 from jaxad.data import Dataset
+from jaxad.embedding import Block, EmbeddingCache, Reader, embeddings, place
+from jaxad.mesh import Layout, fetch
+from jaxad.program import Program, compile_seconds
 
 Progress = Callable[[str, int, int], None]
 """(what, images done, images in all), called after every batch; images in all is 0 where there is nothing to count."""
 
 CHUNK = 8
-"""Steps of one `lax.scan`."""
-CACHE_BYTES = 4 << 30
-"""Embedded images kept in host memory at most; beyond, they are computed anew."""
+"""Steps of one `lax.scan`, in stages that see images more than once."""
 
 
 class NonFiniteLoss(ValueError):
@@ -34,125 +36,64 @@ class NonFiniteLoss(ValueError):
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns."""
+    """What `fit` and `fit_classes` return."""
 
     state: State
+    """Of `fit_classes` with a leading axis of classes."""
     compile_seconds: float
     run_seconds: float
     metrics: dict[str, np.ndarray]
-    """The diagnostics of the last stage that has any, one entry a step since the run (re)started."""
-
-
-class Program:
-    """A jitted function that compiles ahead of time, so that compile time is told apart from run time."""
-
-    def __init__(self, fn: Callable, **options: Any) -> None:
-        self._jit = jax.jit(fn, **options)
-        self._executables: dict[Hashable, Callable] = {}
-        self.compile_seconds = 0.0
-
-    def __call__(self, *args: PyTree) -> Any:
-        """The function's result; compiles where the arguments have new shapes or types."""
-        leaves, tree = jax.tree.flatten(args)
-        kinds = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
-        key = (tree, tuple(kinds))
-        if key not in self._executables:
-            started = time.perf_counter()
-            self._executables[key] = self._jit.lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - started
-        return self._executables[key](*args)
+    """The diagnostics of the last stage that has any, one entry a step since the run (re)started; of `fit_classes`
+    (class, step), NaN where a class has no step left."""
 
 
 class _Programs(NamedTuple):
     updates: tuple[Program, ...]
     finalizes: tuple[Program, ...]
-    score: Program
 
 
 @functools.lru_cache(maxsize=64)
-def _embed_program(embed: EmbedFn) -> Program:
-    return Program(embed)
-
-
-@functools.lru_cache(maxsize=64)
-def _programs(method: Method) -> _Programs:
+def _programs(method: Method, layout: Layout) -> _Programs:
     def scan_updates(stage: Stage) -> Callable:
-        def run(state: State, frozen: Frozen, key: Key, first: jax.Array, batches: Batch):
-            steps = first + jnp.arange(batches.valid.shape[0])
+        def run(state: State, key: Key, active: jax.Array, batches: Batch, frozen: Frozen, steps: jax.Array):
+            def body(state: State, given: tuple[jax.Array, jax.Array, Batch]):
+                step, counts, batch = given
+                new, metrics = stage.update(jax.random.fold_in(key, step), state, frozen, batch)
+                if layout.stacked and stage.shuffle:  # a class of fewer images has fewer steps
+                    new = jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, state)
+                return new, metrics
 
-            def body(state: State, step_and_batch):
-                step, batch = step_and_batch
-                return stage.update(jax.random.fold_in(key, step), state, frozen, batch)
+            return jax.lax.scan(body, state, (steps, active, batches))
 
-            return jax.lax.scan(body, state, (steps, batches))
+        return layout.over_classes(run, (0, 0, 0, 0, None, None))
 
-        return run
+    def shardings(out: tuple[State, dict]) -> Any:
+        return layout.state(out[0]), jax.tree.map(lambda _: layout.replicated(), out[1])
 
     return _Programs(
-        tuple(Program(scan_updates(stage), donate_argnums=0) for stage in method.stages),
-        tuple(Program(lambda key, state, frozen, f=stage.finalize: f(key, state, frozen)) for stage in method.stages),
-        Program(method.score),
+        tuple(
+            Program(scan_updates(stage), active=layout.active, shardings=shardings, donate_argnums=0)
+            for stage in method.stages
+        ),
+        tuple(_state_program(stage.finalize, (0, 0, None), layout) for stage in method.stages),
     )
 
 
-class Embedding:
-    """The embedded images of one data set, computed on demand and kept where they fit into `CACHE_BYTES`.
-
-    One instance serves all stages and epochs of a fit, and all methods whose `embed` is the same function.
-    """
-
-    def __init__(self, embed: EmbedFn, frozen: Frozen, data: Dataset, batch_size: int, keep: bool) -> None:
-        self._program, self._frozen, self._data, self._batch_size = _embed_program(embed), frozen, data, batch_size
-        image = jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8)
-        self.spec = jax.eval_shape(embed, frozen, image)
-        bytes_needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.spec))
-        self._kept: PyTree | None = None
-        self._done = np.zeros(len(data), bool)
-        if keep and bytes_needed <= CACHE_BYTES:
-            self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self.spec)
-
-    def batches(self, order: np.ndarray) -> Iterator[tuple[np.ndarray, PyTree]]:
-        """Yields (indices, x) batch by batch; the last batch may be short, its `x` is padded by repetition.
-
-        The next batch is decoded while the current one is worked on.
-        """
-        parts = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
-        with ThreadPoolExecutor(1) as decoder:
-            pending = decoder.submit(self._images, parts[0])
-            for i, part in enumerate(parts):
-                images = pending.result()
-                if i + 1 < len(parts):
-                    pending = decoder.submit(self._images, parts[i + 1])
-                padded = np.resize(part, self._batch_size)
-                if images is None:
-                    yield part, jax.tree.map(lambda kept, rows=padded: jnp.asarray(kept[rows]), self._kept)
-                    continue
-                x = self._program(self._frozen, jnp.asarray(images[np.resize(np.arange(len(part)), self._batch_size)]))
-                if self._kept is not None:
-                    for kept, leaf in zip(jax.tree.leaves(self._kept), jax.tree.leaves(x), strict=True):
-                        kept[part] = np.asarray(leaf)[: len(part)]
-                    self._done[part] = True
-                yield part, x
-
-    def _images(self, part: np.ndarray) -> np.ndarray | None:
-        return None if self._done[part].all() else self._data.images(part)
+def _state_program(fn: Callable, in_axes: tuple[int | None, ...], layout: Layout) -> Program:
+    """A program whose result is a state."""
+    return Program(layout.over_classes(fn, in_axes), active=layout.active, shardings=layout.state)
 
 
-EmbeddingCache = dict[Hashable, Embedding]
-"""Give the same dictionary to several calls of `fit` and `score` to compute shared features once."""
+@functools.lru_cache(maxsize=64)
+def _score_program(method: Method, layout: Layout, classes_per_step: int | None) -> Program:
+    def shardings(out: Scores) -> Any:
+        lead = int(layout.stacked)
+        return jax.tree.map(lambda leaf: layout.named(layout.rows(leaf.shape[lead])), out)
 
+    def run(state: State, frozen: Frozen, x: PyTree) -> Scores:
+        return method.score(state, frozen, jax.tree.map(lambda leaf: leaf[0], x))  # one step
 
-def embedding(
-    method: Method, frozen: Frozen, data: Dataset, batch_size: int, cache: EmbeddingCache | None, keep: bool
-) -> Embedding:
-    """The embedding of a data set, from the cache where it is there."""
-    if cache is None:
-        return Embedding(method.embed, frozen, data, batch_size, keep)
-    images = tuple(map(id, data.records))  # subsets of one data set share their records
-    key = (method.embed, id(frozen), images, data.preprocess, batch_size)
-    if key not in cache:
-        cache[key] = Embedding(method.embed, frozen, data, batch_size, True)
-    return cache[key]
+    return Program(layout.over_classes(run, (0, None, 0), classes_per_step), active=layout.active, shardings=shardings)
 
 
 def fit(
@@ -161,6 +102,7 @@ def fit(
     data: Dataset,
     key: Key,
     *,
+    mesh: Mesh | None = None,
     batch_size: int = 16,
     cache: EmbeddingCache | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -174,7 +116,10 @@ def fit(
         frozen: Pretrained weights (`jaxad.backbones.load`), None for methods without.
         data: The training images.
         key: A JAX random key; the same key gives the same model.
-        batch_size: Images at a time, where the stage does not ask for its own number.
+        mesh: Of `make_mesh`; the images and large parts of the state are sharded over its axis "data". None: one
+            device.
+        batch_size: Images at a time, where the stage does not ask for its own number; on a mesh the next multiple of
+            the devices along "data".
         cache: Embedded images shared between calls.
         checkpoint_dir: Where progress is kept so that a killed run, called again with the same arguments, resumes;
             delete it to start afresh.
@@ -185,46 +130,160 @@ def fit(
         ValueError: There are no images, or the checkpoint is damaged or of another fit.
         NonFiniteLoss: The loss became NaN or infinite; names stage, epoch and step.
     """
-    if len(data) == 0:
-        raise ValueError("fitting needs at least one normal image, got none")
-    started = time.perf_counter()
-    programs = _programs(method)
+    options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, progress=progress)
+    return _fit(method, frozen, [data], key[None], Layout(mesh), batch_size, checkpoint_dir=checkpoint_dir, **options)
+
+
+def fit_classes(
+    method: Method,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    key: Key,
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    batch_size: int = 16,
+    cache: EmbeddingCache | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Learns a method from several data sets at once, in one program with an axis of classes.
+
+    Every class comes out as `fit` would have it. Smaller ones are padded to the largest; `class_state` cuts one out.
+
+    Args:
+        method: As for `fit`, like what is not listed here.
+        frozen: Shared by all classes.
+        datasets: The training images of each class, of one size; one of them may stand there several times.
+        key: One key for all classes, or one for each: the seeds of a sweep, say.
+        mesh: Of `make_mesh`: classes are sharded over "class", and what belongs to a class over "data".
+        classes_per_step: Classes that are in memory at the same time; the next ones follow in the same compiled
+            programs. None: all.
+        batch_size: Images of each class at a time.
+        cache: As for `fit`.
+        checkpoint_dir: As for `fit`.
+        checkpoint_seconds: As for `fit`.
+        progress: As for `fit`; counts the images of all classes.
+
+    Raises:
+        ValueError: As for `fit`; or there are no classes, sizes of images differ, or there are not as many keys.
+        NonFiniteLoss: As for `fit`; names the class too.
+    """
+    n = len(datasets)
+    keys = jnp.broadcast_to(key, (n,)) if key.ndim == 0 else key
+    sizes = sorted({data.image_size for data in datasets})
+    if len(sizes) != 1 or keys.shape != (n,):
+        raise ValueError(f"classes must have images of one size and a key each, got {n} with {sizes} and {keys.shape}")
+    layout = Layout(mesh, True)
+    together = _multiple(min(classes_per_step or n, n), layout.class_shards)
+    parts = []
+    for first in range(0, n, together):
+        chosen = np.minimum(np.arange(first, first + together), n - 1)  # a repeated class fills the last step up
+        part = _fit(
+            method,
+            frozen,
+            [datasets[i] for i in chosen],
+            keys[chosen],
+            layout,
+            batch_size,
+            room=max(map(len, datasets)),
+            cache=cache,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir) / f"classes_{first}",
+            checkpoint_seconds=checkpoint_seconds,
+            keep=together < n,
+            progress=progress,
+        )
+        real = min(together, n - first)
+        state = part.state if real == together else jax.tree.map(lambda leaf, real=real: leaf[:real], part.state)
+        parts.append(part._replace(state=state, metrics={k: v[:real] for k, v in part.metrics.items()}))
+    if len(parts) == 1:
+        return parts[0]
+    state = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(part.state for part in parts))
+    metrics = {k: np.concatenate([part.metrics[k] for part in parts]) for k in parts[0].metrics}
+    return Fitted(state, sum(p.compile_seconds for p in parts), sum(p.run_seconds for p in parts), metrics)
+
+
+def _fit(
+    method: Method,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    keys: Key,
+    layout: Layout,
+    batch_size: int,
+    *,
+    room: int = 0,
+    cache: EmbeddingCache | None,
+    checkpoint_dir: str | Path | None,
+    checkpoint_seconds: float,
+    keep: bool = False,
+    progress: Progress | None,
+) -> Fitted:
+    """One group of classes; `keep` saves the final state, too."""
+    for data in datasets:
+        if len(data) == 0:
+            raise ValueError(f"fitting needs at least one normal image, got none of {data.category or 'the data'}")
+    started, compiled = time.perf_counter(), compile_seconds()
     several = sum(stage.epochs for stage in method.stages) > 1
-    embedded = embedding(method, frozen, data, batch_size, cache, several)
-    before = compile_seconds(method)
-    init = Program(lambda key, frozen: method.init(key, frozen, embedded.spec))
+    sources = embeddings(method.embed, frozen, datasets, batch_size, cache, several)
+    room = _multiple(max(room, *map(len, datasets)), layout.data_shards)
+    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((room, *leaf.shape[1:]), leaf.dtype), sources[0].spec)
+    programs = _programs(method, layout)
+    init = _state_program(lambda key, frozen: method.init(key, frozen, spec), (0, None), layout)
+    placed = place(frozen, layout)
+    reader = Reader(method.embed, placed, sources, layout)
     identity = {
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "images": len(data),
+        "keys": np.asarray(jax.random.key_data(keys)).tolist(),
+        "images": [len(data) for data in datasets],
+        "room": room,
         "batch_size": batch_size,
         "stages": [stage.name for stage in method.stages],
     }
+
+    def folded(keys: Key, number: int) -> Key:
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+    def put_keys(keys: Key) -> Key:
+        return jax.device_put(keys if layout.stacked else keys[0], layout.named())
+
     diagnostics: dict[str, np.ndarray] = {}
-    with _Saver(checkpoint_dir, checkpoint_seconds, identity) as saver:
-        restored = saver.restore(lambda stage: abstract_state(method, frozen, embedded.spec, stage))
-        first_stage, done, state = restored or (0, 0, init(jax.random.fold_in(key, 0), frozen))
+    with Saver(checkpoint_dir, checkpoint_seconds, identity) as saver:
+        restored = saver.restore(
+            lambda stage: layout.abstract(abstract_state(method, frozen, spec, stage), len(datasets))
+        )
+        first_stage, done, state = restored or (0, 0, init(put_keys(folded(keys, 0)), placed.everywhere))
         for s, stage in enumerate(method.stages):
             if s < first_stage:
                 continue
-            stage_key = jax.random.fold_in(key, s + 1)
-            first_step = done if s == first_stage else 0
+            stage_keys = folded(keys, s + 1)
+            key = put_keys(stage_keys)
+            schedule = _Schedule(stage, [len(data) for data in datasets], stage_keys, batch_size, layout.data_shards)
             collected: list[dict[str, np.ndarray]] = []
-            tick = _ticker(progress, stage, len(data), batch_size)
-            for step, chunk in _chunks(stage, embedded, data, stage_key, batch_size, first_step, tick):
-                result = programs.updates[s](state, frozen, stage_key, jnp.int32(step), chunk)
+            first = done if s == first_stage else 0
+            if progress:
+                progress(stage.name, schedule.seen(first), schedule.images)
+            chunks = range(first, schedule.total, schedule.chunk)
+            for step, (block, x) in zip(chunks, reader.read(map(schedule.block, chunks)), strict=True):
+                steps = np.arange(step, step + block.index.shape[1], dtype=np.int32)
+                active = steps < schedule.steps[:, None]
+                batches, active_here = _batches(datasets, block, x, active, layout)
+                result = programs.updates[s](state, key, active_here, batches, placed.everywhere, steps)
                 state, metrics = jax.block_until_ready(result)  # else chunks pile up in memory ahead of the device
-                metrics = jax.tree.map(np.asarray, metrics)
-                _check_loss(metrics, stage, step, _steps_per_epoch(stage, len(data), batch_size))
-                collected.append(metrics)
-                saver.save(s, step + chunk.valid.shape[0], state)
+                metrics = {k: np.asarray(v).reshape(active.shape) for k, v in metrics.items()}
+                _check_loss(metrics, active, stage, step, schedule, datasets)
+                collected.append({k: v if active.all() else np.where(active, v, np.nan) for k, v in metrics.items()})
+                if progress:
+                    progress(stage.name, schedule.seen(int(steps[-1]) + 1), schedule.images)
+                saver.save(s, int(steps[-1]) + 1, state)
             if progress:
                 progress(f"finish {stage.name}", 0, 0)
-            state = programs.finalizes[s](jax.random.fold_in(stage_key, 1 << 30), state, frozen)
+            state = programs.finalizes[s](put_keys(folded(stage_keys, 1 << 30)), state, placed.everywhere)
             jax.block_until_ready(state)
-            saver.save(s + 1, 0, state)
+            saver.save(s + 1, 0, state, now=keep and s + 1 == len(method.stages))
             if collected and collected[0]:
-                diagnostics = {k: np.concatenate([m[k] for m in collected]) for k in collected[0]}
-    compiled = compile_seconds(method) - before + init.compile_seconds
+                joined = {k: np.concatenate([m[k] for m in collected], 1) for k in collected[0]}
+                diagnostics = joined if layout.stacked else {k: v[0] for k, v in joined.items()}
+    compiled = compile_seconds() - compiled
     return Fitted(state, compiled, time.perf_counter() - started - compiled, diagnostics)
 
 
@@ -234,6 +293,7 @@ def score(
     frozen: Frozen,
     data: Dataset,
     *,
+    mesh: Mesh | None = None,
     batch_size: int = 16,
     cache: EmbeddingCache | None = None,
     progress: Progress | None = None,
@@ -246,25 +306,97 @@ def score(
     Raises:
         ValueError: A score is not finite; names the image.
     """
-    if len(data) == 0:
-        return
-    program = _programs(method).score
-    embedded = embedding(method, frozen, data, batch_size, cache, False)
-    done = 0
-    if progress:
-        progress("score", 0, len(data))
-    for part, x in embedded.batches(np.arange(len(data))):
-        scores = jax.tree.map(lambda leaf, n=len(part): np.asarray(leaf)[:n], program(state, frozen, x))
-        for values in (scores.image, scores.image if scores.pixel is None else scores.pixel):
-            finite = np.isfinite(values)
-            if not finite.all():
-                i = int(np.argmin(finite.reshape(len(part), -1).all(1)))
-                bad = values[i][~finite[i]].flat[0]
-                raise ValueError(f"scores must be finite, got {bad} for {data.paths[part[i]]}: the model is degenerate")
-        done += len(part)
-        if progress:
-            progress("score", done, len(data))
+    options: dict[str, Any] = dict(batch_size=batch_size, cache=cache, progress=progress)
+    for _, part, scores in _score(method, state, frozen, [data], Layout(mesh), None, **options):
         yield part, scores
+
+
+def score_classes(
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    batch_size: int = 16,
+    cache: EmbeddingCache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, np.ndarray, Scores]]:
+    """Scores the data sets of all classes at once with the state that `fit_classes` returned for them.
+
+    Args:
+        method: As for `fit_classes`, like what is not listed here.
+        state: With a leading axis of classes.
+        frozen: Shared by all classes.
+        datasets: One for each class, which may be empty.
+        mesh: As for `fit_classes`.
+        classes_per_step: Classes that are computed at the same time (on each device); None: all.
+        batch_size: Images of each class at a time.
+        cache: Embedded images shared between calls.
+        progress: Counts the images of all classes.
+
+    Yields:
+        The number of a class, indices into its data set, and the scores of these images, as numpy arrays.
+
+    Raises:
+        ValueError: A score is not finite; names the image.
+    """
+    layout = Layout(mesh, True)
+    options: dict[str, Any] = dict(batch_size=batch_size, cache=cache, progress=progress)
+    yield from _score(method, state, frozen, datasets, layout, classes_per_step, **options)
+
+
+def _score(
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    layout: Layout,
+    classes_per_step: int | None,
+    *,
+    batch_size: int,
+    cache: EmbeddingCache | None,
+    progress: Progress | None,
+) -> Iterator[tuple[int, np.ndarray, Scores]]:
+    n = np.array([len(data) for data in datasets])
+    if not n.any():
+        return
+    padding = -len(datasets) % layout.class_shards
+    spread = [*range(len(datasets)), *[len(datasets) - 1] * padding]
+    stand_in = datasets[int(n.argmax())]  # what an empty class is padded with
+    some = [datasets[i] if n[i] else stand_in for i in spread]
+    n = np.array([n[i] for i in spread])
+    if padding:
+        state = jax.tree.map(lambda leaf: leaf[np.asarray(spread)], state)
+    state = jax.device_put(state, layout.state(state))
+    placed = place(frozen, layout)
+    sources = embeddings(method.embed, frozen, some, batch_size, cache, False)
+    program = _score_program(method, layout, classes_per_step)
+    size = _multiple(batch_size, layout.data_shards)
+
+    def blocks() -> Iterator[Block]:
+        for first in range(0, int(n.max()), size):
+            rows = np.arange(first, first + size)
+            valid = rows < n[:, None]
+            index = np.stack([np.resize(rows[v] if v.any() else 0, size) for v in valid])
+            yield Block(index[:, None], valid[:, None])
+
+    total, done = int(n[: len(datasets)].sum()), 0
+    if progress:
+        progress("score", 0, total)
+    for block, x in Reader(method.embed, placed, sources, layout).read(blocks()):
+        found = fetch(program(state, placed.everywhere, x))
+        for c, data in enumerate(datasets):
+            part = block.index[c, 0, block.valid[c, 0]]
+            if not part.size:
+                continue
+            scores = jax.tree.map(lambda leaf, c=c, n=part.size: (leaf[c] if layout.stacked else leaf)[:n], found)
+            _check_scores(scores, data, part)
+            done += part.size
+            if progress:
+                progress("score", done, total)
+            yield c, part, scores
 
 
 def score_all(method: Method, state: State, frozen: Frozen, data: Dataset, **options: Any) -> Scores:
@@ -284,148 +416,127 @@ def abstract_state(method: Method, frozen: Frozen, spec: PyTree, stage: int | No
     return state
 
 
-def compile_seconds(method: Method) -> float:
-    """Seconds spent so far on compiling a method and its `embed`, which other methods may share."""
-    programs = _programs(method)
-    compiled = (*programs.updates, *programs.finalizes, programs.score, _embed_program(method.embed))
-    return sum(program.compile_seconds for program in compiled)
+def class_state(method: Method, frozen: Frozen, state: State, index: int, data: Dataset) -> State:
+    """The state of one of the classes of `fit_classes`, as small as `fit` would have made it.
+
+    Args:
+        method: What was fitted.
+        frozen: What it was fitted with.
+        state: With a leading axis of classes.
+        index: The number of the class.
+        data: The training images of the class.
+    """
+    image = jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8)
+    own = abstract_state(method, frozen, jax.eval_shape(method.embed, frozen, image))
+
+    def cut(wanted: Any, leaf: Any) -> Any:
+        return None if wanted is None else leaf[(index, *map(slice, wanted.shape))]
+
+    return jax.tree.map(cut, own, state, is_leaf=lambda leaf: leaf is None)
 
 
-def _steps_per_epoch(stage: Stage, n: int, batch_size: int) -> int:
-    size = stage.batch_size or batch_size
-    return max(1, n // min(size, n)) if stage.shuffle else math.ceil(n / size)
+def _multiple(n: int, of: int) -> int:
+    """The next multiple."""
+    return -(-n // of) * of
 
 
-def _ticker(progress: Progress | None, stage: Stage, n: int, batch_size: int) -> Callable[[int, Batch], None] | None:
-    """What `_chunks` calls with the steps done and the last batch, which is waited for."""
-    if progress is None:
-        return None
-    steps, images = _steps_per_epoch(stage, n, batch_size) * stage.epochs, n * stage.epochs
+class _Schedule:
+    """Which images a stage sees when: full shuffled batches, or all of them in order."""
 
-    def tick(done: int, batch: Batch) -> None:
-        jax.block_until_ready(batch)
-        progress(stage.name, round(images * done / steps), images)
+    def __init__(self, stage: Stage, n: Sequence[int], keys: Key, batch_size: int, shards: int) -> None:
+        self._stage, self._n, self._keys = stage, n, keys
+        size = stage.batch_size or batch_size
+        self._size = size if stage.shuffle else _multiple(size, shards)
+        per_epoch = [max(1, k // size) if stage.shuffle else math.ceil(k / self._size) for k in n]
+        self.steps_per_epoch = np.array(per_epoch)
+        self.steps = self.steps_per_epoch * stage.epochs
+        self.total = int(self.steps.max())
+        self.images = sum(n) * stage.epochs
+        self.chunk = CHUNK if stage.epochs > 1 else 1
+        self._order = functools.lru_cache(2 * len(n))(self._draw)
 
-    progress(stage.name, 0, images)
-    return tick
+    def seen(self, steps: int) -> int:
+        """Images seen after so many steps, about."""
+        return round(self.images * steps / self.total)
 
+    def block(self, step: int) -> Block:
+        """The images of the chunk that begins with that step."""
+        steps = range(step, min(step + self.chunk, self.total))
+        parts = [[self._rows(c, min(t, last - 1)) for t in steps] for c, last in enumerate(self.steps.tolist())]
+        index = np.stack([np.stack([np.resize(rows, self._size) for rows in part]) for part in parts])
+        real = np.array([[len(rows) for rows in part] for part in parts])
+        active = np.arange(steps.start, steps.stop) < self.steps[:, None]
+        return Block(index, (np.arange(self._size) < real[..., None]) & active[..., None])
 
-def _chunks(
-    stage: Stage,
-    embedded: Embedding,
-    data: Dataset,
-    key: Key,
-    batch_size: int,
-    first_step: int,
-    tick: Callable[[int, Batch], None] | None,
-) -> Iterator[tuple[int, Batch]]:
-    """Stacked batches of up to `CHUNK` steps, from `first_step` on, which begins a chunk."""
-    n = len(data)
-    size = min(stage.batch_size or batch_size, n) if stage.shuffle else stage.batch_size or batch_size
-    steps = _steps_per_epoch(stage, n, batch_size)
-    for epoch in range(stage.epochs):
-        if (epoch + 1) * steps <= first_step:
-            continue
-        order = np.arange(n)
-        if stage.shuffle:
-            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, (1 << 29) + epoch), n))[: steps * size]
-        begin = max(0, first_step - epoch * steps)
-        rows = _rows(embedded.batches(order[begin * size :]), size)
-        for start in range(begin, steps, CHUNK):
-            batches = []
-            for step in range(start, min(start + CHUNK, steps)):
-                batches.append(_batch(data, *next(rows), size))
-                if tick:
-                    tick(epoch * steps + step + 1, batches[-1])
-            yield epoch * steps + start, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    def _rows(self, c: int, step: int) -> np.ndarray:
+        epoch, step = divmod(step, int(self.steps_per_epoch[c]))
+        return self._order(c, epoch)[step * self._size : (step + 1) * self._size]
+
+    def _draw(self, c: int, epoch: int) -> np.ndarray:
+        n = self._n[c]
+        if not self._stage.shuffle:
+            return np.arange(n)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(self._keys[c], (1 << 29) + epoch), n))
+        return np.resize(order, max(n, self._size))  # fewer images than a batch come several times
 
 
-def _rows(batches: Iterator[tuple[np.ndarray, PyTree]], size: int) -> Iterator[tuple[np.ndarray, PyTree]]:
-    """Cuts the embedding's batches anew into `size` rows; the last may have fewer indices but is padded as well."""
-    indices, x = np.empty(0, int), None
-    for part, more in batches:
-        real = jax.tree.map(lambda leaf, n=len(part): leaf[:n], more)
-        indices = np.concatenate([indices, part])
-        x = real if x is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, real)
-        while len(indices) >= size:
-            yield indices[:size], jax.tree.map(lambda leaf: leaf[:size], x)
-            indices = indices[size:]
-            x = jax.tree.map(lambda leaf: leaf[size:], x) if len(indices) else None
-    if len(indices):
-        repeat = np.resize(np.arange(len(indices)), size)
-        yield indices, jax.tree.map(lambda leaf: leaf[repeat], x)
+def _batches(
+    datasets: Sequence[Dataset], block: Block, x: PyTree, active: np.ndarray, layout: Layout
+) -> tuple[Batch, jax.Array]:
+    """The stacked batches of a block, and which of its steps count for each class; on the devices."""
+    own, rows = layout.block(block.index.shape[0], block.index.shape[2])
+    index, valid = (part[own, :, rows] for part in block)
+    axis = layout.rows(block.index.shape[2])
 
+    def put(local: np.ndarray, behind: tuple[int, ...] = (), *spec: str | None) -> jax.Array:
+        shape = (*block.index.shape[: local.ndim - len(behind)], *behind)
+        local, shape = (local, shape) if layout.stacked else (local[0], shape[1:])
+        return layout.put(local, layout.named(*spec), shape)
 
-def _batch(data: Dataset, indices: np.ndarray, x: PyTree, size: int) -> Batch:
-    padded = np.resize(indices, size)
-    masks = data.masks(padded) if data.has_masks and data.split == "train" else None
-    return Batch(
+    labels = np.stack([data.labels[i] for data, i in zip(datasets[own], index, strict=True)])
+    masks = None
+    if all(data.has_masks and data.split == "train" for data in datasets):
+        read = [data.masks(i.ravel()) for data, i in zip(datasets[own], index, strict=True)]
+        masks = np.stack(read)  # pyright: ignore[reportCallIssue, reportArgumentType] (they have masks)
+        masks = masks.reshape(*index.shape, *masks.shape[2:])
+    batch = Batch(
         x,
-        jnp.arange(size) < len(indices),
-        jnp.asarray(data.labels[padded], jnp.int32),
-        None if masks is None else jnp.asarray(masks),
-        jnp.asarray(padded, jnp.int32),
+        put(valid, (), None, axis),
+        put(labels.astype(np.int32), (), None, axis),
+        None if masks is None else put(masks, masks.shape[3:], None, axis),
+        put(index.astype(np.int32), (), None, axis),
     )
+    return batch, put(active[own])
 
 
-def _check_loss(metrics: dict[str, np.ndarray], stage: Stage, step: int, steps_per_epoch: int) -> None:
+def _check_loss(
+    metrics: dict[str, np.ndarray],
+    active: np.ndarray,
+    stage: Stage,
+    step: int,
+    schedule: _Schedule,
+    datasets: Sequence[Dataset],
+) -> None:
     loss = metrics.get("loss")
-    if loss is None or np.isfinite(loss).all():
+    if loss is None:
         return
-    bad = step + int(np.argmin(np.isfinite(loss)))
+    broken = ~np.isfinite(loss) & active
+    if not broken.any():
+        return
+    c, offset = (int(i) for i in np.unravel_index(np.argmax(broken), broken.shape))
+    bad, per_epoch = step + offset, int(schedule.steps_per_epoch[c])
+    which = f" of {datasets[c].category}" if len(datasets) > 1 else ""
     raise NonFiniteLoss(
-        f"the loss must stay finite, got {loss[bad - step]} in stage {stage.name}, epoch {bad // steps_per_epoch + 1}, "
+        f"the loss must stay finite, got {loss[c, offset]} in stage {stage.name}{which}, epoch {bad // per_epoch + 1}, "
         f"step {bad + 1}: lower the learning rate or look for broken images"
     )
 
 
-class _Saver:
-    """Keeps the newest checkpoint of a fit in a directory; does nothing without one."""
-
-    STRIDE = 1 << 32
-    """Orbax numbers checkpoints by one integer: stage * STRIDE + step."""
-
-    def __init__(self, directory: str | Path | None, seconds: float, identity: dict[str, Any]) -> None:
-        self._directory = None if directory is None else Path(directory).absolute()
-        self._seconds, self._identity, self._saved = seconds, identity, time.monotonic()
-
-    def __enter__(self) -> "_Saver":
-        if self._directory is not None:
-            policy = ocp.training.preservation_policies.LatestN(1)
-            self._checkpoints = ocp.training.Checkpointer(
-                str(self._directory),
-                preservation_policy=policy,  # pyright: ignore[reportArgumentType] (orbax's own types disagree)
-                cleanup_tmp_directories=True,
-            )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._directory is not None:
-            self._checkpoints.close()
-
-    def restore(self, abstract: Callable[[int], State]) -> tuple[int, int, State] | None:
-        """The stage, step and state to go on from, if any; `abstract` gives the type of the state of a stage."""
-        latest = None if self._directory is None else self._checkpoints.latest
-        if latest is None:
-            return None
-        stage, step = divmod(latest.step, self.STRIDE)
-        again = f"delete {self._directory} to start afresh"
-        try:
-            identity = self._checkpoints.metadata(latest.step).custom_metadata
-        except (LookupError, OSError, ValueError) as error:
-            raise ValueError(f"the checkpoint {latest.path} is damaged: {again}") from error
-        if identity != self._identity:
-            raise ValueError(f"a checkpoint must be of the same fit {self._identity}, got one of {identity}: {again}")
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract(stage))
-        try:
-            return stage, step, self._checkpoints.load(latest.step, target)
-        except (LookupError, OSError, ValueError) as error:
-            raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {again}") from error
-
-    def save(self, stage: int, step: int, state: State) -> None:
-        """Saves, unless the last save was a moment ago."""
-        if self._directory is None or time.monotonic() - self._saved < self._seconds:
-            return
-        self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
-        self._saved = time.monotonic()
+def _check_scores(scores: Scores, data: Dataset, part: np.ndarray) -> None:
+    values: Any
+    for values in (scores.image, scores.image if scores.pixel is None else scores.pixel):
+        finite = np.isfinite(values)
+        if not finite.all():
+            i = int(np.argmin(finite.reshape(len(part), -1).all(1)))
+            bad = values[i][~finite[i]].flat[0]
+            raise ValueError(f"scores must be finite, got {bad} for {data.paths[part[i]]}: the model is degenerate")

@@ -28,9 +28,10 @@ from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
 from jaxad.detector import Detector, peak_bytes
-from jaxad.fit import EmbeddingCache, compile_seconds
+from jaxad.embedding import EmbeddingCache
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
+from jaxad.program import compile_seconds
 from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.pictures import overlay, save_png, save_tiff
@@ -118,7 +119,7 @@ def evaluate_run(
     known = labels >= 0
     if not known.any():
         raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
-    started, compiled = time.perf_counter(), compile_seconds(detector.method)
+    started, compiled = time.perf_counter(), compile_seconds()
     scores, maps = np.empty(len(test)), None
     with Bars(_title(detector, test)) as bars:
         for part, found in detector.score(test, cache=cache, progress=bars):
@@ -126,7 +127,7 @@ def evaluate_run(
             if found.pixel is not None:
                 maps = np.empty((len(test), *test.image_size), np.float32) if maps is None else maps
                 maps[part] = found.pixel
-    compiled = compile_seconds(detector.method) - compiled
+    compiled = compile_seconds() - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
     masks = None if maps is None else test.masks(range(len(test)))
     heat, truth = (None if pixel is None else pixel[known] for pixel in (maps, masks))

@@ -26,6 +26,9 @@ class Case(NamedTuple):
     streaming: bool = False
     """Whether the state is of one size however many training images there are."""
 
+    determined: bool = True
+    """Whether the data determine the fitted state; principal directions have no sign."""
+
     @property
     def backbones(self) -> tuple[str, ...]:
         """The backbones, one or more."""
@@ -48,8 +51,11 @@ CASES = {
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
-    "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False),
+    "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(
-        "mahalanobis_ad", dict(layers=TWO, reduction="npca", variance_threshold=0.9), pixel=False
+        "mahalanobis_ad",
+        dict(layers=TWO, reduction="npca", variance_threshold=0.9),
+        pixel=False,
+        determined=False,
     ),
 }

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxad import embedding, program
 from jaxad import fit as module
 from jaxad.base import Method, Scores, Stage
 from jaxad.data import Dataset, Preprocess, open_data
@@ -116,14 +117,15 @@ def decoded(monkeypatch):
 def chunks(monkeypatch):
     """What the chunks of all stages were given: the number of the first step, and the stacked batches."""
     seen = []
-    call = module.Program.__call__
+    call = program.Program.__call__
 
     def spy(self, *args):
         if isinstance(args[0], ToyState):
-            seen.append(jax.tree.map(np.asarray, args[3:]))
+            _, _, _, batches, _, steps = args
+            seen.append((int(steps[0]), jax.tree.map(np.asarray, batches)))
         return call(self, *args)
 
-    monkeypatch.setattr(module.Program, "__call__", spy)
+    monkeypatch.setattr(program.Program, "__call__", spy)
     return seen
 
 
@@ -161,11 +163,11 @@ def test_equals_a_loop_over_shuffled_full_batches(chunks):
 
 def test_steps_in_chunks(chunks, monkeypatch):
     whole = fit(TOY, FROZEN, DATA, KEY).state
-    assert [(step, len(batches.valid)) for step, batches in chunks] == [(0, 2), (0, 5), (5, 5), (10, 5)]
+    assert [(step, len(batches.valid)) for step, batches in chunks] == [(0, 1), (1, 1), (0, 8), (8, 7)]
     monkeypatch.setattr(module, "CHUNK", 2)
     chunks.clear()
     assert_equal(fit(TOY, FROZEN, DATA, KEY).state, whole)
-    assert [(step, len(batches.valid)) for step, batches in chunks[:4]] == [(0, 2), (0, 2), (2, 2), (4, 1)]
+    assert [(step, len(batches.valid)) for step, batches in chunks[2:5]] == [(0, 2), (2, 2), (4, 2)]
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(5, 5), (21, 1), (40, 1)])
@@ -177,8 +179,9 @@ def test_without_shuffling_every_image_counts_once_an_epoch(chunks, batch_size, 
 
 
 def test_shuffling_fewer_images_than_a_batch():
+    """They come several times, all of them about equally often."""
     fitted = fit(toy(epochs=2, batch_size=50), FROZEN, photographs(7), KEY)
-    np.testing.assert_array_equal(fitted.metrics["valid"], [7, 7])
+    np.testing.assert_array_equal(fitted.metrics["valid"], [50, 50])
 
 
 def test_the_embedding_batch_size_does_not_matter():
@@ -216,9 +219,9 @@ def test_a_cache_tells_weights_apart():
 def test_embeddings_that_do_not_fit_are_computed_anew(decoded, monkeypatch):
     kept = fit(TOY, FROZEN, DATA, KEY).state
     decoded.clear()
-    monkeypatch.setattr(module, "CACHE_BYTES", 10)
+    monkeypatch.setattr(embedding, "CACHE_BYTES", 10)
     assert_equal(fit(TOY, FROZEN, DATA, KEY).state, kept)
-    assert len(decoded) == N + 3 * 20
+    assert N + 30 < len(decoded) <= N + 3 * 20  # an image that a chunk holds twice is decoded once
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_located():
@@ -316,7 +319,7 @@ def uninterrupted():
     return fit(TOY, FROZEN, DATA, KEY, batch_size=8).state
 
 
-@pytest.mark.parametrize("calls", [1, 4, 5, 9, 13, 20])
+@pytest.mark.parametrize("calls", range(1, 9))
 def test_a_run_that_was_stopped_resumes_bit_for_bit(calls, tmp_path, uninterrupted):
     options = dict(batch_size=8, checkpoint_dir=tmp_path / "run", checkpoint_seconds=0)
     with pytest.raises(Stop):
@@ -327,7 +330,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(calls, tmp_path, uninterrupt
 def test_resuming_does_not_start_over(tmp_path, decoded, uninterrupted):
     options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
     with pytest.raises(Stop):
-        fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(16), **options)
+        fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(7), **options)
     resumed = fit(TOY, FROZEN, DATA, KEY, **options)
     assert 0 < len(resumed.metrics["loss"]) < 15
     decoded.clear()
@@ -339,7 +342,7 @@ def test_resuming_does_not_start_over(tmp_path, decoded, uninterrupted):
 def test_resuming_in_the_middle_of_an_epoch(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setattr(module, "CHUNK", 2)
     options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    for calls, saved in ((8, 2), (4, 5), (9, 12)):
+    for calls, saved in ((8, 4), (3, 8), (2, 10)):
         with pytest.raises(Stop):
             fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(calls), **options)
         assert [int(path.name) % (1 << 32) for path in tmp_path.iterdir()] == [saved]

@@ -20,7 +20,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEADINGS = ("Paper:", "Reference:", "Differences:", "Results:")
 
 BELOW_METHODS = {"base", "ops", "nn", "bijectors", "backbones"}
-BELOW_DETECTOR = BELOW_METHODS | {"methods", "data", "metrics", "artifact", "fit"}
+DRIVER = {"base", "data", "program", "mesh", "embedding", "checkpoint"}
+BELOW_DETECTOR = BELOW_METHODS | DRIVER | {"methods", "metrics", "artifact", "fit"}
 MAY_IMPORT = {
     "base": set(),
     "ops": {"base"},
@@ -32,13 +33,17 @@ MAY_IMPORT = {
     "metrics": set(),
     "progress": set(),
     "artifact": {"base"},
-    "fit": {"base", "data"},
+    "program": set(),
+    "mesh": set(),
+    "embedding": {"base", "data", "mesh", "program"},
+    "checkpoint": {"base", "mesh"},
+    "fit": DRIVER,
     "report": {"artifact", "data", "metrics"},
     "detector": BELOW_DETECTOR,
     "runs": BELOW_DETECTOR | {"detector", "progress", "report", "jaxad"},
     "cli": BELOW_DETECTOR | {"detector", "progress", "report", "runs", "jaxad"},
     "__main__": {"cli"},
-    "__init__": {"detector"},
+    "__init__": {"detector", "mesh"},
 }
 """The parts of jaxad that each part may import besides itself; `jaxad` stands for the facade."""
 

@@ -1,0 +1,74 @@
+"""What a killed fit goes on from: its newest state, kept by orbax."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from jaxad.base import State
+from jaxad.mesh import agreed
+
+
+class Saver:
+    """Keeps the newest checkpoint of a fit in a directory; does nothing without one.
+
+    Args:
+        directory: Of this fit alone; None for no checkpoints.
+        seconds: Least time between two checkpoints.
+        identity: What tells this fit from others, as JSON values.
+    """
+
+    STRIDE = 1 << 32
+    """Orbax numbers checkpoints by one integer: stage * STRIDE + step."""
+
+    def __init__(self, directory: str | Path | None, seconds: float, identity: dict[str, Any]) -> None:
+        self._directory = None if directory is None else Path(directory).absolute()
+        self._seconds, self._identity, self._saved = seconds, identity, time.monotonic()
+
+    def __enter__(self) -> "Saver":
+        if self._directory is not None:
+            policy = ocp.training.preservation_policies.LatestN(1)
+            self._checkpoints = ocp.training.Checkpointer(
+                str(self._directory),
+                preservation_policy=policy,  # pyright: ignore[reportArgumentType] (orbax's own types disagree)
+                cleanup_tmp_directories=True,
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._directory is not None:
+            self._checkpoints.close()
+
+    def restore(self, target: Callable[[int], State]) -> tuple[int, int, State] | None:
+        """The stage, step and state to go on from, if any.
+
+        Args:
+            target: Gives shapes, types and shardings of the state of a stage.
+
+        Raises:
+            ValueError: The checkpoint is damaged or of another fit.
+        """
+        latest = None if self._directory is None else self._checkpoints.latest
+        if latest is None:
+            return None
+        stage, step = divmod(latest.step, self.STRIDE)
+        again = f"delete {self._directory} to start afresh"
+        try:
+            identity = self._checkpoints.metadata(latest.step).custom_metadata
+        except (LookupError, OSError, ValueError) as error:
+            raise ValueError(f"the checkpoint {latest.path} is damaged: {again}") from error
+        if identity != self._identity:
+            raise ValueError(f"a checkpoint must be of the same fit {self._identity}, got one of {identity}: {again}")
+        try:
+            return stage, step, self._checkpoints.load(latest.step, target(stage))
+        except (LookupError, OSError, ValueError) as error:
+            raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {again}") from error
+
+    def save(self, stage: int, step: int, state: State, *, now: bool = False) -> None:
+        """Saves, unless the last save was a moment ago and it need not be `now`."""
+        if self._directory is None or not (now or agreed(time.monotonic() - self._saved >= self._seconds)):
+            return
+        self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
+        self._saved = time.monotonic()

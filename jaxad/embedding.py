@@ -1,0 +1,197 @@
+"""Images to arrays on devices: decoded ahead of the device, embedded once, kept in host memory where that pays."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxad.base import EmbedFn, Frozen, PyTree
+from jaxad.data import Dataset
+from jaxad.mesh import CLASS, Layout
+from jaxad.program import Program
+
+CACHE_BYTES = 4 << 30
+"""Embedded images kept in host memory at most; beyond, they are computed anew."""
+
+
+class Embedding:
+    """The embedded images of one data set: their shapes, and in host memory those that were kept.
+
+    One instance serves all stages and epochs of a fit, and all methods whose `embed` is the same function.
+    """
+
+    def __init__(self, embed: EmbedFn, frozen: Frozen, data: Dataset, most_bytes: float) -> None:
+        self.data = data
+        self.spec = jax.eval_shape(embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
+        needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.spec))
+        self._done = np.zeros(len(data), bool)
+        fits = needed <= most_bytes
+        self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self.spec) if fits else None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is room to keep them."""
+        return self._kept is not None
+
+    def has(self, rows: np.ndarray) -> bool:
+        """Whether all these images are there."""
+        return bool(self._done[rows].all())
+
+    def get(self, rows: np.ndarray) -> PyTree:
+        """The embedded images at `rows`."""
+        return jax.tree.map(lambda kept: kept[rows], self._kept)
+
+    def keep(self, rows: np.ndarray, x: PyTree) -> None:
+        """Keeps embedded images."""
+        for kept, leaf in zip(jax.tree.leaves(self._kept), jax.tree.leaves(x), strict=True):
+            kept[rows] = leaf
+        self._done[rows] = True
+
+
+EmbeddingCache = dict[Hashable, Embedding]
+"""Give the same dictionary to several calls of `fit` and `score` to compute shared features once."""
+
+
+def embeddings(
+    embed: EmbedFn,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    batch_size: int,
+    cache: EmbeddingCache | None,
+    keep: bool,
+) -> list[Embedding]:
+    """The embeddings of data sets, from the cache where they are there."""
+    made: EmbeddingCache = {} if cache is None else cache
+    most = CACHE_BYTES / len(datasets) if keep or cache is not None else -1
+    found = []
+    for data in datasets:
+        images = tuple(map(id, data.records))  # subsets of one data set share their records
+        key = (embed, id(frozen), images, data.preprocess, batch_size)
+        if key not in made:
+            made[key] = Embedding(embed, frozen, data, most)
+        found.append(made[key])
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def embed_program(embed: EmbedFn, layout: Layout, axis: str | None) -> Program:
+    """The program that embeds images (class step row h w 3) on a process's devices, each its own share.
+
+    Args:
+        embed: Of a method.
+        layout: Where arrays lie.
+        axis: The mesh axis that rows are sharded over.
+    """
+
+    def block(frozen: Frozen, image: jax.Array) -> PyTree:
+        classes, _, rows = image.shape[:3]
+
+        def step(image: jax.Array) -> PyTree:
+            x = embed(frozen, image.reshape(-1, *image.shape[2:]))
+            return jax.tree.map(lambda leaf: leaf.reshape(classes, rows, *leaf.shape[1:]), x)
+
+        if image.shape[1] == 1:
+            return jax.tree.map(lambda leaf: leaf[:, None], step(image[:, 0]))
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.map(step, jnp.moveaxis(image, 1, 0)))
+
+    def run(frozen: Frozen, image: jax.Array) -> PyTree:
+        local, image = layout.local(), image if layout.stacked else image[None]
+        if local.mesh is None:
+            x = block(frozen, image)
+        else:
+            along = CLASS if layout.stacked and CLASS in local.mesh.shape else None
+            spec = PartitionSpec(along, None, axis)
+            x = jax.shard_map(
+                block, mesh=local.mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False
+            )(frozen, image)
+        return x if layout.stacked else jax.tree.map(lambda leaf: leaf[0], x)
+
+    return Program(run)
+
+
+class Block(NamedTuple):
+    """Which images to read: one entry a class, a step and a row."""
+
+    index: np.ndarray
+    """(c, s, b) positions in each class's data set."""
+    valid: np.ndarray
+    """(c, s, b): False marks padding, whose index is that of any image."""
+
+
+class Reader:
+    """Turns blocks of indices into embedded images on the devices; the next block is decoded meanwhile."""
+
+    def __init__(self, embed: EmbedFn, frozen: "Placed", sources: Sequence[Embedding], layout: Layout) -> None:
+        self._embed_fn, self._frozen, self._sources, self._layout = embed, frozen, sources, layout
+
+    def read(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, PyTree]]:
+        """Yields every block with its embedded images, leaves (c s b ...), without c for a single class."""
+        with ThreadPoolExecutor(1) as decoder:
+            submit: Callable[[Block], Any] = lambda block: (block, decoder.submit(self._decode, block))  # noqa: E731
+            pending = next(map(submit, blocks), None)
+            while pending is not None:
+                block, images = pending[0], pending[1].result()
+                pending = next(map(submit, blocks), None)
+                yield block, self._embed(block, images)
+
+    def _share(self, block: Block) -> tuple[Sequence[Embedding], Block]:
+        """This process's classes, and its part of the block."""
+        classes, _, rows = block.index.shape
+        own, row = self._layout.block(classes, rows)
+        return self._sources[own], Block(*(part[own, :, row] for part in block))
+
+    def _decode(self, block: Block) -> np.ndarray | None:
+        sources, (index, _) = self._share(block)
+        if all(source.has(rows) for source, rows in zip(sources, index, strict=True)):
+            return None
+        images = []
+        for source, rows in zip(sources, index, strict=True):
+            once, where = np.unique(rows, return_inverse=True)  # padding repeats images
+            images.append(source.data.images(once)[where.reshape(rows.shape)])
+        return np.stack(images)
+
+    def _embed(self, block: Block, images: np.ndarray | None) -> PyTree:
+        layout = self._layout
+        sources, (index, valid) = self._share(block)
+        axis = layout.rows(block.index.shape[2])
+        sharding = layout.named(None, axis)
+        lead = block.index.shape if layout.stacked else block.index.shape[1:]
+
+        def unstacked(array: np.ndarray) -> np.ndarray:
+            return array if layout.stacked else array[0]
+
+        if images is None:
+            kept = [source.get(rows) for source, rows in zip(sources, index, strict=True)]
+            host = jax.tree.map(lambda *leaves: unstacked(np.stack(leaves)), *kept)
+            return jax.tree.map(lambda leaf: layout.put(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), host)
+        here = jax.device_put(unstacked(images), layout.local().named(None, axis))
+        x = embed_program(self._embed_fn, layout, axis)(self._frozen.local, here)
+        for c, source in enumerate(sources):
+            if source.keeps:
+                rows = jax.tree.map(lambda leaf, c=c: np.asarray(leaf[c] if layout.stacked else leaf)[valid[c]], x)
+                source.keep(index[c][valid[c]], rows)
+        return jax.tree.map(lambda leaf: layout.join(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), x)
+
+
+class Placed(NamedTuple):
+    """The weights on all devices."""
+
+    everywhere: Frozen
+    """For the programs over all devices."""
+    local: Frozen
+    """For those over this process's devices; the same memory."""
+
+
+def place(frozen: Frozen, layout: Layout) -> Placed:
+    """Copies the weights to every device."""
+    if layout.mesh is None:
+        return Placed(frozen, frozen)
+    local = jax.device_put(frozen, layout.local().replicated())
+    whole = jax.tree.map(lambda leaf: layout.join(leaf, layout.replicated(), leaf.shape), local)
+    return Placed(whole, local)

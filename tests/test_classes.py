@@ -1,0 +1,92 @@
+"""Every method on several classes at once, and on meshes of 8 virtual devices, is the same as one class on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxad
+from jaxad import mesh as meshes
+from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.fit import class_state, fit, fit_classes, score_all, score_classes
+from tests.cases import CASES
+from tests.test_conformance import assert_close, defective, frozen_of, photographs
+
+KEY = jax.random.key(5)
+COUNTS = (12, 7, 9)
+BATCH = 4
+SHAPES = ((1, 8), (2, 4), (4, 2), (8, 1))
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def open_images(seed: int, n: int) -> tuple[Dataset, Dataset]:
+    """Training and test images of a class; half of the latter have a defect."""
+    images = photographs(seed, n + 6)
+    test = np.concatenate([images[n : n + 3], defective(images[n + 3 :])])
+    opened = open_data({f"class{seed}": images[:n], "test": test}, preprocess=Preprocess(None))
+    return opened[f"class{seed}"].train, opened["test"].train
+
+
+CLASSES = [open_images(seed, n) for seed, n in enumerate(COUNTS)]
+TRAIN, TEST = ([part[i] for part in CLASSES] for i in (0, 1))
+
+
+@functools.cache
+def made(name: str):
+    case = CASES[name]
+    return case.make(), frozen_of(case.backbones, 0)
+
+
+@functools.cache
+def apart(name: str):
+    """Each class on its own: states and scores."""
+    method, frozen = made(name)
+    states = [fit(method, frozen, data, KEY, batch_size=BATCH).state for data in TRAIN]
+    return states, [
+        score_all(method, state, frozen, data, batch_size=BATCH) for state, data in zip(states, TEST, strict=True)
+    ]
+
+
+def collected(stream, classes: int):
+    """What `score_classes` yields, by class."""
+    parts = [[] for _ in range(classes)]
+    for c, index, scores in stream:
+        assert list(index) == list(range(len(parts[c]) * BATCH, len(parts[c]) * BATCH + len(index)))
+        parts[c].append(scores)
+    return [jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in parts]
+
+
+def assert_same_classes(name: str, state, scores) -> None:
+    """The classes equal those apart: scores, and where the shapes are the same the state."""
+    method, frozen = made(name)
+    states, wanted = apart(name)
+    for c, data in enumerate(TRAIN):
+        own = class_state(method, frozen, state, c, data)
+        assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, states[c])
+        if CASES[name].determined:
+            assert_close(own, states[c], 1e-5)
+        assert_close(scores[c], wanted[c], 1e-5)
+
+
+def test_classes_at_once_are_the_classes_apart(name):
+    method, frozen = made(name)
+    state = fit_classes(method, frozen, TRAIN, KEY, batch_size=BATCH).state
+    scores = collected(score_classes(method, state, frozen, TEST, batch_size=BATCH), 3)
+    assert_same_classes(name, state, scores)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_a_mesh(name, shape, monkeypatch):
+    """Also with every part of the state sharded that can be, however small."""
+    monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
+    mesh = jaxad.make_mesh(shape=shape)
+    method, frozen = made(name)
+    state = fit_classes(method, frozen, TRAIN, KEY, mesh=mesh, batch_size=BATCH).state
+    scores = collected(score_classes(method, state, frozen, TEST, mesh=mesh, batch_size=BATCH), 3)
+    assert_same_classes(name, state, scores)
