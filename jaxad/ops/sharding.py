@@ -36,15 +36,17 @@ def pad_rows(x: Shaped[Array, "n *d"], parts: int, value: Any = 0) -> Shaped[Arr
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=value) if missing else x
 
 
-def own_rows(index: Int[Array, "*k"], rows: int) -> Int[Array, "*k"]:
-    """Within `by_rows`: where this shard of `rows` rows holds the rows with these global indices; `rows` if nowhere."""
-    local = index - jax.lax.axis_index(DATA) * rows
+def own_rows(index: Int[Array, "*k"], shard: Int[Array, ""] | int, rows: int) -> Int[Array, "*k"]:
+    """Where a shard, which is one of so many rows, holds the rows of these global indices; `rows` if it does not."""
+    local = index - shard * rows
     return jnp.where((local >= 0) & (local < rows), local, rows)
 
 
-def split(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
-    """Asks the compiler to share this axis among the devices, the others being whole."""
-    return x if shards() == 1 else jax.lax.with_sharding_constraint(x, P(*(None,) * axis, DATA))
+def split(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+    """Asks the compiler to share this axis among the devices, which must divide it, and no other."""
+    if shards() == 1 or x.shape[axis] % shards():
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, DATA))
 
 
 def take_rows(rows: Shaped[Array, "n d"], index: Int[Array, "k"]) -> Shaped[Array, "k d"]:
@@ -65,8 +67,10 @@ def take_rows(rows: Shaped[Array, "n d"], index: Int[Array, "k"]) -> Shaped[Arra
         return rows[index]
 
     def one_shard(rows: Shaped[Array, "r d"], index: Int[Array, "devices s"]) -> Shaped[Array, "s d"]:
+        shard = jax.lax.axis_index(DATA)
+
         def put(step: int | Int[Array, ""], share: Shaped[Array, "s d"]) -> Shaped[Array, "s d"]:
-            local = own_rows(index[(jax.lax.axis_index(DATA) - step - 1) % devices], rows.shape[0])
+            local = own_rows(index[(shard - step - 1) % devices], shard, rows.shape[0])
             return jnp.where((local < rows.shape[0])[:, None], rows.at[local].get(mode="clip"), share)
 
         def hop(step: Int[Array, ""], share: Shaped[Array, "s d"]) -> Shaped[Array, "s d"]:
