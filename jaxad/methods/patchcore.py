@@ -28,6 +28,10 @@ from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
+from jaxad.ops.sharding import take_rows
+
+ROUNDED_FROM, ROUNDED_TO = 2048, 128
+"""Rows from which a bank has room for a multiple of so many, which common numbers of devices divide."""
 
 
 class PatchcorePatches(NamedTuple):
@@ -164,21 +168,23 @@ def _thin(
     size: Int[Array, ""],
     projection_dim: int | None,
 ) -> PatchcoreBank:
-    """The greedy coreset of `size` of the valid points (or all, where they are fewer), with room for `k`."""
+    """The greedy coreset of `size` of the valid points (or all, where they are fewer), at most `k`; a large bank has room for
+    a few more."""
     first_key, projection_key = jax.random.split(key)
     n, c = points.shape
     count = jnp.sum(valid, dtype=jnp.int32)
     if k == n:
         order = jnp.argsort(~valid, stable=True)
-        return _bank(points[order], count, jnp.zeros(()))
+        return _bank(take_rows(points, order), count, jnp.zeros(()))
     space = points
     if projection_dim is not None and projection_dim < c:
         projection = jax.random.normal(projection_key, (c, projection_dim)) / jnp.sqrt(jnp.float32(projection_dim))
         space = jnp.matmul(points, projection, precision=jax.lax.Precision.HIGHEST)
     rank = jax.random.randint(first_key, (), 0, jnp.maximum(count, 1))
     first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
-    coreset = greedy_coreset(space, k, first, valid, size)
-    return _bank(points[coreset.index], coreset.size, coreset.radius)
+    capacity = k if k < ROUNDED_FROM else min(-(-k // ROUNDED_TO) * ROUNDED_TO, n)
+    coreset = greedy_coreset(space, capacity, first, valid, jnp.minimum(size, k))
+    return _bank(take_rows(points, coreset.index), coreset.size, coreset.radius)
 
 
 def _bank(rows: Float[Array, "m c"], size: Int[Array, ""], radius: Float[Array, ""]) -> PatchcoreBank:

@@ -1,12 +1,15 @@
 """Greedy k-center coresets: exact, but many centers a pass over the points instead of one."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.ops.knn import squared_distances
+from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards
 
 CANDIDATES = 1024
 ACCEPTED = 256
@@ -59,19 +62,58 @@ def greedy_coreset(
     Raises:
         ValueError: k is not within 1..n.
     """
-    n, d = points.shape
+    n = points.shape[0]
     if not 1 <= k <= n:
         raise ValueError(f"the size of the coreset must be within 1..{n} (the number of points), got {k}")
     valid = jnp.ones(n, bool) if valid is None else valid
     goal = jnp.minimum(jnp.sum(valid, dtype=jnp.int32), k)
     goal = goal if size is None else jnp.minimum(goal, size.astype(jnp.int32))
-    candidates = min(CANDIDATES, n - 1)
+    points = points - jnp.where(valid[:, None], points, 0).sum(0) / jnp.maximum(valid.sum(), 1).astype(points.dtype)
+    points = jnp.where(valid[:, None], points, 0)
+    devices = shards()
+    greedy = functools.partial(_greedy, k=k, candidates=min(CANDIDATES, n - 1), devices=devices)
+    if devices > 1:
+        points, valid = pad_rows(points, devices), pad_rows(valid, devices, False)
+        greedy = by_rows(greedy, (P(DATA), P(DATA), P(), P()), P())
+    return greedy(points, valid, jnp.asarray(first, jnp.int32), goal)
+
+
+def _greedy(
+    points: Float[Array, "n d"],
+    valid: Bool[Array, "n"],
+    first: Int[Array, ""],
+    goal: Int[Array, ""],
+    *,
+    k: int,
+    candidates: int,
+    devices: int,
+) -> Coreset:
+    """The selection among centered points; with several devices, on each of them, from its rows of all points."""
+    n, d = points.shape
     accepted = min(ACCEPTED, candidates)
     blocks = -(-n // ROWS)
     rows = -(-n // blocks)
-    points = points - jnp.where(valid[:, None], points, 0).sum(0) / jnp.maximum(valid.sum(), 1).astype(points.dtype)
-    points = jnp.where(valid[:, None], points, 0)
     blocked = jnp.pad(points, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
+    shard, gather, total, largest = 0, _same, _same, _same
+    if devices > 1:
+        shard, gather = jax.lax.axis_index(DATA), functools.partial(jax.lax.all_gather, axis_name=DATA, tiled=True)
+        total, largest = (functools.partial(f, axis_name=DATA) for f in (jax.lax.psum, jax.lax.pmax))
+
+    def look_up(index):
+        return total(points.at[own_rows(index, shard, n)].get(mode="fill", fill_value=0))
+
+    def farthest_of(nearest):
+        """One point more than there are candidates; of equally far ones those with the lowest indices."""
+        value, index = jax.lax.top_k(nearest, min(candidates + 1, n))
+        if devices == 1:
+            return value, index
+        value, position = jax.lax.top_k(gather(value), candidates + 1)
+        return value, gather(index + shard * n)[position]
+
+    def distances_between(pool):
+        """The squared distances within the pool, of which every device computes some rows."""
+        part = pad_rows(pool, devices).reshape(devices, -1, d)[shard]
+        return gather(squared_distances(part, pool))[:candidates]
 
     def shrink(nearest, centers, count):
         """The squared distances after `count` of these centers have joined."""
@@ -85,36 +127,39 @@ def greedy_coreset(
         return jax.lax.map(block, (blocked, padded)).reshape(-1)[:n]
 
     def one_pass(carry):
-        nearest, order, total, passes = carry
-        farthest, index = jax.lax.top_k(nearest, candidates + 1)
-        index = jnp.sort(index[:-1])
-        pool = points[index]
-        between = squared_distances(pool, pool)
+        nearest, order, count, passes = carry
+        farthest, index = farthest_of(nearest)
+        index, start = jax.lax.sort((index[:-1], farthest[:-1]), num_keys=1)
+        pool = look_up(index)
+        between = distances_between(pool)
 
         def more(inner):
-            near, _, count = inner
-            wanted = (count == 0) | (near.max() >= farthest[-1])
-            return wanted & (count < accepted) & (total + count < goal)
+            near, _, new = inner
+            wanted = (new == 0) | (near.max() >= farthest[-1])
+            return wanted & (new < accepted) & (count + new < goal)
 
         def accept(inner):
-            near, chosen, count = inner
+            near, chosen, new = inner
             best = jnp.argmax(near).astype(jnp.int32)
-            return jnp.minimum(near, between[best]).at[best].set(-1.0), chosen.at[count].set(best), count + 1
+            return jnp.minimum(near, between[best]).at[best].set(-1.0), chosen.at[new].set(best), new + 1
 
-        start = (nearest[index], jnp.zeros(accepted, jnp.int32), jnp.int32(0))
-        _, chosen, count = jax.lax.while_loop(more, accept, start)
-        nearest = shrink(nearest, pool[chosen], count)
-        taken = jnp.where(jnp.arange(accepted) < count, index[chosen], n)
-        nearest = nearest.at[taken].set(-1.0, mode="drop")
-        order = jax.lax.dynamic_update_slice(order, taken, (total,))
-        return nearest, order, total + count, passes + 1
+        _, chosen, new = jax.lax.while_loop(more, accept, (start, jnp.zeros(accepted, jnp.int32), jnp.int32(0)))
+        nearest = shrink(nearest, pool[chosen], new)
+        taken = jnp.where(jnp.arange(accepted) < new, index[chosen], devices * n)
+        nearest = nearest.at[own_rows(taken, shard, n)].set(-1.0, mode="drop")
+        order = jax.lax.dynamic_update_slice(order, taken, (count,))
+        return nearest, order, count + new, passes + 1
 
-    first = jnp.asarray(first, jnp.int32)
-    nearest = jnp.where(valid, squared_distances(points, points[first][None])[:, 0], -1.0).at[first].set(-1.0)
+    nearest = jnp.where(valid, squared_distances(points, look_up(first[None]))[:, 0], -1.0)
+    nearest = nearest.at[own_rows(first, shard, n)].set(-1.0, mode="drop")
     order = jnp.zeros(k + accepted, jnp.int32).at[0].set(first)
     carry = (nearest, order, jnp.int32(1), jnp.int32(1))
     if k > 1:
         carry = jax.lax.while_loop(lambda c: c[2] < goal, one_pass, carry)
-    nearest, order, total, passes = carry
-    index = jnp.where(jnp.arange(k) < total, order[:k], 0)
-    return Coreset(index, total, jnp.sqrt(jnp.maximum(nearest.max(), 0)), passes)
+    nearest, order, count, passes = carry
+    index = jnp.where(jnp.arange(k) < count, order[:k], 0)
+    return Coreset(index, count, jnp.sqrt(jnp.maximum(largest(nearest.max()), 0)), passes)
+
+
+def _same(x: Array) -> Array:
+    return x

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxad.ops.sharding import split
+
 HIGHEST = jax.lax.Precision.HIGHEST
 LEAST_SHRINKAGE = 1e-5
 """What keeps the covariance of two vectors, whose optimal shrinkage is 0, positive definite in float32."""
@@ -30,6 +32,7 @@ def moments_update(moments: Moments, x: Float[Array, "b *l d"], valid: Bool[Arra
 
     Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
+    x = _split(x)
     rows = valid.reshape(-1, *(1,) * (x.ndim - 1))
     count = jnp.sum(valid).astype(x.dtype)
     mean = jnp.where(rows, x, 0).sum(0) / jnp.maximum(count, 1)
@@ -85,6 +88,12 @@ def mahalanobis(
     x: Float[Array, "b *l d"], mean: Float[Array, "*l d"], factor: Float[Array, "*l d d"]
 ) -> Float[Array, "b *l"]:
     """Mahalanobis distances, from the lower Cholesky factor of the covariance; no inverse is formed."""
-    centered = jnp.moveaxis(x - mean, 0, -1)
+    centered = jnp.moveaxis(_split(x) - mean, 0, -1)
     white = jax.lax.linalg.triangular_solve(factor, centered, left_side=True, lower=True)
     return jnp.moveaxis(jnp.linalg.norm(white, axis=-2), -1, 0)
+
+
+def _split(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
+    """Shares the leading locations among devices, as the Gaussians are; from shares of the batch, every device would
+    add up all scatters."""
+    return x if x.ndim == 2 else split(x, 1)

@@ -1,12 +1,16 @@
 """Exact nearest neighbors: brute force as one matrix product in blocks, with a cheaper first pass for large banks."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxad.ops.sharding import DATA, by_rows, pad_rows, shards
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK_ELEMENTS = 1 << 22
@@ -124,26 +128,66 @@ def knn(
     Raises:
         ValueError: k is not within 1..m.
     """
-    n, m = query.shape[0], bank.shape[0]
+    m = bank.shape[0]
     if not 1 <= k <= m:
         raise ValueError(f"the number of neighbors must be within 1..{m} (the size of the bank), got {k}")
-    if sketch is None or 8 * _candidates(k) > m:
+    if sketch is None:
         norms = jnp.sum(bank * bank, 1)
         norms = norms if valid is None else jnp.where(valid, norms, jnp.inf)
-        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
     else:
-        partial, index, unproven = _in_blocks(lambda q: _two_passes(q, bank, k, sketch), query, m)
-
-        def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            partial, index, unproven = carry
-            rows = jnp.nonzero(unproven, size=min(RETRY, n), fill_value=n)[0]
-            found = _brute_force(query.at[rows].get(mode="clip"), bank, sketch.norms, k)
-            updates = zip(carry, (*found, jnp.zeros(rows.shape, bool)), strict=True)
-            partial, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
-            return partial, index, unproven
-
-        partial, index, _ = jax.lax.while_loop(lambda carry: carry[2].any(), retry, (partial, index, unproven))
+        norms = sketch.norms
+    nearest = _nearest if shards() == 1 else _nearest_of_shards
+    partial, index = nearest(query, bank, norms, k, sketch)
     return jnp.sqrt(jnp.maximum(partial + jnp.sum(query * query, 1)[:, None], 0)), index
+
+
+def _nearest(
+    query: Float[Array, "n d"],
+    bank: Float[Array, "m d"],
+    norms: Float[Array, "m"],
+    k: int,
+    sketch: Sketch | None,
+    least: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """Squared distances less the query's squared norm, and indices; those beyond `least` of the k-th may be wrong."""
+    n, m = query.shape[0], bank.shape[0]
+    if sketch is None or 8 * _candidates(k) > m:
+        return _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
+    partial, index, bound = _in_blocks(lambda q: _two_passes(q, bank, k, sketch), query, m)
+    unproven = ~(least(partial[:, -1]) + jnp.sum(query * query, 1) < bound)
+
+    def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        partial, index, unproven = carry
+        rows = jnp.nonzero(unproven, size=min(RETRY, n), fill_value=n)[0]
+        found = _brute_force(query.at[rows].get(mode="clip"), bank, norms, k)
+        updates = zip(carry, (*found, jnp.zeros(rows.shape, bool)), strict=True)
+        partial, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
+        return partial, index, unproven
+
+    return jax.lax.while_loop(lambda carry: carry[2].any(), retry, (partial, index, unproven))[:2]
+
+
+def _nearest_of_shards(
+    query: Float[Array, "n d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int, sketch: Sketch | None
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """As `_nearest`: every device finds the neighbors of all queries among its rows, of which the nearest remain."""
+    devices = shards()
+    bank, norms = pad_rows(bank, devices), pad_rows(norms, devices, jnp.inf)
+    rows = bank.shape[0] // devices
+    if sketch is not None:
+        sizes = pad_rows(sketch.sizes, devices, jnp.inf)
+        sketch = sketch._replace(rows=pad_rows(sketch.rows, devices), sizes=sizes, norms=norms)
+
+    def one_shard(query: Array, bank: Array, norms: Array, sketch: Sketch | None) -> tuple[Array, Array]:
+        least = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
+        partial, index = _nearest(query, bank, norms, min(k, rows), sketch, least)
+        index = index + jax.lax.axis_index(DATA) * rows
+        partial, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (partial, index))
+        value, position = jax.lax.top_k(-partial, k)  # equal distances stay in the order of their indices
+        return -value, jnp.take_along_axis(index, position, 1)
+
+    specs = (P(), P(DATA), P(DATA), None if sketch is None else Sketch(P(), P(), P(DATA), P(DATA), P(DATA)))
+    return by_rows(one_shard, specs, P())(query, bank, norms, sketch)
 
 
 def _in_blocks(look_up: Callable[[Array], tuple[Array, ...]], query: Float[Array, "n d"], m: int) -> tuple[Array, ...]:
@@ -177,8 +221,8 @@ def _brute_force(
 
 def _two_passes(
     q: Float[Array, "r d"], bank: Float[Array, "m d"], k: int, sketch: Sketch
-) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Bool[Array, "r"]]:
-    """As `_brute_force`, and for which queries the result is not proven."""
+) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Float[Array, "r"]]:
+    """As `_brute_force` among the candidates, and what the squared distance of every other row is at least."""
     d = q.shape[1]
     short = _sketch_rows(q - sketch.mean, sketch.basis)
     product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
@@ -195,5 +239,4 @@ def _two_passes(
 
     own = jnp.sum(q * q, 1)
     rounding = 2 * d * jnp.finfo(q.dtype).eps * (own + jnp.where(jnp.isfinite(sketch.norms), sketch.norms, 0).max())
-    unproven = ~(partial[:, -1] + own < bound[:, -1] + jnp.sum(short**2, 1) - rounding)
-    return partial, index, unproven
+    return partial, index, bound[:, -1] + jnp.sum(short**2, 1) - rounding
