@@ -81,7 +81,7 @@ def test_classes_at_once_are_the_classes_apart(name):
     assert_same_classes(name, state, scores)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_on_a_mesh(name, shape, monkeypatch):
     """Also with every part of the state sharded that can be, however small."""
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
