@@ -168,6 +168,39 @@ def cover(points, centers):
     return cdist(points.astype(np.float64), np.asarray(centers, np.float64)).min(1).max()
 
 
+def plain_stream(points, k):
+    """One point at a time, and a list of (rows, bound) a level: the centers and their bound."""
+    levels = [[]]
+
+    def thin(sets):
+        rows = np.concatenate([rows for rows, _ in sets])
+        chosen, radius = plain_greedy(rows, min(k, len(rows)))
+        return rows[chosen], radius + max(bound for _, bound in sets)
+
+    def push(i, one):
+        if i == len(levels):
+            levels.append([])
+        if sum(len(rows) for rows, _ in levels[i]) == FAN * k:
+            push(i + 1, thin(levels[i]))
+            levels[i] = []
+        levels[i].append(one)
+
+    for point in points:
+        push(0, (point[None], 0.0))
+    return thin([one for level in levels for one in level])
+
+
+@pytest.mark.parametrize("n", [41, 160, 161, 800, 801, 1500])
+def test_a_stream_is_a_counter(n):
+    """Centers and bound of two, three and four levels (40 + 160 points, 840, 3,400), full and one point past full."""
+    points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
+    (rows, size, bound), levels = streamed(points, 10, 64)
+    wanted, radius = plain_stream(points, 10)
+    assert size == 10 and levels == (2 if n <= 200 else 3 if n <= 840 else 4)
+    np.testing.assert_array_equal(rows, wanted)
+    np.testing.assert_allclose(bound, radius, rtol=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 2, 39, 40])
 def test_a_stream_that_fits_is_the_greedy_selection(n):
     points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
