@@ -46,6 +46,7 @@ CASES = {
     "patchcore": Case("patchcore", PATCHCORE, random=True),
     "patchcore-paper": Case("patchcore", PATCHCORE | dict(scoring="paper", reweight_neighbors=4), random=True),
     "patchcore-all": Case("patchcore", dict(layers=("layer2",), coreset_sampling_ratio=1.0)),
+    "patchcore-stream": Case("patchcore", PATCHCORE | dict(coreset_size=48), random=True),
     "patchcore-ensemble": Case("patchcore", PATCHCORE, ("pdn_small", "pdn_small"), random=True),
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),

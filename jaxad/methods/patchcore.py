@@ -6,13 +6,16 @@ algorithm 1). A patch scores its distance to its nearest neighbors in the bank, 
 (Eq. 6), optionally re-weighted by how far the nearest bank entry lies from its own neighbors (Eq. 7). The heat map is
 the upsampled patch scores, smoothed.
 Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them three times 128 / c of that for the
-projection as it is, centered and in blocks, and the ratio of that for the bank. Scoring holds the bank.
+projection as it is, centered and in blocks, and the ratio of that for the bank. With a `coreset_size` of k it holds no
+more than 4 k rows of 4 c bytes for each of L levels, L - 1 < log4(1 + 3 n h w / (4 k)), and at its end the same extra:
+the bank is chosen while the images stream in (`jaxad.ops.coreset`). Scoring holds the bank.
 
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
 Differences: the stacked channels are kept as they are (1,536 for a ResNet-50) instead of being averaged in groups down
     to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are
-    put on one scale by the spread of their banks, not by the minimum and maximum over the test set.
+    put on one scale by the spread of their banks, not by the minimum and maximum over the test set; with
+    `coreset_size` the coreset is merged from those of parts of the stream, and depends on the order of the images.
 Results: experiments/recipes/patchcore.py
 """
 
@@ -25,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
-from jaxad.ops.coreset import greedy_coreset
+from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.ops.sharding import take_rows
@@ -47,8 +50,8 @@ class PatchcoreBank(NamedTuple):
     bank: Float[Array, "m c"]
     size: Int[Array, ""]
     radius: Float[Array, ""]
-    """Largest distance of a training patch to the bank, in the projected space in which it was chosen; after `update` a
-    bound of it."""
+    """Largest distance of a training patch to the bank, in the projected space in which it was chosen; a bound of it
+    with `coreset_size` and after `update`."""
     sketch: Sketch | None
     """What makes looking up faster; None for a small bank."""
 
@@ -60,6 +63,7 @@ def patchcore(
     image_size: tuple[int, int] = (224, 224),
     patch_size: int = 3,
     coreset_sampling_ratio: float = 0.1,
+    coreset_size: int | None = None,
     projection_dim: int | None = 128,
     num_neighbors: int = 1,
     scoring: Literal["official", "paper"] = "official",
@@ -74,6 +78,8 @@ def patchcore(
         image_size: (height, width) of the images, which is that of the heat map.
         patch_size: Side of the neighborhood that a patch feature averages.
         coreset_sampling_ratio: Share of the patches kept, in (0, 1]; 1 keeps all.
+        coreset_size: Patches kept, whatever the ratio; they are chosen as the images stream in, in memory for a few
+            times as many patches. None holds all patches and keeps a share.
         projection_dim: Dimensions of the Gaussian random projection for the selection; None for no projection.
         num_neighbors: Neighbors whose mean distance a patch scores.
         scoring: "official" takes the maximum over patches, "paper" re-weights it (Eq. 7).
@@ -85,6 +91,8 @@ def patchcore(
     """
     if not 0 < coreset_sampling_ratio <= 1:
         raise ValueError(f"coreset_sampling_ratio must be in (0, 1], got {coreset_sampling_ratio}")
+    if coreset_size is not None and coreset_size < 1:
+        raise ValueError(f"coreset_size must be 1 or more, or None for a share of the patches, got {coreset_size}")
     for name, value in (("patch_size", patch_size), ("num_neighbors", num_neighbors)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -99,6 +107,7 @@ def patchcore(
         image_size=image_size,
         patch_size=patch_size,
         ratio=coreset_sampling_ratio,
+        coreset_size=coreset_size,
         projection_dim=projection_dim,
         num_neighbors=num_neighbors,
         reweight=reweight_neighbors if scoring == "paper" else 0,
@@ -112,7 +121,7 @@ def patchcore(
 
 
 def _single(
-    backbone: str, layers, image_size, patch_size, ratio, projection_dim, num_neighbors, reweight, sigma
+    backbone: str, layers, image_size, patch_size, ratio, coreset_size, projection_dim, num_neighbors, reweight, sigma
 ) -> Method:
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
 
@@ -139,6 +148,23 @@ def _single(
         points, valid = state.patches.reshape(n * p, -1), jnp.repeat(state.seen, p)
         return _thin(key, points, valid, max(1, round(ratio * n * p)), jnp.maximum(size, 1), projection_dim)
 
+    def init_stream(key: Key, frozen: Frozen, spec: PyTree) -> CoresetStream:
+        del frozen
+        n, h, w, c = jax.eval_shape(describe, spec).shape
+        return stream_init(n * h * w, min(coreset_size, n * h * w), c, _projection(key, c, projection_dim))
+
+    def thin_stream(key: Key, state: CoresetStream, frozen: Frozen, batch: Batch) -> tuple[CoresetStream, dict]:
+        del key, frozen
+        patches = describe(batch.x)
+        _, h, w, c = patches.shape
+        return stream_update(state, patches.reshape(-1, c), jnp.repeat(batch.valid, h * w)), {}
+
+    def finish_stream(key: Key, state: CoresetStream, frozen: Frozen) -> PatchcoreBank:
+        del frozen
+        first_key, _ = jax.random.split(key)  # the first center of `_thin`
+        first = jax.random.randint(first_key, (), 0, jnp.maximum(state.count.sum(), 1))
+        return _bank(*stream_finish(state, first))
+
     def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
         query = describe(x)
@@ -157,7 +183,17 @@ def _single(
             image = image * _reweight(feature, center, state.bank, valid, min(reweight, state.bank.shape[0]))
         return Scores(image, upsample_blur(patch.reshape(b, h, w), image_size, sigma))
 
-    return Method(features(backbone, layers), init, (Stage("collect", collect, thin),), score)
+    embed = features(backbone, layers)
+    if coreset_size is not None:
+        return Method(embed, init_stream, (Stage("collect", thin_stream, finish_stream),), score)
+    return Method(embed, init, (Stage("collect", collect, thin),), score)
+
+
+def _projection(key: Key, c: int, projection_dim: int | None) -> Float[Array, "c e"] | None:
+    """A Gaussian random projection; None where it would not shorten."""
+    if projection_dim is None or projection_dim >= c:
+        return None
+    return jax.random.normal(key, (c, projection_dim)) / jnp.sqrt(jnp.float32(projection_dim))
 
 
 def _thin(

@@ -1,4 +1,4 @@
-"""Greedy k-center coresets: exact, but many centers a pass over the points instead of one."""
+"""Greedy k-center coresets: exact, but many centers a pass over the points instead of one; and those of a stream."""
 
 import functools
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards
 CANDIDATES = 1024
 ACCEPTED = 256
 ROWS = 8192
+FAN = 4
+"""Sets of k centers that a stream thins to one: more make fewer levels, each of which holds more."""
 
 
 class Coreset(NamedTuple):
@@ -163,3 +165,118 @@ def _greedy(
 
 def _same(x: Array) -> Array:
     return x
+
+
+class CoresetStream(NamedTuple):
+    """A stream of points, thinned as they come: see `stream_init`."""
+
+    rows: Float[Array, "l b d"]
+    """Level 0 holds points as they come, level i + 1 what is left of full levels i. Every row is a point of the
+    stream."""
+    count: Int[Array, "l"]
+    """The first rows of every level, so many, count."""
+    radius: Float[Array, "l"]
+    """Bound of the distance from any point that a level has taken the place of to the rows of that level."""
+    project: Float[Array, "d e"] | None
+    """Where given, distances are those of `points @ project`."""
+
+
+def stream_init(n: int, k: int, d: int, project: Float[Array, "d e"] | None = None) -> CoresetStream:
+    """An empty stream, thinned to k centers as its points come, by merge and reduce.
+
+    Every level has room for `FAN` * k rows. A level that is full when it has to take more is thinned to k rows by
+    `greedy_coreset`, which go to the level above, as digits are carried by a counter in base `FAN`; at the end
+    `stream_finish` thins what all levels hold. For n points that makes L levels, the fewest with
+    k (`FAN` + `FAN`^2 + ... + `FAN`^L) >= n, and about 1 / (`FAN` - 1) more work than thinning every buffer once. A
+    stream that fits into level 0 gives the very centers of `greedy_coreset`. More than n points are taken as well: the
+    last level is then thinned in its place, again and again.
+
+    A row stands for points within the sum of the radii of the reductions that led to it (triangle inequality), which
+    `radius` keeps: what comes out is a proven bound for the points seen.
+
+    A priori, the covering radius of the centers is at most 2 L times that of the centers that `greedy_coreset` chooses
+    among all points at once. Proof: let a reduction have the radius r. Its k centers and the point farthest from them
+    lie pairwise at least r apart, and all k + 1 are points of the stream. Of any k balls that cover the stream one
+    holds two of them, so the balls have a radius of at least r / 2: those around the centers chosen at once, and the
+    smallest possible ones. No point of n goes through more than L reductions, and each adds its r at most.
+
+    Source: Har-Peled, Mazumdar, On coresets for k-means and k-median clustering, 2004 (after Bentley, Saxe,
+    Decomposable searching problems, 1980); Gonzalez, 1985.
+
+    Args:
+        n: Points that the levels make room for.
+        k: Centers wanted.
+        d: Length of a point.
+        project: Where given, distances are taken after this linear map, while the rows are kept whole.
+    """
+    levels = 1
+    while k * sum(FAN ** (i + 1) for i in range(levels)) < n:
+        levels += 1
+    return CoresetStream(jnp.zeros((levels, FAN * k, d)), jnp.zeros(levels, jnp.int32), jnp.zeros(levels), project)
+
+
+def stream_update(
+    stream: CoresetStream, points: Float[Array, "m d"], valid: Bool[Array, "m"] | None = None
+) -> CoresetStream:
+    """The stream after more points, in their order; how they are cut into batches makes no difference.
+
+    Args:
+        stream: What has been seen.
+        points: Any number of points.
+        valid: Points that count; all if None.
+    """
+    room = stream.rows.shape[1]
+    valid = jnp.ones(points.shape[0], bool) if valid is None else valid
+    rank = jnp.cumsum(valid, dtype=jnp.int32) - 1
+    total = rank[-1] + 1
+
+    def append(carry: tuple[CoresetStream, Array]) -> tuple[CoresetStream, Array]:
+        stream, done = carry
+        stream = jax.lax.while_loop(lambda s: s.count[0] == room, _reduce, stream)
+        start = stream.count[0]
+        place = jnp.where(valid & (rank >= done), start + rank - done, room)
+        taken = jnp.minimum(total - done, room - start)
+        rows = stream.rows.at[0, place].set(points, mode="drop")
+        return stream._replace(rows=rows, count=stream.count.at[0].add(taken)), done + taken
+
+    return jax.lax.while_loop(lambda carry: carry[1] < total, append, (stream, jnp.int32(0)))[0]
+
+
+def _reduce(stream: CoresetStream) -> CoresetStream:
+    """Thins the lowest full level with room above it, or the last if there is none; level 0 is full."""
+    levels, room, _ = stream.rows.shape
+    k = room // FAN
+    source = jnp.argmin(jnp.append(stream.count == room, False)) - 1
+    target = jnp.minimum(source + 1, levels - 1)
+    points = stream.rows[source]
+    found = greedy_coreset(_projected(points, stream.project), k)
+    count, radius = stream.count.at[source].set(0), stream.radius.at[source].set(0)
+    return stream._replace(
+        rows=jax.lax.dynamic_update_slice(stream.rows, points[found.index][None], (target, count[target], 0)),
+        count=count.at[target].add(k),
+        radius=radius.at[target].max(stream.radius[source] + found.radius),
+    )
+
+
+def stream_finish(
+    stream: CoresetStream, first: Int[Array, ""] | int = 0
+) -> tuple[Float[Array, "k d"], Int[Array, ""], Float[Array, ""]]:
+    """The centers of the points seen.
+
+    Args:
+        stream: What has been seen.
+        first: Which of the `count.sum()` rows held is the first center.
+
+    Returns:
+        The centers, how many of them count (k, or the number of points where that is smaller), and a bound of the
+        distance of any point of the stream to its nearest center.
+    """
+    _, room, d = stream.rows.shape
+    rows, valid = stream.rows.reshape(-1, d), (jnp.arange(room) < stream.count[:, None]).reshape(-1)
+    start = jnp.searchsorted(jnp.cumsum(valid, dtype=jnp.int32), jnp.asarray(first, jnp.int32) + 1)
+    found = greedy_coreset(_projected(rows, stream.project), room // FAN, start, valid)
+    return rows[found.index], found.size, stream.radius.max() + found.radius
+
+
+def _projected(points: Float[Array, "n d"], project: Float[Array, "d e"] | None) -> Float[Array, "n _"]:
+    return points if project is None else jnp.matmul(points, project, precision=jax.lax.Precision.HIGHEST)

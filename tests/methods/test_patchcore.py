@@ -10,6 +10,8 @@ from scipy.spatial.distance import cdist
 
 from jaxad.base import Batch
 from jaxad.methods.patchcore import PatchcoreBank, patchcore, update
+from tests.cases import CASES, IMAGE_SIZE
+from tests.test_conformance import KEY, ROWS, B, N, fitted, learn, spec_of, stacked
 
 add = jax.jit(update, static_argnames=("size", "projection_dim"))
 GRID, COARSE, SIZE = (4, 4), (2, 2), (16, 16)
@@ -101,6 +103,38 @@ def test_projection_keeps_the_features_whole():
     assert cdist(np.asarray(bank.bank), patches(TRAIN).reshape(96, -1)).min(1).max() < 1e-5
 
 
+def test_a_streamed_bank_that_fits_is_the_bank():
+    options = OPTIONS | dict(projection_dim=None)
+    wanted = fit(patchcore(coreset_sampling_ratio=0.25, **options), TRAIN)
+    bank = fit(patchcore(coreset_size=24, **options), TRAIN)
+    np.testing.assert_array_equal(bank.bank, wanted.bank)
+    assert bank.size == 24 and bank.radius == wanted.radius
+
+
+@pytest.mark.parametrize("size", [1, 3, 20, 1000])
+def test_a_streamed_bank_covers_all_patches_within_its_radius(size):
+    """So a score is at most the radius above that of all patches."""
+    method = patchcore(coreset_size=size, projection_dim=None, **OPTIONS)
+    bank, everything = fit(method, TRAIN), patches(TRAIN).reshape(96, -1)
+    assert bank.bank.shape == (min(size, 96), 7) and bank.size == min(size, 96)
+    assert cdist(np.asarray(bank.bank), everything).min(1).max() < 1e-5  # each is one of the patches
+    assert cdist(everything, np.asarray(bank.bank)).min(1).max() <= float(bank.radius) + 1e-5
+    scores = jax.jit(method.score)(bank, None, TEST).image
+    least = cdist(patches(TEST).reshape(48, -1), everything).min(1).reshape(3, 16).max(1)
+    assert (scores >= least - 1e-5).all() and (scores <= least + bank.radius + 1e-5).all()
+
+
+def test_a_streamed_bank_scores_about_as_one_chosen_at_once():
+    case, at_once = CASES["patchcore"], fitted("patchcore")
+    size = int(at_once.state.size)
+    method = patchcore(backbone=case.backbone, image_size=IMAGE_SIZE, coreset_size=size, **case.hyperparameters)
+    state = jax.jit(learn(method, ROWS))(KEY, at_once.frozen, stacked(at_once.train, N, B))
+    room = jax.eval_shape(method.init, KEY, at_once.frozen, spec_of(at_once.train, ROWS)).rows.shape
+    assert room[0] > 1  # it did not fit
+    wanted = at_once.score(at_once.state, at_once.frozen, at_once.test).image
+    np.testing.assert_allclose(jax.jit(method.score)(state, at_once.frozen, at_once.test).image, wanted, rtol=0.15)
+
+
 def test_update_adds_new_normal_images():
     method = patchcore(coreset_sampling_ratio=1.0, **OPTIONS)
     old, new = fit(method, TRAIN), fit(method, TEST)
@@ -151,8 +185,9 @@ def test_update_of_another_width():
         update(jax.random.key(0), a, b)
 
 
-def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank():
-    options = OPTIONS | dict(coreset_sampling_ratio=0.25)
+@pytest.mark.parametrize("coreset", [{"coreset_sampling_ratio": 0.25}, {"coreset_size": 5}])
+def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank(coreset):
+    options = OPTIONS | coreset
     names = ("pdn_small", "resnet18")
     ensemble = patchcore(**options | dict(backbone=names))
     members = [patchcore(**options | dict(backbone=name)) for name in names]
@@ -176,6 +211,7 @@ def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank():
     [
         ({"coreset_sampling_ratio": 0.0}, r"coreset_sampling_ratio must be in \(0, 1\], got 0.0"),
         ({"coreset_sampling_ratio": 1.5}, r"coreset_sampling_ratio must be in \(0, 1\], got 1.5"),
+        ({"coreset_size": 0}, "coreset_size must be 1 or more, or None for a share of the patches, got 0"),
         ({"patch_size": 0}, "patch_size must be 1 or more, got 0"),
         ({"num_neighbors": 0}, "num_neighbors must be 1 or more, got 0"),
         ({"scoring": "paper", "reweight_neighbors": 1}, r"reweight_neighbors must be 2 or more .* got 1"),

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.spatial.distance import cdist
 
 from jaxad.ops import coreset as module
-from jaxad.ops.coreset import greedy_coreset
+from jaxad.ops.coreset import FAN, greedy_coreset, stream_finish, stream_init, stream_update
 
 jitted = jax.jit(greedy_coreset, static_argnums=1)
+append = jax.jit(stream_update)
+finish = jax.jit(stream_finish)
 
 
 def distances(points):
@@ -148,3 +151,159 @@ def test_copies_do_not_cost_a_pass_each():
     found = jax.jit(lambda p: greedy_coreset(p, 600))(points)
     assert len(set(np.asarray(found.index).tolist())) == 600 and found.size == 600
     assert found.radius < 1e-2 and found.passes < 30
+
+
+def streamed(points, k, batch, n=None, project=None, first=0):
+    """The centers of points that come in full batches, the last of them filled up with NaN; and the levels."""
+    stream = stream_init(n or len(points), k, points.shape[1], project)
+    for i in range(0, len(points), batch):
+        part = points[i : i + batch]
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0)), constant_values=np.nan)
+        stream = append(stream, jnp.asarray(padded), jnp.arange(batch) < len(part))
+    return finish(stream, first), stream.rows.shape[0]
+
+
+def cover(points, centers):
+    """The covering radius, in float64."""
+    return cdist(points.astype(np.float64), np.asarray(centers, np.float64)).min(1).max()
+
+
+def plain_stream(points, k):
+    """One point at a time, and a list of (rows, bound) a level: the centers and their bound."""
+    levels = [[]]
+
+    def thin(sets):
+        rows = np.concatenate([rows for rows, _ in sets])
+        chosen, radius = plain_greedy(rows, min(k, len(rows)))
+        return rows[chosen], radius + max(bound for _, bound in sets)
+
+    def push(i, one):
+        if i == len(levels):
+            levels.append([])
+        if sum(len(rows) for rows, _ in levels[i]) == FAN * k:
+            push(i + 1, thin(levels[i]))
+            levels[i] = []
+        levels[i].append(one)
+
+    for point in points:
+        push(0, (point[None], 0.0))
+    return thin([one for level in levels for one in level])
+
+
+@pytest.mark.parametrize("n", [41, 160, 161, 800, 801, 1500])
+def test_a_stream_is_a_counter(n):
+    """Centers and bound of two, three and four levels (40 + 160 points, 840, 3,400), full and one point past full."""
+    points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
+    (rows, size, bound), levels = streamed(points, 10, 64)
+    wanted, radius = plain_stream(points, 10)
+    assert size == 10 and levels == (2 if n <= 200 else 3 if n <= 840 else 4)
+    np.testing.assert_array_equal(rows, wanted)
+    np.testing.assert_allclose(bound, radius, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 39, 40])
+def test_a_stream_that_fits_is_the_greedy_selection(n):
+    points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
+    (rows, size, radius), levels = streamed(points, 10, 7, first=n - 1)
+    wanted, _ = plain_greedy(points, min(10, n), n - 1)
+    assert levels == 1 and size == min(10, n)
+    np.testing.assert_array_equal(rows[:size], points[wanted])
+    np.testing.assert_allclose(radius, cover(points, points[wanted]), rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    points=hnp.arrays(np.float32, (170, 2), elements=st.integers(-40, 40).map(lambda i: i / 8)),
+    n=st.integers(1, 170),
+    drift=st.integers(0, 2),
+)
+def test_the_radius_of_a_stream_is_bounded(points, n, drift):
+    """By what the state has kept, and by 2 L times that of all at once; the centers are points."""
+    points = (points + drift * np.arange(170, dtype=np.float32)[:, None] / 8)[:n]
+    (rows, size, bound), levels = streamed(points, 2, 16, n=170)  # 2 * (4 + 16 + 64) = 168 < 170: four levels
+    rows = np.asarray(rows)[:size]
+    assert levels == 4 and size == min(2, n) and cdist(rows, points).min(1).max() == 0
+    radius, at_once = cover(points, rows), plain_greedy(points, min(2, n))[1]
+    rounding = 1e-2  # a squared radius is exact to 1e-6 of the largest squared distance
+    assert radius <= bound + rounding and bound <= 2 * levels * at_once + levels * rounding
+
+
+@pytest.mark.parametrize("order", ["random", "sorted"])
+def test_a_stream_covers_nearly_as_well_as_all_at_once(order):
+    rng = np.random.default_rng(0)
+    points = (rng.normal(size=(40, 8))[rng.integers(0, 40, 5000)] * 4 + rng.normal(size=(5000, 8))).astype(np.float32)
+    points = points[points[:, 0].argsort()] if order == "sorted" else points
+    (rows, _, bound), levels = streamed(points, 50, 999)
+    radius, at_once = cover(points, rows), float(jitted(jnp.asarray(points), 50).radius)
+    assert levels == 4 and radius <= bound <= 2 * levels * at_once
+    assert radius <= 1.25 * at_once
+
+
+def test_batches_of_a_stream_do_not_matter():
+    points = np.random.default_rng(1).normal(size=(500, 4)).astype(np.float32)
+    wanted, _ = streamed(points, 8, 500)
+    for batch in (1, 30, 32, 33, 499):
+        jax.tree.map(np.testing.assert_array_equal, streamed(points, 8, batch)[0], wanted)
+
+
+def test_room_for_more_points_does_not_matter():
+    points = np.random.default_rng(2).normal(size=(500, 4)).astype(np.float32)
+    wanted, levels = streamed(points, 8, 100)
+    got, more = streamed(points, 8, 100, n=50_000)
+    assert more > levels
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+
+
+def test_a_stream_longer_than_its_room():
+    points = np.random.default_rng(3).normal(size=(700, 4)).astype(np.float32)
+    for n in (1, 300):
+        (rows, size, bound), _ = streamed(points, 8, 64, n=n)
+        assert size == 8 and cdist(rows, points).min(1).max() == 0
+        assert cover(points, rows) <= bound
+
+
+def test_a_stream_skips_invalid_points_anywhere():
+    points = np.random.default_rng(4).normal(size=(300, 3)).astype(np.float32)
+    valid = np.random.default_rng(5).random(300) < 0.6
+    poisoned = np.where(valid[:, None], points, np.nan).astype(np.float32)
+    stream = append(stream_init(300, 6, 3), jnp.asarray(poisoned), jnp.asarray(valid))
+    empty = append(stream, jnp.full((5, 3), jnp.nan), jnp.zeros(5, bool))
+    wanted, _ = streamed(points[valid], 6, 300, n=300)
+    for one in (stream, empty):
+        jax.tree.map(np.testing.assert_array_equal, finish(one), wanted)
+
+
+def test_a_projected_stream_keeps_whole_rows():
+    points = np.random.default_rng(6).normal(size=(300, 5)).astype(np.float32)
+    first_two = jnp.eye(5, 2)
+    (rows, _, bound), _ = streamed(points, 6, 50, project=first_two)
+    (short, _, wanted), _ = streamed(points[:, :2], 6, 50)
+    np.testing.assert_array_equal(rows[:, :2], short)
+    assert cdist(rows, points).min(1).max() == 0 and bound == wanted
+
+
+def test_a_stream_under_scan_and_vmap_equals_a_loop():
+    points = jnp.asarray(np.random.default_rng(7).normal(size=(2, 10, 25, 3)), jnp.float32)
+    valid = jnp.arange(250).reshape(10, 25) < jnp.array([250, 130])[:, None, None]
+
+    @jax.jit
+    @jax.vmap
+    def together(points, valid):
+        return finish(jax.lax.scan(lambda s, b: (append(s, *b), None), stream_init(250, 6, 3), (points, valid))[0])
+
+    found = together(points, valid)
+    for i, n in enumerate((250, 130)):
+        wanted, _ = streamed(np.asarray(points[i]).reshape(-1, 3)[:n], 6, 25, n=250)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), found, wanted)
+
+
+def test_the_memory_of_a_stream_grows_with_the_logarithm():
+    def size(n):
+        stream = jax.eval_shape(lambda: stream_init(n, 1000, 64))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stream))
+
+    sizes = [size(784 * images) for images in (10**4, 10**6, 10**8)]
+    level = FAN * 1000 * 64 * 4
+    assert sizes[0] < 8 * level
+    for smaller, larger in itertools.pairwise(sizes):
+        assert larger - smaller <= 1.01 * level * np.ceil(np.log(100) / np.log(FAN))
