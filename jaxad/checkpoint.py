@@ -20,8 +20,8 @@ class Saver:
         identity: What tells this fit from others, as JSON values.
     """
 
-    STRIDE = 1 << 32
-    """Orbax numbers checkpoints by one integer: stage * STRIDE + step."""
+    STRIDE = 1 << 26
+    """Orbax numbers checkpoints by one integer of 31 bits: stage * STRIDE + step."""
 
     def __init__(self, directory: str | Path | None, seconds: float, identity: dict[str, Any]) -> None:
         self._directory = None if directory is None else Path(directory).absolute()
