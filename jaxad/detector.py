@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 import jaxad.backbones
@@ -19,7 +20,8 @@ from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
 from jaxad.embedding import EmbeddingCache
-from jaxad.fit import Progress, abstract_state, fit, score
+from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
+from jaxad.mesh import fetch
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
@@ -127,6 +129,7 @@ class Detector:
         *,
         category: str | None = None,
         mask_threshold: int = 0,
+        mesh: Mesh | None = None,
         cache: EmbeddingCache | None = None,
         checkpoint_dir: str | Path | None = None,
         progress: Progress | None = None,
@@ -137,6 +140,7 @@ class Detector:
             source: What `jaxad.data.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
             mask_threshold: A mask pixel counts where it is above.
+            mesh: Of `jaxad.make_mesh`, to spread one class over its axis "data"; None: one device.
             cache: Embedded images shared between detectors; they must share `frozen` too.
             checkpoint_dir: Where progress is kept so that a killed run resumes.
             progress: Called with what is done, the images done and the images in all.
@@ -145,37 +149,16 @@ class Detector:
             The detector itself.
         """
         data = source if isinstance(source, Dataset) else self._one(source, category, mask_threshold, "train")
-        method, frozen = self._build(data.image_size), self.load_frozen()
-        key = jax.random.key(self.seed)
-        held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
-        order = np.random.default_rng(self.seed).permutation(len(data))
-        chosen, held = np.sort(order[held_out:]), np.sort(order[:held_out])
-        options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
-        learned = fit(
-            method, frozen, data.subset(chosen) if held_out else data, key, checkpoint_dir=checkpoint_dir, **options
-        )
-        self.state, self.n_train, self.n_heldout = learned.state, len(chosen), held_out
-        self.seconds = {"compile": learned.compile_seconds, "fit": learned.run_seconds}
-        self.image_threshold = self.pixel_threshold = self.normal_level = None
-        if held_out:
-            started = time.perf_counter()
-            if progress:
-                options["progress"] = lambda _, done, total: progress("threshold", done, total)
-            image, highest, median = [], [], []
-            for _, scores in score(method, self.state, frozen, data.subset(held), **options):
-                image.append(scores.image)
-                if scores.pixel is not None:
-                    highest.append(scores.pixel.max((1, 2)))
-                    median.append(np.median(scores.pixel, (1, 2)))
-            self.image_threshold = conformal_threshold(np.concatenate(image), self.fpr)
-            if highest:
-                self.pixel_threshold = conformal_threshold(np.concatenate(highest), self.fpr)
-                self.normal_level = float(np.median(np.concatenate(median)))
-            self.seconds["threshold"] = time.perf_counter() - started
+        fit_together([self], [data], mesh=mesh, cache=cache, checkpoint_dir=checkpoint_dir, progress=progress)
         return self
 
     def score(
-        self, data: Dataset, *, cache: EmbeddingCache | None = None, progress: Progress | None = None
+        self,
+        data: Dataset,
+        *,
+        mesh: Mesh | None = None,
+        cache: EmbeddingCache | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[tuple[np.ndarray, Scores]]:
         """Scores batch by batch: yields (indices, `Scores`); memory does not grow with the number of images.
 
@@ -188,7 +171,12 @@ class Detector:
             raise ValueError(
                 f"images must be {self._built[0]} (height, width) as in fit, got {data.image_size}: set image_size"
             )
-        options: dict[str, Any] = {"batch_size": self.batch_size, "cache": cache, "progress": progress}
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "mesh": mesh,
+            "cache": cache,
+            "progress": progress,
+        }
         return score(self._built[1], self.state, self.load_frozen(), data, **options)
 
     def color_limits(self) -> tuple[float, float] | None:
@@ -231,7 +219,7 @@ class Detector:
             "n_train": self.n_train,
             "normal_level": self.normal_level,
         }
-        artifact.save_state(directory, self.state)
+        artifact.save_state(directory, fetch(self.state))
         both = thresholds.Thresholds(self.image_threshold, self.pixel_threshold)
         artifact.write_json(Path(directory) / "threshold.json", thresholds.pair_to_json(both))
         artifact.save_description(directory, description)
@@ -265,6 +253,25 @@ class Detector:
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
+    def _split(self, data: Dataset) -> tuple[Dataset, Dataset]:
+        """The images to learn from, and those held out."""
+        held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
+        if not held_out:
+            return data, data.subset([])
+        order = np.random.default_rng(self.seed).permutation(len(data))
+        return data.subset(np.sort(order[held_out:])), data.subset(np.sort(order[:held_out]))
+
+    def _set_thresholds(self, parts: Sequence["_Normal"]) -> None:
+        """From held-out images, if there are any."""
+        self.image_threshold = self.pixel_threshold = self.normal_level = None
+        if not parts:
+            return
+        image, highest, median = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self.image_threshold = conformal_threshold(image, self.fpr)
+        if highest.size:
+            self.pixel_threshold = conformal_threshold(highest, self.fpr)
+            self.normal_level = float(np.median(median))
+
     def _build(self, image_size: tuple[int, int]) -> Method:
         """The method for images of that size."""
         if self._built is None or self._built[0] != image_size:
@@ -292,6 +299,80 @@ class Detector:
             raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")
         only = next(iter(opened.values()))
         return only.train if split == "train" or only.test is None else only.test
+
+
+class _Normal(NamedTuple):
+    """What thresholds are made of; one entry an image, none where there is no heat map."""
+
+    image: np.ndarray
+    highest: np.ndarray
+    median: np.ndarray
+
+
+def _normal(scores: Scores) -> _Normal:
+    pixel = np.empty((0, 1, 1)) if scores.pixel is None else scores.pixel
+    return _Normal(np.asarray(scores.image), pixel.max((1, 2)), np.median(pixel, (1, 2)))
+
+
+def fit_together(
+    detectors: Sequence[Detector],
+    datasets: Sequence[Dataset],
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    cache: EmbeddingCache | None = None,
+    checkpoint_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """Fits several detectors, which differ in their seeds at most, in one program, and sets their thresholds.
+
+    Args:
+        detectors: Fitted in place, each as if on its own.
+        datasets: The normal images for each, of one size.
+        mesh: As for `jaxad.fit.fit_classes`, like the rest.
+        classes_per_step: So many at a time; None: all.
+        cache: Embedded images shared with other calls.
+        checkpoint_dir: Where progress is kept so that a killed run resumes.
+        progress: Called with what is done, the images done and the images in all.
+
+    Returns:
+        Their states: for several detectors with the leading axis that `jaxad.fit.score_classes` wants.
+    """
+    first, several = detectors[0], len(detectors) > 1
+    methods = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)]
+    method, frozen = methods[0], first.load_frozen()
+    parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
+    chosen, held = [part[0] for part in parts], [part[1] for part in parts]
+    keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
+    options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
+    steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
+    kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir)
+    if several:
+        learned = fit_classes(method, frozen, chosen, keys, **options, **steps, **kept)
+    else:
+        learned = fit(method, frozen, chosen[0], keys[0], **options, **kept)
+    started = time.perf_counter()
+    if progress:
+        options["progress"] = lambda _, done, total: progress("threshold", done, total)
+    if several:
+        stream = score_classes(method, learned.state, frozen, held, **options, **steps)
+    else:
+        stream = ((0, *part) for part in score(method, learned.state, frozen, held[0], **options))
+    found: list[list[_Normal]] = [[] for _ in detectors]
+    for i, _, scores in stream:
+        found[i].append(_normal(scores))
+    seconds = time.perf_counter() - started
+    total = sum(map(len, chosen))
+    for i, detector in enumerate(detectors):
+        detector._built, detector.frozen = first._built, frozen
+        detector.state = class_state(method, frozen, learned.state, i, chosen[i]) if several else learned.state
+        detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
+        share = len(chosen[i]) / total
+        detector.seconds = {"compile": learned.compile_seconds * share, "fit": learned.run_seconds * share}
+        detector._set_thresholds(found[i])
+        if found[i]:
+            detector.seconds["threshold"] = seconds * share
+    return learned.state
 
 
 _SAVED = (

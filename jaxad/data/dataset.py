@@ -130,6 +130,12 @@ class Dataset:
         return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen))
 
 
+def unite(datasets: Sequence[Dataset], category: str) -> Dataset:
+    """The images of several categories as one."""
+    records = tuple(record for data in datasets for record in data.records)
+    return dataclasses.replace(datasets[0], category=category, records=records)
+
+
 def open_data(
     source: Any,
     *,

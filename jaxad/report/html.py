@@ -61,7 +61,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         *_metrics(runs),
     ]
     for number, run in enumerate(runs):
-        page += _run(number, run, unfolded=len(runs) <= OPEN_RUNS)
+        page += _run(number, run, len(runs) <= OPEN_RUNS, len(_distinct(runs, "seed")) > 1)
     page.append("</body></html>\n")
     with replacing(out) as temporary:
         temporary.write_text("".join(page), encoding="utf-8", errors="backslashreplace")
@@ -85,8 +85,11 @@ def _header(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _metrics(runs: Sequence[Run]) -> Iterator[str]:
-    labels = ([_text(run, name) for name in ("method", "dataset", "category")] for run in runs)
-    rows = [Row(*label, metrics=run.metrics, reasons=run.reasons) for label, run in zip(labels, runs, strict=True)]
+    labels = [tuple(_text(run, name) for name in ("method", "dataset", "category")) for run in runs]
+    rows = [
+        Row(*label, metrics=run.metrics, reasons=run.reasons, seed=run.recipe.get("seed", 0))
+        for label, run in zip(labels, runs, strict=True)
+    ]
     names = metric_names(rows)
     if not names:
         return
@@ -97,17 +100,17 @@ def _metrics(runs: Sequence[Run]) -> Iterator[str]:
     yield "".join(f'<th class="group" colspan="{span}">{escape(kind)}</th>' for kind, span in spans.items())
     yield "</tr><tr>" + "".join(f'<th class="number">{escape(name.partition("_")[2])}</th>' for name in names)
     yield "</tr></thead><tbody>"
-    numbers = {id(row): number for number, row in enumerate(rows)}
+    numbers = {label: number for number, label in reversed(list(enumerate(labels)))}
     for row, is_mean in with_means(rows):
         category = escape(row.category)
         if not is_mean:
-            category = f'<a href="#run-{numbers[id(row)]}">{category}</a>'
+            category = f'<a href="#run-{numbers[row[:3]]}">{category}</a>'
         yield '<tr class="mean">' if is_mean else "<tr>"
         yield f"<td>{escape(row.method)}</td><td>{escape(row.dataset)}</td>"
         yield f"<th>{category}</th>"
         for name in names:
             value = row.metrics.get(name, math.nan)
-            text = fraction(value)
+            text = fraction(value, row.spread.get(name))
             if math.isnan(value):
                 text = f'<abbr title="{escape(row.reasons.get(name, "not evaluated"))}">{text}</abbr>'
             yield f'<td class="number">{text}</td>'
@@ -117,8 +120,9 @@ def _metrics(runs: Sequence[Run]) -> Iterator[str]:
     yield f'<p class="note">{ABSENT} {escape("; ".join(reasons))}</p></section>' if reasons else "</section>"
 
 
-def _run(number: int, run: Run, unfolded: bool) -> Iterator[str]:
+def _run(number: int, run: Run, unfolded: bool, seeds: bool) -> Iterator[str]:
     title = f"{_text(run, 'method')} · {_text(run, 'category')}"
+    title += f" · seed {_text(run, 'seed')}" if seeds else ""
     auroc = run.metrics.get("image_AUROC", math.nan)
     yield f'<details class="run"{" open" if unfolded else ""}><summary><h2>{escape(title)}</h2>'
     yield f'<span class="aside">{escape(_text(run, "dataset"))}</span>'

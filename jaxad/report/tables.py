@@ -1,7 +1,8 @@
 """Tables of metrics, for the terminal and for the README."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ class Row(NamedTuple):
     """Fractions; NaN where a metric is undefined."""
     reasons: Mapping[str, str] = {}
     """Why a metric is NaN."""
+    seed: int = 0
+    spread: Mapping[str, float] = {}
+    """The standard deviation over seeds, where there are several."""
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
@@ -35,28 +39,53 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
 def with_means(rows: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
     """The rows grouped by method and data set, each group of several categories followed by its mean, marked True.
 
-    The mean is unweighted; it is NaN, with the reason, as soon as one category has no value, since it would otherwise
-    not compare with the mean of another method.
+    Rows that differ in the seed alone become one, with mean and standard deviation. The mean over categories is
+    unweighted; it is NaN, with the reason, as soon as one category has no value, since it would otherwise not compare
+    with the mean of another method.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
+    for group in _grouped(rows, lambda row: (row.method, row.dataset)):
+        categories = _grouped(group, lambda row: row.category)
+        for same in categories:
+            once = len({row.seed for row in same}) == len(same)
+            yield from ((row, False) for row in ([_over_seeds(same)] if once else same))
+        if len(categories) > 1:
+            yield _over_seeds([_mean(same) for same in _grouped(group, lambda row: row.seed)]), True
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
+    groups: dict[Hashable, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.method, row.dataset), []).append(row)
-    for (method, dataset), group in groups.items():
-        yield from ((row, False) for row in group)
-        if len(group) > 1:
-            metrics, reasons = {}, {}
-            for name in metric_names(group):
-                column = [row.metrics.get(name, math.nan) for row in group]
-                metrics[name] = sum(column) / len(column)
-                if math.isnan(metrics[name]):
-                    missing = [row.category for row, value in zip(group, column, strict=True) if math.isnan(value)]
-                    reasons[name] = f"no value for {', '.join(missing)}"
-            yield Row(method, dataset, MEAN, metrics, reasons), True
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
 
 
-def fraction(value: float) -> str:
-    """A metric with three decimals, or a dash for NaN."""
-    return ABSENT if math.isnan(value) else f"{value:.3f}"
+def _over_seeds(rows: Sequence[Row]) -> Row:
+    if len(rows) == 1:
+        return rows[0]
+    columns = {name: [row.metrics.get(name, math.nan) for row in rows] for name in metric_names(rows)}
+    means = {name: statistics.fmean(column) for name, column in columns.items()}
+    spread = {name: statistics.pstdev(column) for name, column in columns.items() if not math.isnan(means[name])}
+    reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
+    return rows[0]._replace(metrics=means, reasons=reasons, spread=spread)
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """Over categories."""
+    metrics, reasons = {}, {}
+    for name in metric_names(rows):
+        column = [row.metrics.get(name, math.nan) for row in rows]
+        metrics[name] = sum(column) / len(column)
+        if math.isnan(metrics[name]):
+            missing = [row.category for row, value in zip(rows, column, strict=True) if math.isnan(value)]
+            reasons[name] = f"no value for {', '.join(missing)}"
+    return rows[0]._replace(category=MEAN, metrics=metrics, reasons=reasons)
+
+
+def fraction(value: float, spread: float | None = None) -> str:
+    """A metric with three decimals, and its standard deviation if there is one; a dash for NaN."""
+    if math.isnan(value):
+        return ABSENT
+    return f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
 
 
 def metrics_table(rows: Sequence[Row]) -> Table:
@@ -71,10 +100,12 @@ def metrics_table(rows: Sequence[Row]) -> Table:
     notes: dict[str, None] = {}
     for row, is_mean in with_means(rows):
         texts = [Text(text) for text in (row.method, row.dataset, row.category)]
-        texts += [Text(fraction(row.metrics.get(name, math.nan))) for name in names]
+        texts += [Text(fraction(row.metrics.get(name, math.nan), row.spread.get(name))) for name in names]
         table.add_row(*texts, style="bold" if is_mean else None, end_section=is_mean)
         if not is_mean:
             notes |= {f"{ABSENT} {row.category} {name}: {reason}": None for name, reason in row.reasons.items()}
+    seeds = {row.seed for row in rows}
+    notes |= {f"± standard deviation over {len(seeds)} seeds": None} if len(seeds) > 1 else {}
     table.caption = Text("\n".join(notes)) if notes else None
     return table
 
@@ -127,7 +158,7 @@ def _measured(metric: Mapping[str, float | None] | None) -> str:
     mean, std = (metric or {}).get("mean"), (metric or {}).get("std")
     if mean is None:
         return ABSENT
-    return fraction(mean) + (f" ± {std:.3f}" if std else "")
+    return fraction(mean, std or None)
 
 
 def _published(metric: Mapping[str, Any], sources: dict[str, int]) -> str:
