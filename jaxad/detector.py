@@ -25,6 +25,8 @@ from jaxad.mesh import fetch
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
+from jaxad.plan import Plan, estimate, shortage
+from jaxad.program import compile_seconds
 
 EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
@@ -335,6 +337,9 @@ def fit_together(
         checkpoint_dir: Where progress is kept so that a killed run resumes.
         progress: Called with what is done, the images done and the images in all.
 
+    Raises:
+        ValueError: There is not enough memory; says how to need less.
+
     Returns:
         Their states: for several detectors with the leading axis that `jaxad.fit.score_classes` wants.
     """
@@ -343,6 +348,14 @@ def fit_together(
     method, frozen = methods[0], first.load_frozen()
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
+    compiled = compile_seconds()
+    if progress:
+        progress("compile", 0, 0)
+    plan = plan_together(detectors, datasets, mesh=mesh, classes_per_step=classes_per_step, cache=cache)
+    lacking = shortage(plan, factory(first.method_name), first.hyperparameters, first.precision)
+    if lacking:
+        raise ValueError(lacking)
+    compiled = compile_seconds() - compiled
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
     options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
     steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
@@ -368,11 +381,36 @@ def fit_together(
         detector.state = class_state(method, frozen, learned.state, i, chosen[i]) if several else learned.state
         detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
         share = len(chosen[i]) / total
-        detector.seconds = {"compile": learned.compile_seconds * share, "fit": learned.run_seconds * share}
+        detector.seconds = {"compile": (compiled + learned.compile_seconds) * share, "fit": learned.run_seconds * share}
         detector._set_thresholds(found[i])
         if found[i]:
             detector.seconds["threshold"] = seconds * share
     return learned.state
+
+
+def plan_together(
+    detectors: Sequence[Detector],
+    datasets: Sequence[Dataset],
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    cache: EmbeddingCache | None = None,
+) -> Plan:
+    """The memory that `fit_together` will take with these arguments; nothing is fitted."""
+    first, several = detectors[0], len(detectors) > 1
+    method = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)][0]
+    parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
+    chosen, held = [part[0] for part in parts], [part[1] for part in parts]
+    return estimate(
+        method,
+        first.load_frozen(),
+        chosen if several else chosen[0],
+        mesh=mesh,
+        classes_per_step=classes_per_step,
+        batch_size=first.batch_size,
+        keep=cache is not None,
+        scoring=any(map(len, held)),
+    )
 
 
 _SAVED = (
