@@ -168,8 +168,7 @@ def _thin(
     size: Int[Array, ""],
     projection_dim: int | None,
 ) -> PatchcoreBank:
-    """The greedy coreset of `size` of the valid points (or all, where they are fewer), at most `k`; a large bank has room for
-    a few more."""
+    """The greedy coreset of `size` of the valid points (or all, where they are fewer), with room for `k`."""
     first_key, projection_key = jax.random.split(key)
     n, c = points.shape
     count = jnp.sum(valid, dtype=jnp.int32)

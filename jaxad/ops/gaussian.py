@@ -94,6 +94,5 @@ def mahalanobis(
 
 
 def _split(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
-    """Shares the leading locations among devices, as the Gaussians are; from shares of the batch, every device would
-    add up all scatters."""
+    """Shares the locations among devices, as the Gaussians are; the batch shared, each would add up all scatters."""
     return x if x.ndim == 2 else split(x, 1)
