@@ -560,7 +560,8 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
 
 def _saved(checkpoint: Path) -> bool:
-    return any(entry.name.isdigit() for entry in (checkpoint / "state").glob("*"))
+    state = checkpoint / "state"
+    return any(entry.name.isdigit() for entry in (*state.glob("*"), *state.glob("classes_*/*")))
 
 
 def _resume(checkpoint: Path, fingerprint: str) -> None:
