@@ -27,7 +27,8 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
-from jaxad.progress import Bars, interrupt, say, uninterrupted
+from jaxad import distributed
+from jaxad.progress import Bars, be_silent, interrupt, say, uninterrupted
 
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
+    except RuntimeError as error:
+        if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
+            distributed.lose()
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -81,17 +86,32 @@ class Data:
 
     Args:
         source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
-        category: One product class, or all of them one after the other.
+        category: One product class, or all of them, in one program.
         mask_threshold: A mask pixel counts where it is above.
+        unified: One model for all classes together: OUTPUT/METHOD/DATASET/unified.
+        classes_per_step: Classes in memory at the same time; None: as many as fit.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
         preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
+        devices: How many devices share the work, classes first, then the images and patches of a class.
+        distributed: This is one of several processes, on all of whose devices the work is done; start all of them with
+            the same command. The output must be a folder that all of them see.
+        coordinator: HOST:PORT of process 0; None: from the environment (as are the next two).
+        num_processes: Number of processes.
+        process_id: Number of this process, counted from 0.
     """
 
     source: Source
     category: str = "all"
     mask_threshold: int = 0
+    unified: bool = False
+    classes_per_step: int | None = None
     output: Path = Path("runs")
     preset: Literal["paper"] | None = None
+    devices: int = 1
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 @dataclasses.dataclass
@@ -125,11 +145,11 @@ def fit(argv: list[str]) -> None:
     name = _peek(argv, "method", FitData.method)
     groups = {"data": FitData, "detector": _detector_options(), name: _method_options(name)}
     data, options, hyperparameters = _parse("fit", argv, groups)
+    _join(data)
     detector = _detector(name, data, options | hyperparameters)
     opened = _open(data, detector)
-    for split in opened.values():
-        run_dir = _fit(detector, split.train, data, ["fit", *argv])
-    saved = shlex.quote(str(run_dir if len(opened) == 1 else run_dir.parent))
+    run_dirs = [run_dir for fitted in _fit(detector, opened, data, ["fit", *argv]) for run_dir in fitted.run_dirs]
+    saved = shlex.quote(str(run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent))
     following = f"evaluate {saved}" if any(split.test for split in opened.values()) else f"score {saved} NEW_IMAGES"
     say(f"saved in {saved}; next: jaxad {following}")
 
@@ -143,6 +163,7 @@ def benchmark(argv: list[str]) -> None:
     data, options = _parse("benchmark", argv, {"data": BenchmarkData, "detector": _detector_options()})
     if data.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
+    _join(data)
     names = data.methods or tuple(METHODS)
     detectors = [_detector(name, data, options | vars(_method_options(name)())) for name in names]
     opened = _open(data, detectors[0])
@@ -150,20 +171,15 @@ def benchmark(argv: list[str]) -> None:
     if without:
         raise ValueError(f"a benchmark needs test images, got none for {', '.join(without)} of {data.source}")
     rows, run_dirs = [], []
-    for split in opened.values():
-        caches = runs.shared_caches(detectors)
-        for detector, cache in zip(detectors, caches, strict=True):
-            detector.frozen = detectors[0].load_frozen()
-            for seed in range(options["seed"], options["seed"] + data.seeds):
-                detector.seed, several = seed, data.seeds > 1
-                run_dir = _fit(
-                    detector, split.train, data, ["benchmark", *argv], f"seed{seed}" if several else "", cache
-                )
-                row = runs.evaluate_run(detector, split.test, run_dir, source=data.source, cache=cache)
-                rows.append(row._replace(method=f"{row.method} seed {seed}") if several else row)
-                run_dirs.append(run_dir)
-    _print(metrics_table(sorted(rows, key=lambda row: row.method)))
-    _report(run_dirs, data.report)
+    for detector, cache in zip(detectors, runs.shared_caches(detectors), strict=True):
+        detector.frozen = detectors[0].load_frozen()
+        for fitted in _fit(detector, opened, data, ["benchmark", *argv], data.seeds, cache):
+            found = runs.evaluate_fitted(fitted, opened, source=data.source, cache=cache)
+            rows += found.values()
+            run_dirs += found
+    if rows:  # only one of several processes has them
+        _print(metrics_table(sorted(rows, key=lambda row: row.method)))
+        _report(run_dirs, data.report)
 
 
 def score(
@@ -225,24 +241,33 @@ def evaluate(
         report: Also write an HTML report to this file.
     """
     from jaxad import runs
+    from jaxad.data import open_data
     from jaxad.report.tables import metrics_table
 
-    run_dirs, rows = runs.find(run, "model.json"), []
-    for run_dir in run_dirs:
+    rows, written = [], []
+    for run_dir in runs.find(run, "model.json"):
         detector, recipe = jaxad.load(run_dir, weights=weights or None), runs.read_recipe(run_dir)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
         threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
         fitted = recipe.get("category")
+        if recipe.get("unified") and category is None:
+            options = {"preprocess": detector.preprocess, "mask_threshold": threshold}
+            opened = {c: split for c, split in open_data(tested, **options).items() if split.test is not None}
+            found = runs.evaluate_unified(detector, opened, run_dir, source=tested, oracle=oracle)
+            rows += found.values()
+            written += found
+            continue
         split = runs.open_split(tested, detector, asked=category, fitted=fitted, mask_threshold=threshold)
         if split.test is None:
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
-        rows.append(runs.evaluate_run(detector, split.test, run_dir, source=tested, oracle=oracle))
+        rows += runs.evaluate_runs([detector], [split.test], [run_dir], source=tested, oracle=oracle)
+        written.append(run_dir)
     _print(metrics_table(rows))
-    _report(run_dirs, report)
+    _report(written, report)
 
 
 def report(run: Runs, output: Path = Path("report.html")) -> None:
@@ -333,7 +358,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _fail(words: str, code: int) -> int:
-    say(f"jaxad: {words}")
+    print(f"jaxad: {words}", file=sys.stderr, flush=True)
+    if distributed.joined():
+        distributed.end(code)  # at exit JAX would wait for the other processes
     return code
 
 
@@ -424,14 +451,32 @@ def _open(data: Data, detector: Any) -> dict[str, Any]:
     return open_data(data.source, category=data.category, **options)
 
 
-def _fit(detector: Any, train: Any, data: Data, argv: list[str], below: str = "", cache: Any = None) -> Path:
+def _join(data: Data) -> None:
+    """Joins the other processes, if there are any; all but the first fall silent."""
+    given = (data.coordinator, data.num_processes, data.process_id)
+    if not data.distributed:
+        if any(value is not None for value in given):
+            raise ValueError("--coordinator, --num-processes and --process-id need --distributed: add it")
+        return
+    from jaxad.mesh import is_first
+
+    distributed.join(*given)
+    if not is_first():
+        be_silent()
+
+
+def _fit(
+    detector: Any, opened: dict[str, Any], data: Data, argv: list[str], seeds: int = 1, cache: Any = None
+) -> list[Any]:
+    """Fits all categories and seeds: together where the images have one size."""
     from jaxad import runs
 
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
     recipe = {"source": source, "mask_threshold": data.mask_threshold, "command": shlex.join(["jaxad", *argv])}
-    run_dir = runs.directory(data.output / below, detector, train)
-    runs.fit_run(detector, train, run_dir, recipe, cache=cache)
-    return run_dir
+    trains = {category: split.train for category, split in opened.items()}
+    where = dict(devices=None if data.distributed else data.devices, classes_per_step=data.classes_per_step)
+    options = dict(output=data.output, seeds=seeds, unified=data.unified, recipe=recipe, cache=cache)
+    return runs.fit_all(detector, trains, **where, **options)
 
 
 def _report(run_dirs: Sequence[Path], page: Path | None) -> None:

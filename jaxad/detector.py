@@ -21,7 +21,6 @@ from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
-from jaxad.mesh import fetch
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
@@ -211,8 +210,13 @@ class Detector:
         mask = None if pixel is None or self.pixel_threshold is None else pixel > self.pixel_threshold.value
         return Prediction(data.paths, image, label, pixel, mask)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied."""
+    def save(self, directory: str | Path, state: State = None) -> None:
+        """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied.
+
+        Args:
+            directory: Created where missing.
+            state: `self.state` in the memory of this process, where it is spread over several.
+        """
         if self.state is None or self._built is None:
             raise ValueError("a detector must be fitted before it is saved: call fit")
         description = self.recipe() | {
@@ -221,7 +225,7 @@ class Detector:
             "n_train": self.n_train,
             "normal_level": self.normal_level,
         }
-        artifact.save_state(directory, fetch(self.state))
+        artifact.save_state(directory, self.state if state is None else state)
         both = thresholds.Thresholds(self.image_threshold, self.pixel_threshold)
         artifact.write_json(Path(directory) / "threshold.json", thresholds.pair_to_json(both))
         artifact.save_description(directory, description)
@@ -312,7 +316,9 @@ class _Normal(NamedTuple):
 
 
 def _normal(scores: Scores) -> _Normal:
-    pixel = np.empty((0, 1, 1)) if scores.pixel is None else scores.pixel
+    if scores.pixel is None:
+        return _Normal(np.asarray(scores.image), np.empty(0), np.empty(0))
+    pixel = np.asarray(scores.pixel)
     return _Normal(np.asarray(scores.image), pixel.max((1, 2)), np.median(pixel, (1, 2)))
 
 

@@ -176,3 +176,9 @@ def agreed(value: bool) -> bool:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -13,9 +13,18 @@ LINE_SECONDS = 5.0
 """Between two lines of progress where stderr is no terminal."""
 
 
+_silent: list[bool] = []
+
+
+def be_silent() -> None:
+    """From now on nothing is told: one of several processes speaks for all."""
+    _silent.append(True)
+
+
 def say(line: str) -> None:
     """Prints a line at once."""
-    print(line, file=sys.stderr, flush=True)
+    if not _silent:
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -54,7 +63,8 @@ class Bars:
             BarColumn(),
             TextColumn("{task.fields[pace]}"),
         )
-        self._bars = Progress(*columns, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+        told = sys.stderr.isatty() and not _silent
+        self._bars = Progress(*columns, console=Console(stderr=True), transient=True) if told else None
 
     def __enter__(self) -> "Bars":
         if self._bars is not None:

@@ -6,29 +6,36 @@ comes last of a fit and metrics.json last of an evaluation.
 """
 
 import contextlib
+import copy
 import csv
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import jaxad
 from jaxad import artifact
+from jaxad.base import State
 from jaxad.data import Dataset, Split, open_data, to_original
+from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
-from jaxad.detector import Detector, peak_bytes
+from jaxad.detector import Detector, fit_together, peak_bytes
 from jaxad.embedding import EmbeddingCache
+from jaxad.fit import score_classes
+from jaxad.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
 from jaxad.program import compile_seconds
@@ -40,95 +47,263 @@ from jaxad.report.tables import Row
 RESULTS = ("metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
 """What belongs to an older model as soon as a new one is there."""
 
+UNIFIED = "unified"
+"""The category of a model for all categories."""
 
-def fit_run(
+
+class FittedRuns(NamedTuple):
+    """Detectors that were fitted together, with where they are."""
+
+    detectors: Sequence[Detector]
+    categories: Sequence[str]
+    """Of each; "unified" for a model of all categories."""
+    run_dirs: Sequence[Path]
+    state: State
+    mesh: Mesh | None
+    classes_per_step: int | None
+
+
+def fit_all(
     detector: Detector,
-    train: Dataset,
-    run_dir: Path,
-    recipe: dict[str, Any],
+    trains: Mapping[str, Dataset],
     *,
+    output: Path,
+    recipe: dict[str, Any],
+    seeds: int = 1,
+    unified: bool = False,
+    devices: int | None = 1,
+    classes_per_step: int | None = None,
     cache: EmbeddingCache | None = None,
-) -> None:
-    """Fits a detector to one category and writes its run directory.
-
-    A run that was killed leaves `checkpoint/` behind: the same settings on the same data resume it, others delete it.
+) -> list[FittedRuns]:
+    """Fits a method to every category with every seed; all whose images have one size together.
 
     Args:
-        detector: Fitted in place.
-        train: The normal images.
-        run_dir: Created where missing; an older run in it is replaced.
-        recipe: What the caller knows of the run: source, mask_threshold, command.
+        detector: Says what to fit; its seed is the first.
+        trains: The normal images by category.
+        output: Folder of the runs; of several seeds, each has one of its own in it.
+        recipe: As for `fit_runs`.
+        seeds: Repetitions.
+        unified: One model for all categories instead of one for each.
+        devices: How many share the work; None: all of all processes.
+        classes_per_step: As for `fit_runs`.
         cache: Embedded images shared between detectors.
+
+    Raises:
+        ValueError: There are not as many devices.
     """
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, title = run_dir / "checkpoint", _title(detector, train)
-    with _alone(run_dir):
-        for abandoned in run_dir.glob(".*.tmp"):
-            abandoned.unlink()
+    if devices is not None and not 1 <= devices <= jax.device_count():
+        raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
+    if unified and len(trains) > 1:
+        name = next(iter(trains.values())).name
+        trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
+        recipe = recipe | {"dataset": f"{name} (unified)", "unified": True}
+    fits = []
+    for seed, (category, train) in itertools.product(range(seeds), trains.items()):
+        own = copy.copy(detector)
+        own.seed = detector.seed + seed
+        below = output / (f"seed{own.seed}" if seeds > 1 else "")
+        fits.append((own, category, train, directory(below, own, train)))
+    done = []
+    for size in dict.fromkeys(train.image_size for train in trains.values()):
+        own, categories, chosen, run_dirs = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
+        mesh = None
+        if devices != 1:
+            mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
+        options: dict[str, Any] = dict(mesh=mesh, classes_per_step=classes_per_step)
+        state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, **options)
+        done.append(FittedRuns(own, categories, run_dirs, state, mesh, classes_per_step))
+    return done
+
+
+def evaluate_fitted(
+    fitted: FittedRuns, opened: Mapping[str, Split], *, source: str, cache: EmbeddingCache | None = None
+) -> dict[Path, Row]:
+    """Evaluates what `fit_all` fitted on the test images of each category; arguments as for `evaluate_runs`."""
+    options: dict[str, Any] = dict(source=source, mesh=fitted.mesh, cache=cache)
+    if UNIFIED in fitted.categories and UNIFIED not in opened:
+        each = zip(fitted.detectors, fitted.run_dirs, strict=True)
+        parts = [evaluate_unified(detector, opened, run_dir, **options) for detector, run_dir in each]
+        return {run_dir: row for part in parts for run_dir, row in part.items()}
+    tests = [opened[category].test for category in fitted.categories]
+    options |= dict(state=fitted.state, classes_per_step=fitted.classes_per_step)
+    rows = evaluate_runs(fitted.detectors, [test for test in tests if test], fitted.run_dirs, **options)
+    return dict(zip(fitted.run_dirs, rows, strict=False))  # no rows but in the first process
+
+
+def evaluate_unified(detector: Detector, opened: Mapping[str, Split], run_dir: Path, **options: Any) -> dict[Path, Row]:
+    """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`."""
+    rows = {}
+    for category, split in opened.items():
+        assert split.test is not None
+        below = run_dir / segment(category)
+        if is_first():
+            artifact.write_json(below / "recipe.json", read_recipe(run_dir) | {"category": category})
+        for row in evaluate_runs([detector], [split.test], [below], **options):
+            rows[below] = row
+    return rows
+
+
+def fit_runs(
+    detectors: Sequence[Detector],
+    trains: Sequence[Dataset],
+    run_dirs: Sequence[Path],
+    recipe: dict[str, Any],
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    cache: EmbeddingCache | None = None,
+) -> State:
+    """Fits detectors to a category each, all in one program, and writes their run directories.
+
+    A run that was killed leaves `checkpoint/` behind, in the folder that the run directories have in common: the same
+    settings on the same data resume it, others delete it. Of several processes, the first one writes.
+
+    Args:
+        detectors: Fitted in place; they differ in their seeds at most.
+        trains: The normal images for each.
+        run_dirs: Created where missing; an older run in one is replaced.
+        recipe: What the caller knows of the runs: source, mask_threshold, command.
+        mesh: As for `jaxad.fit.fit_classes`.
+        classes_per_step: As for `jaxad.fit.fit_classes`.
+        cache: Embedded images shared between detectors.
+
+    Returns:
+        The states as `jaxad.detector.fit_together` returns them.
+    """
+    together = run_dirs[0] if len(run_dirs) == 1 else Path(os.path.commonpath(run_dirs))
+    folders = dict.fromkeys(folder for run_dir in (*run_dirs, together) for folder in (run_dir, *run_dir.parents))
+    made = sorted((folder for folder in folders if not folder.exists()), key=lambda path: -len(path.parts))
+    checkpoint, title = together / "checkpoint", _title(detectors[0], trains)
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            for run_dir in run_dirs:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            for folder in dict.fromkeys((together, *run_dirs)):
+                stack.enter_context(_alone(folder))
+                for abandoned in folder.glob(".*.tmp"):
+                    abandoned.unlink()
         try:
-            _resume(checkpoint, _fingerprint(detector, train))
+            if is_first():
+                _resume(checkpoint, _fingerprint(detectors, trains))
+            wait_for_all("resume")
             with Bars(title) as bars:
-                detector.fit(train, cache=cache, checkpoint_dir=checkpoint / "state", progress=bars)
-            shared = {"shared_features": cache is not None}  # then the seconds leave out what another method paid for
-            detector.save(checkpoint / "model")
-            artifact.write_json(checkpoint / "model" / "recipe.json", _recipe(detector, train) | shared | recipe)
+                state = fit_together(
+                    detectors,
+                    trains,
+                    mesh=mesh,
+                    classes_per_step=classes_per_step,
+                    cache=cache,
+                    checkpoint_dir=checkpoint / "state",
+                    progress=bars,
+                )
+            shared = {
+                "shared_features": cache is not None,  # then the seconds leave out what another method paid for
+                "fitted_together": len(detectors),
+                "devices": mesh.size if mesh else 1,
+            }
+            for i, (detector, train) in enumerate(zip(detectors, trains, strict=True)):
+                model = fetch(detector.state)
+                if is_first():
+                    detector.save(checkpoint / f"model{i}", model)
+                    written = _recipe(detector, train) | shared | recipe
+                    artifact.write_json(checkpoint / f"model{i}" / "recipe.json", written)
         except BaseException:
-            if not _saved(checkpoint):
+            if is_first() and not _saved(checkpoint):
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 artifact.remove_empty(made)
             raise
-        for name in ("model.json", *RESULTS):
-            (run_dir / name).unlink(missing_ok=True)
-        for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
-            os.replace(checkpoint / "model" / name, run_dir / name)
-        shutil.rmtree(checkpoint)
-    seconds, threshold = detector.seconds, detector.image_threshold
-    told = f"{detector.n_train} images in {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
+        if is_first():
+            for i, run_dir in enumerate(run_dirs):
+                for name in ("model.json", *RESULTS):
+                    (run_dir / name).unlink(missing_ok=True)
+                for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
+                    os.replace(checkpoint / f"model{i}" / name, run_dir / name)
+            shutil.rmtree(checkpoint)
+    wait_for_all("fitted")
+    first, n = detectors[0], sum(detector.n_train for detector in detectors)
+    seconds = {name: sum(detector.seconds[name] for detector in detectors) for name in ("fit", "compile")}
+    told = f"{n} images in {seconds['fit']:.1f} s + {seconds['compile']:.1f} s compiling"
+    held, threshold = sum(d.n_heldout for d in detectors), first.image_threshold
     if threshold:
-        told += f", threshold from {threshold.n} others: at most {threshold.guaranteed_fpr:.0%} false alarms"
+        told += f", {'threshold' if len(detectors) == 1 else 'thresholds'} from {held} others"
+        guaranteed = max(d.image_threshold.guaranteed_fpr for d in detectors if d.image_threshold)
+        told += f": at most {guaranteed:.0%} false alarms"
     say(f"{title}: {told}")
+    return state
 
 
-def evaluate_run(
-    detector: Detector,
-    test: Dataset,
-    run_dir: Path,
+def evaluate_runs(
+    detectors: Sequence[Detector],
+    tests: Sequence[Dataset],
+    run_dirs: Sequence[Path],
     *,
     source: str,
+    state: State = None,
     oracle: bool = False,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
     cache: EmbeddingCache | None = None,
-) -> Row:
-    """Scores labeled test images and writes metrics, scores and the report's examples into the run directory.
+) -> list[Row]:
+    """Scores labeled test images and writes metrics, scores and the report's examples into the run directories.
 
     Pixel metrics are those of the preprocessed images and masks. They are exact, so the heat maps of all test images
     are in memory at once (0.2 MB an image of 224 x 224).
 
     Args:
-        detector: Fitted.
-        test: Images with labels; those without count in no metric.
-        run_dir: Where the detector was saved.
-        source: What `test` was read from.
+        detectors: Fitted.
+        tests: Images with labels for each; those without count in no metric.
+        run_dirs: Where the results go, beside the saved detectors.
+        source: What `tests` were read from.
+        state: Of several detectors what `fit_runs` returned: then one program scores all.
         oracle: Choose the thresholds on these very images, for this evaluation alone, and mark them so.
+        mesh: As for `jaxad.fit.score_classes`.
+        classes_per_step: As for `jaxad.fit.score_classes`.
         cache: Embedded images shared between detectors.
 
     Raises:
-        ValueError: No image has a label.
+        ValueError: A category has no image with a label.
     """
-    labels = test.labels
-    known = labels >= 0
-    if not known.any():
-        raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
-    started, compiled = time.perf_counter(), compile_seconds()
-    scores, maps = np.empty(len(test)), None
-    with Bars(_title(detector, test)) as bars:
-        for part, found in detector.score(test, cache=cache, progress=bars):
-            scores[part] = found.image
+    for test in tests:
+        if not (test.labels >= 0).any():
+            raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
+    first, started, compiled = detectors[0], time.perf_counter(), compile_seconds()
+    scores = [np.empty(len(test)) for test in tests]
+    maps: list[np.ndarray | None] = [None] * len(tests)
+    with Bars(_title(first, tests)) as bars:
+        if len(detectors) == 1:
+            stream = ((0, *part) for part in first.score(tests[0], mesh=mesh, cache=cache, progress=bars))
+        else:
+            options: dict[str, Any] = dict(batch_size=first.batch_size, mesh=mesh, cache=cache, progress=bars)
+            options |= dict(classes_per_step=classes_per_step)
+            stream = score_classes(first.method, state, first.load_frozen(), tests, **options)
+        for i, part, found in stream:
+            scores[i][part] = found.image
             if found.pixel is not None:
-                maps = np.empty((len(test), *test.image_size), np.float32) if maps is None else maps
-                maps[part] = found.pixel
+                if (heat := maps[i]) is None:
+                    heat = maps[i] = np.empty((len(tests[i]), *tests[i].image_size), np.float32)
+                heat[part] = found.pixel
     compiled = compile_seconds() - compiled
-    per_image = (time.perf_counter() - started - compiled) / len(test)
+    spent = time.perf_counter() - started - compiled
+    seconds = {"score_compile": compiled / len(tests), "score_per_image": spent / sum(map(len, tests))}
+    if not is_first():
+        return []
+    given = zip(detectors, tests, run_dirs, scores, maps, strict=True)
+    return [_evaluate(*one, source=source, oracle=oracle, seconds=seconds) for one in given]
+
+
+def _evaluate(
+    detector: Detector,
+    test: Dataset,
+    run_dir: Path,
+    scores: np.ndarray,
+    maps: np.ndarray | None,
+    *,
+    source: str,
+    oracle: bool,
+    seconds: dict[str, float],
+) -> Row:
+    """Measures one category and writes what came out."""
+    labels, known = test.labels, test.labels >= 0
     masks = None if maps is None else test.masks(range(len(test)))
     heat, truth = (None if pixel is None else pixel[known] for pixel in (maps, masks))
     measured = evaluate(scores[known], labels[known], heat, truth)
@@ -157,8 +332,11 @@ def evaluate_run(
     )
     save_examples(run_dir, examples)
     recipe = read_recipe(run_dir) or _recipe(detector, test) | {"source": source}
-    recipe["seconds"] |= {"score_compile": compiled, "score_per_image": per_image}
-    recipe |= {"images_per_second": 1 / per_image, "peak_bytes": max(recipe["peak_bytes"], peak_bytes())}
+    recipe["seconds"] |= seconds
+    recipe |= {
+        "images_per_second": 1 / seconds["score_per_image"],
+        "peak_bytes": max(recipe["peak_bytes"], peak_bytes()),
+    }
     artifact.write_json(run_dir / "recipe.json", recipe)
     metrics = {
         "metrics": measured.values,
@@ -170,7 +348,8 @@ def evaluate_run(
         "source": source,
     }
     artifact.write_json(run_dir / "metrics.json", metrics)
-    return Row(detector.method_name, recipe["dataset"], recipe["category"], measured.values, measured.reasons)
+    about = (detector.method_name, recipe["dataset"], recipe["category"])
+    return Row(*about, measured.values, measured.reasons, detector.seed)
 
 
 def score_run(
@@ -215,7 +394,7 @@ def score_run(
     with (
         artifact.staging(output) as stage,
         score_files(stage, detector.image_threshold) as write,
-        Bars(_title(detector, data)) as bars,
+        Bars(_title(detector, [data])) as bars,
     ):
         for part, found in detector.score(data, progress=bars):
             if overlays or maps:
@@ -307,7 +486,8 @@ def find(paths: Sequence[Path], file: str) -> list[Path]:
         raise ValueError("give one or more run directories, such as runs/patchcore/demo")
     found: dict[Path, None] = {}
     for path in paths:
-        below = [path] if (path / file).is_file() else sorted(hit.parent for hit in path.rglob(file))
+        hits = [hit.parent for hit in sorted(path.rglob(file)) if "checkpoint" not in hit.relative_to(path).parts]
+        below = [hit for hit in hits if not any(hit in other.parents for other in hits)]  # the parts of a unified model
         if not below:
             raise FileNotFoundError(f"no run in {path}: give a directory that `jaxad fit` wrote")
         found |= dict.fromkeys(below)
@@ -357,8 +537,10 @@ def open_split(
     return opened[fitted]
 
 
-def _title(detector: Detector, data: Dataset) -> str:
-    return f"{detector.method_name} {data.name}/{data.category}"
+def _title(detector: Detector, datasets: Sequence[Dataset]) -> str:
+    categories = dict.fromkeys(data.category for data in datasets)
+    which = next(iter(categories)) if len(categories) == 1 else f"{len(categories)} categories"
+    return f"{detector.method_name} {datasets[0].name}/{which}"
 
 
 @contextlib.contextmanager
@@ -378,7 +560,8 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
 
 def _saved(checkpoint: Path) -> bool:
-    return any(entry.name.isdigit() for entry in (checkpoint / "state").glob("*"))
+    state = checkpoint / "state"
+    return any(entry.name.isdigit() for entry in (*state.glob("*"), *state.glob("classes_*/*")))
 
 
 def _resume(checkpoint: Path, fingerprint: str) -> None:
@@ -394,13 +577,16 @@ def _resume(checkpoint: Path, fingerprint: str) -> None:
     artifact.write_atomically(mark, fingerprint)
 
 
-def _fingerprint(detector: Detector, train: Dataset) -> str:
+def _fingerprint(detectors: Sequence[Detector], trains: Sequence[Dataset]) -> str:
     """Of all that decides what a fit computes: settings, weights, images."""
-    files = [record.image for record in train.records]
-    stats = [os.stat(file) if isinstance(file, Path) else None for file in files]
-    images = [(path, stat and (stat.st_size, stat.st_mtime_ns)) for path, stat in zip(train.paths, stats, strict=True)]
-    sources = [source["sha256"] for source in detector.sources()]
-    decisive = [jaxad.__version__, detector.recipe(), detector.backbones, sources, train.mask_threshold, images]
+    decisive: list[Any] = [jaxad.__version__]
+    for detector, train in zip(detectors, trains, strict=True):
+        files = [record.image for record in train.records]
+        stats = [os.stat(file) if isinstance(file, Path) else None for file in files]
+        marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+        sources = [source["sha256"] for source in detector.sources()]
+        images = list(zip(train.paths, marks, strict=True))
+        decisive.append([detector.recipe(), detector.backbones, sources, train.mask_threshold, images])
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -187,12 +187,13 @@ def test_benchmark_gives_what_fit_and_evaluate_give(
     command = ["benchmark", *common, "--methods", "patchcore", "--seeds", "2", "--output", str(tmp_path)]
     assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
     captured = capsys.readouterr()
-    assert "patchcore seed 1" in captured.out and captured.err.rstrip().endswith("report.html")
+    assert "±" in captured.out and "standard deviation over 2 seeds" in captured.out
+    assert captured.err.rstrip().endswith("report.html")
     assert main(["fit", *common, "--seed", "1", "--output", str(tmp_path)]) == 0
     alone = tmp_path / "patchcore" / "parts" / "bolt"
     assert main(["evaluate", str(alone)]) == 0
     benchmarked = artifact.read_json(tmp_path / "seed1" / "patchcore" / "parts" / "bolt" / "metrics.json")
-    assert benchmarked["metrics"] == artifact.read_json(alone / "metrics.json")["metrics"]
+    assert benchmarked["metrics"] == pytest.approx(artifact.read_json(alone / "metrics.json")["metrics"], abs=1e-3)
 
 
 def test_detectors_with_the_same_features_share_them(
@@ -208,11 +209,57 @@ def test_detectors_with_the_same_features_share_them(
     shared = runs.shared_caches(detectors)
     assert shared[0] is shared[1] is not None and runs.shared_caches([detectors[0]]) == [None]
     for one, cache in zip(detectors, shared, strict=True):
-        runs.fit_run(one, train, tmp_path / one.method_name, {}, cache=cache)
+        runs.fit_runs([one], [train], [tmp_path / one.method_name], {}, cache=cache)
     assert len(decoded) == len(train)
     limits = detectors[1].color_limits()
     detectors[1].fit(train)
     np.testing.assert_allclose(limits, detectors[1].color_limits(), rtol=1e-5)
+
+
+def test_all_categories_at_once_are_each_on_its_own(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also when they are fitted in steps, and on a mesh of eight devices."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    common = [str(mvtec), *backbone_options, "--method", "patchcore"]
+    assert main(["fit", *common, "--category", "nut", "--output", str(alone)]) == 0
+    one = alone / "patchcore" / "parts" / "nut"
+    wanted = safetensors.numpy.load_file(one / "model.safetensors")
+    for i, more in enumerate([[], ["--classes-per-step", "1"], ["--devices", "8"]]):
+        output = together / str(i)
+        assert main(["fit", *common, *more, "--output", str(output)]) == 0
+        assert "2 categories" in capsys.readouterr().err
+        run_dir = output / "patchcore" / "parts"
+        found = safetensors.numpy.load_file(run_dir / "nut" / "model.safetensors")
+        assert {name: leaf.shape for name, leaf in found.items()} == {n: leaf.shape for n, leaf in wanted.items()}
+        for name, leaf in found.items():
+            np.testing.assert_allclose(leaf, wanted[name], rtol=1e-4, atol=1e-5)
+        assert sorted(path.name for path in run_dir.iterdir()) == ["bolt", "nut"]
+        assert files_below(run_dir / "nut") == MODEL
+        thresholds = [artifact.read_json(path / "threshold.json") for path in (run_dir / "nut", one)]
+        assert thresholds[0]["image"]["value"] == pytest.approx(thresholds[1]["image"]["value"], rel=1e-4)
+        assert main(["evaluate", str(run_dir / "nut")]) == 0
+
+
+def test_one_model_for_all_categories(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["benchmark", str(mvtec), "--unified", "--methods", "padim", *backbone_options, "--output", str(tmp_path)]
+    assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
+    table = capsys.readouterr().out
+    assert "parts (unified)" in table and all(word in table for word in ("bolt", "nut", "Mean"))
+    run_dir = tmp_path / "padim" / "parts" / "unified"
+    assert files_below(run_dir) > MODEL and {path.name for path in run_dir.iterdir() if path.is_dir()} == {
+        "bolt",
+        "nut",
+    }
+    recipe = artifact.read_json(run_dir / "recipe.json")
+    assert recipe["category"] == "unified" and recipe["n_train"] + recipe["n_heldout"] == 12
+    before = artifact.read_json(run_dir / "bolt" / "metrics.json")
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert artifact.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
+    assert runs.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
+    assert runs.find([tmp_path], "model.json") == [run_dir]
 
 
 MISTAKES = {
@@ -229,6 +276,8 @@ MISTAKES = {
     "no labels": (["benchmark", "photos", "--methods", "padim"], "needs test images, got none for photos"),
     "no model": (["score", "empty", "photos"], "no fitted model in empty"),
     "no run": (["report", "empty"], "no run in empty"),
+    "too many devices": (["fit", "photos", "--devices", "99"], "devices must be within 1..8 (those that JAX sees"),
+    "processes without --distributed": (["fit", "photos", "--num-processes", "2"], "need --distributed: add it"),
     "unknown command": (["train", "photos"], "no command 'train'"),
     "offline": (["weights", "fetch", "resnet18"], "JAXAD_OFFLINE is set"),
 }
@@ -319,7 +368,7 @@ def test_a_full_disk_leaves_the_old_run_alone(
 def test_an_interrupted_fit_resumes_and_others_do_not(
     photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    def interrupt(self: jaxad.Detector, directory: Path) -> None:
+    def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
     command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]

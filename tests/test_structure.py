@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "report": {"artifact", "data", "metrics"},
     "detector": BELOW_DETECTOR,
     "runs": BELOW_DETECTOR | {"detector", "progress", "report", "jaxad"},
-    "cli": BELOW_DETECTOR | {"detector", "progress", "report", "runs", "jaxad"},
+    "distributed": set(),
+    "cli": BELOW_DETECTOR | {"distributed", "detector", "progress", "report", "runs", "jaxad"},
     "__main__": {"cli"},
     "__init__": {"detector", "mesh"},
 }

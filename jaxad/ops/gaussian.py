@@ -94,5 +94,5 @@ def mahalanobis(
 
 
 def _split(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
-    """Shares the locations among devices, as the Gaussians are; sharing the batch, each would add up all scatters."""
+    """Shares the locations among devices, as the Gaussians are; the batch shared, each would add up all scatters."""
     return x if x.ndim == 2 else split(x, 1)

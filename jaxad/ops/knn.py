@@ -152,7 +152,8 @@ def _nearest(
     """Squared distances less the query's squared norm, and indices; those beyond `least` of the k-th may be wrong."""
     n, m = query.shape[0], bank.shape[0]
     if sketch is None or 8 * _candidates(k) > m:
-        return _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
+        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
+        return partial, index
     partial, index, bound = _in_blocks(lambda q: _two_passes(q, bank, k, sketch), query, m)
     unproven = ~(least(partial[:, -1]) + jnp.sum(query * query, 1) < bound)
 
@@ -173,21 +174,21 @@ def _nearest_of_shards(
     """As `_nearest`: every device finds the neighbors of all queries among its rows, of which the nearest remain."""
     devices = shards()
     bank, norms = pad_rows(bank, devices), pad_rows(norms, devices, jnp.inf)
-    rows = bank.shape[0] // devices
+    rows, parts = bank.shape[0] // devices, ()
     if sketch is not None:
         sizes = pad_rows(sketch.sizes, devices, jnp.inf)
-        sketch = sketch._replace(rows=pad_rows(sketch.rows, devices), sizes=sizes, norms=norms)
+        parts = (sketch.mean, sketch.basis, pad_rows(sketch.rows, devices), sizes, norms)
 
-    def one_shard(query: Array, bank: Array, norms: Array, sketch: Sketch | None) -> tuple[Array, Array]:
+    def one_shard(query: Array, bank: Array, norms: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
         least = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
-        partial, index = _nearest(query, bank, norms, min(k, rows), sketch, least)
+        partial, index = _nearest(query, bank, norms, min(k, rows), Sketch(*parts) if parts else None, least)
         index = index + jax.lax.axis_index(DATA) * rows
         partial, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (partial, index))
         value, position = jax.lax.top_k(-partial, k)  # equal distances stay in the order of their indices
         return -value, jnp.take_along_axis(index, position, 1)
 
-    specs = (P(), P(DATA), P(DATA), None if sketch is None else Sketch(P(), P(), P(DATA), P(DATA), P(DATA)))
-    return by_rows(one_shard, specs, P())(query, bank, norms, sketch)
+    specs = (P(), P(DATA), P(DATA), (P(), P(), P(DATA), P(DATA), P(DATA))[: len(parts)])
+    return by_rows(one_shard, specs, P())(query, bank, norms, parts)
 
 
 def _in_blocks(look_up: Callable[[Array], tuple[Array, ...]], query: Float[Array, "n d"], m: int) -> tuple[Array, ...]:

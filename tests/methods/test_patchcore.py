@@ -97,6 +97,13 @@ def test_the_coreset_covers_all_patches_within_its_radius():
     np.testing.assert_allclose(bank.radius, cdist(everything, chosen).min(1).max(), rtol=1e-4)
 
 
+def test_a_large_bank_divides_among_devices():
+    """It has room for a multiple of 128 rows, which are never more than the patches, and still holds its share."""
+    for n, k, room in ((160, 2049, 2176), (130, 2050, 2080)):
+        bank = fit(patchcore(coreset_sampling_ratio=k / (16 * n), **OPTIONS), feature_maps(2, n))
+        assert bank.size == k and bank.bank.shape == (room, 7)
+
+
 def test_projection_keeps_the_features_whole():
     bank = fit(patchcore(coreset_sampling_ratio=0.25, projection_dim=2, **OPTIONS), TRAIN)
     assert bank.bank.shape == (24, 7)
