@@ -7,6 +7,7 @@ What a program takes while it runs (its results and its temporaries) is what the
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from jaxad.program import Program
 
 
 EMBED = "embed for "
+RECYCLED = 32 << 20
+"""A process keeps freed memory in blocks up to this size (glibc's largest threshold): as much lies idle beside the
+arrays of a CPU."""
 
 
 class Need(NamedTuple):
@@ -179,6 +183,8 @@ class _Estimate:
         self._frozen = _placed(frozen, layout.replicated())
         self._frozen_local = _placed(frozen, layout.local().replicated())
         self._loaded = _bytes(self._frozen) * any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(frozen))
+        mesh = layout.local().mesh
+        self._devices = tuple(jax.devices()[:1] if mesh is None else mesh.devices.flat)
         self._size = datasets[0].image_size
         self._needs: list[Need] = []
         self._kept = 0
@@ -222,12 +228,10 @@ class _Estimate:
             self._needs.append(Need("join classes", _bytes(self._frozen), 2 * model, 0, 0, self._kept))
         if scoring:
             self._score(state, model)
-        mesh = layout.local().mesh
-        devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
         needs: dict[str, Need] = {}
         for need in self._needs:  # of chunks of two lengths the longer
             needs[need.name] = max(need, needs.get(need.name, need), key=lambda one: one.device)
-        return Plan(tuple(needs.values()), model, largest, self._loaded, tuple(devices))
+        return Plan(tuple(needs.values()), model, largest, self._loaded, self._devices)
 
     def _score(self, state: PyTree, model: int) -> None:
         layout, n = self._layout, len(self._datasets)
@@ -258,6 +262,8 @@ class _Estimate:
         made = told.output_size_in_bytes - told.alias_size_in_bytes
         state, batch = (state + made, batch) if learns else (state, batch + made)
         weights, temporaries = _bytes(self._frozen), told.temp_size_in_bytes
+        if self._devices[0].platform == "cpu":
+            host += len(self._devices) * _scratch(executable.as_text()) + RECYCLED
         self._needs.append(Need(name, weights, state, batch, temporaries, self._kept + host))
         return executable.out_info
 
@@ -311,6 +317,13 @@ def _as(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _placed(frozen: Frozen, sharding: Any) -> Frozen:
     return jax.tree.map(lambda leaf: _as(leaf, sharding), frozen)
+
+
+def _scratch(hlo: str) -> int:
+    """What a CPU's convolutions take for themselves, which its compiler does not tell: their input twice, padded."""
+    shapes = {name: sizes for name, sizes in re.findall(r"([\w.-]+)(?: =|:) f32\[([\d,]+)\]", hlo)}
+    inputs = [shapes.get(name, "0") for name in re.findall(r" convolution\(%([\w.-]+)", hlo)]
+    return max((2 * 4 * math.prod(map(int, sizes.split(","))) for sizes in inputs), default=0)
 
 
 def _bytes(tree: PyTree) -> int:
