@@ -92,6 +92,7 @@ class Data:
         classes_per_step: Classes in memory at the same time; None: as many as fit.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
         preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
+        checkpoint_seconds: Least time between two checkpoints, from which a killed run goes on.
         devices: How many devices share the work, classes first, then the images and patches of a class.
         distributed: This is one of several processes, on all of whose devices the work is done; start all of them with
             the same command. The output must be a folder that all of them see.
@@ -107,6 +108,7 @@ class Data:
     classes_per_step: int | None = None
     output: Path = Path("runs")
     preset: Literal["paper"] | None = None
+    checkpoint_seconds: float = 60.0
     devices: int = 1
     distributed: bool = False
     coordinator: str | None = None
@@ -474,9 +476,18 @@ def _fit(
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
     recipe = {"source": source, "mask_threshold": data.mask_threshold, "command": shlex.join(["jaxad", *argv])}
     trains = {category: split.train for category, split in opened.items()}
-    where = dict(devices=None if data.distributed else data.devices, classes_per_step=data.classes_per_step)
-    options = dict(output=data.output, seeds=seeds, unified=data.unified, recipe=recipe, cache=cache)
-    return runs.fit_all(detector, trains, **where, **options)
+    return runs.fit_all(
+        detector,
+        trains,
+        output=data.output,
+        recipe=recipe,
+        seeds=seeds,
+        unified=data.unified,
+        devices=None if data.distributed else data.devices,
+        classes_per_step=data.classes_per_step,
+        checkpoint_seconds=data.checkpoint_seconds,
+        cache=cache,
+    )
 
 
 def _report(run_dirs: Sequence[Path], page: Path | None) -> None:

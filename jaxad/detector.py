@@ -330,6 +330,7 @@ def fit_together(
     classes_per_step: int | None = None,
     cache: EmbeddingCache | None = None,
     checkpoint_dir: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
 ) -> State:
     """Fits several detectors, which differ in their seeds at most, in one program, and sets their thresholds.
@@ -341,6 +342,7 @@ def fit_together(
         classes_per_step: So many at a time; None: all.
         cache: Embedded images shared with other calls.
         checkpoint_dir: Where progress is kept so that a killed run resumes.
+        checkpoint_seconds: Least time between two checkpoints.
         progress: Called with what is done, the images done and the images in all.
 
     Raises:
@@ -365,7 +367,7 @@ def fit_together(
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
     options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
     steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
-    kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir)
+    kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir, checkpoint_seconds=checkpoint_seconds)
     if several:
         learned = fit_classes(method, frozen, chosen, keys, **options, **steps, **kept)
     else:

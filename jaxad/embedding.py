@@ -3,9 +3,9 @@
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,15 +130,20 @@ class Reader:
     def __init__(self, embed: EmbedFn, frozen: "Placed", sources: Sequence[Embedding], layout: Layout) -> None:
         self._embed_fn, self._frozen, self._sources, self._layout = embed, frozen, sources, layout
 
-    def read(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, PyTree]]:
-        """Yields every block with its embedded images, leaves (c s b ...), without c for a single class."""
-        with ThreadPoolExecutor(1) as decoder:
-            submit: Callable[[Block], Any] = lambda block: (block, decoder.submit(self._decode, block))  # noqa: E731
-            pending = next(map(submit, blocks), None)
-            while pending is not None:
-                block, images = pending[0], pending[1].result()
-                pending = next(map(submit, blocks), None)
-                yield block, self._embed(block, images)
+    def read(self, steps: range, block: Callable[[int], Block]) -> Iterator[tuple[int, Block, PyTree]]:
+        """Yields every step with its block and embedded images, leaves (c s b ...), without c for a single class.
+
+        Each process decodes its own share of a block.
+        """
+
+        def decoded(step: int) -> tuple[int, Block, np.ndarray | None]:
+            wanted = block(step)
+            return step, wanted, self._decode(wanted)
+
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # decoding one block uses all cores
+        dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(decoded).to_iter_dataset(ahead)
+        for step, wanted, images in dataset:
+            yield step, wanted, self._embed(wanted, images)
 
     def _share(self, block: Block) -> tuple[Sequence[Embedding], Block]:
         """This process's classes, and its part of the block."""

@@ -257,7 +257,7 @@ def _fit(
         return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
     def put_keys(keys: Key) -> Key:
-        return jax.device_put(keys if layout.stacked else keys[0], layout.named())
+        return layout.spread(keys if layout.stacked else keys[0])
 
     diagnostics: dict[str, np.ndarray] = {}
     with Saver(checkpoint_dir, checkpoint_seconds, identity) as saver:
@@ -275,8 +275,7 @@ def _fit(
             first = done if s == first_stage else 0
             if progress:
                 progress(stage.name, schedule.seen(first), schedule.images)
-            chunks = range(first, schedule.total, schedule.chunk)
-            for step, (block, x) in zip(chunks, reader.read(map(schedule.block, chunks)), strict=True):
+            for step, block, x in reader.read(range(first, schedule.total, schedule.chunk), schedule.block):
                 steps = np.arange(step, step + block.index.shape[1], dtype=np.int32)
                 active = steps < schedule.steps[:, None]
                 batches, active_here = _batches(datasets, block, x, active, layout)
@@ -382,26 +381,26 @@ def _score(
     n = np.array([n[i] for i in spread])
     if padding:
         state = jax.tree.map(lambda leaf: leaf[np.asarray(spread)], state)
-    state = jax.device_put(state, layout.state(state))
+    state = layout.spread(state)
     placed = place(frozen, layout)
     sources = embeddings(method.embed, frozen, some, batch_size, cache, False)
     program = _score_program(method, layout, classes_per_step)
     size = _multiple(batch_size, layout.data_shards)
 
-    def blocks() -> Iterator[Block]:
-        for first in range(0, int(n.max()), size):
-            rows = np.arange(first, first + size)
-            valid = rows < n[:, None]
-            index = np.stack([np.resize(rows[v] if v.any() else 0, size) for v in valid])
-            yield Block(index[:, None], valid[:, None])
+    def block(first: int) -> Block:
+        rows = np.arange(first, first + size)
+        valid = rows < n[:, None]
+        index = np.stack([np.resize(rows[v] if v.any() else 0, size) for v in valid])
+        return Block(index[:, None], valid[:, None])
 
     total, done = int(n[: len(datasets)].sum()), 0
     if progress:
         progress("score", 0, total)
-    for block, x in Reader(method.embed, placed, sources, layout).read(blocks()):
+    reader = Reader(method.embed, placed, sources, layout)
+    for _, (index, valid), x in reader.read(range(0, int(n.max()), size), block):
         found = fetch(program(state, placed.everywhere, x))
         for c, data in enumerate(datasets):
-            part = block.index[c, 0, block.valid[c, 0]]
+            part = index[c, 0, valid[c, 0]]
             if not part.size:
                 continue
             scores = jax.tree.map(lambda leaf, c=c, n=part.size: (leaf[c] if layout.stacked else leaf)[:n], found)

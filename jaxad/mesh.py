@@ -151,6 +151,19 @@ class Layout(NamedTuple):
             return jax.device_put(local, sharding)
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
+    def spread(self, tree: PyTree) -> PyTree:
+        """States, or random keys, of which every process has all, as they lie on the devices."""
+
+        def one(leaf: Any, sharding: Any) -> Any:
+            if jax.process_count() == 1 or not leaf.is_fully_addressable:
+                return jax.device_put(leaf, sharding)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            return jax.device_put(np.asarray(leaf), sharding)
+
+        return jax.tree.map(one, tree, self.state(tree))
+
     def join(self, local: jax.Array, sharding: Any, shape: tuple[int, ...]) -> jax.Array:
         """An array of that shape from the one on this process's devices; nothing is copied."""
         if self.mesh is None or jax.process_count() == 1:

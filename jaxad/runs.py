@@ -73,6 +73,7 @@ def fit_all(
     unified: bool = False,
     devices: int | None = 1,
     classes_per_step: int | None = None,
+    checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
 ) -> list[FittedRuns]:
     """Fits a method to every category with every seed; all whose images have one size together.
@@ -86,6 +87,7 @@ def fit_all(
         unified: One model for all categories instead of one for each.
         devices: How many share the work; None: all of all processes.
         classes_per_step: As for `fit_runs`.
+        checkpoint_seconds: As for `fit_runs`.
         cache: Embedded images shared between detectors.
 
     Raises:
@@ -110,7 +112,7 @@ def fit_all(
         if devices != 1:
             mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
         options: dict[str, Any] = dict(mesh=mesh, classes_per_step=classes_per_step)
-        state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, **options)
+        state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, checkpoint_seconds=checkpoint_seconds, **options)
         done.append(FittedRuns(own, categories, run_dirs, state, mesh, classes_per_step))
     return done
 
@@ -151,6 +153,7 @@ def fit_runs(
     *,
     mesh: Mesh | None = None,
     classes_per_step: int | None = None,
+    checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
 ) -> State:
     """Fits detectors to a category each, all in one program, and writes their run directories.
@@ -165,6 +168,7 @@ def fit_runs(
         recipe: What the caller knows of the runs: source, mask_threshold, command.
         mesh: As for `jaxad.fit.fit_classes`.
         classes_per_step: As for `jaxad.fit.fit_classes`.
+        checkpoint_seconds: Least time between two checkpoints.
         cache: Embedded images shared between detectors.
 
     Returns:
@@ -194,6 +198,7 @@ def fit_runs(
                     classes_per_step=classes_per_step,
                     cache=cache,
                     checkpoint_dir=checkpoint / "state",
+                    checkpoint_seconds=checkpoint_seconds,
                     progress=bars,
                 )
             shared = {

@@ -1,7 +1,6 @@
 """The command line from end to end on tiny images, what it says to mistakes, and what an interruption leaves behind."""
 
 import csv
-import functools
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import safetensors.numpy
 from PIL import Image
 
 import jaxad
-from jaxad import artifact, detector, fit, runs
+from jaxad import artifact, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
@@ -371,10 +370,9 @@ def test_an_interrupted_fit_resumes_and_others_do_not(
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path), "--checkpoint-seconds", "0"]
     run_dir = tmp_path / "patchcore" / "photos" / "photos"
     with monkeypatch.context() as patched:
-        patched.setattr(detector, "fit", functools.partial(fit.fit, checkpoint_seconds=0.0))
         patched.setattr(jaxad.Detector, "save", interrupt)
         assert main(command) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "jaxad: interrupted"
@@ -392,6 +390,35 @@ def test_an_interrupted_fit_resumes_and_others_do_not(
     assert main([*command, "--seed", "1"]) == 0
     assert "is of other settings or data: deleted" in capsys.readouterr().err
     assert files_below(run_dir) == MODEL
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fit_killed_again_and_again_ends_with_the_same_model(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, seed: int
+):
+    """Five kills -9 at random moments of each of four fits, of one class and of two at once."""
+    category = ("all", "bolt")[seed % 2]
+    common = ["fit", str(mvtec), "--category", category, *backbone_options, "--batch-size", "1"]
+    command = [sys.executable, "-m", "jaxad", *common, "--checkpoint-seconds", "0", "--output"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    streams = dict(stderr=subprocess.PIPE, text=True, env=environment)
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, **streams)
+    usual, rng = time.monotonic() - started, np.random.default_rng()
+    output, resumed, kills = tmp_path / "killed", 0, 0
+    while kills < 5:
+        process = subprocess.Popen([*command, str(output)], **streams)
+        time.sleep(rng.uniform(0.3, 0.95) * usual)
+        process.kill()
+        resumed += "resuming from" in process.communicate()[1]
+        if process.returncode == 0:
+            shutil.rmtree(output)  # it was faster: once more
+        kills += process.returncode == -signal.SIGKILL
+    last = subprocess.run([*command, str(output)], check=True, **streams)
+    assert resumed + ("resuming from" in last.stderr) > 0
+    assert files_below(output) == files_below(tmp_path / "whole")
+    for model in (tmp_path / "whole").rglob("model.safetensors"):
+        assert (output / model.relative_to(tmp_path / "whole")).read_bytes() == model.read_bytes()
 
 
 def test_two_processes_do_not_fit_into_one_directory(
