@@ -21,6 +21,7 @@ from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
+from jaxad.mesh import agreed
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
@@ -259,6 +260,24 @@ class Detector:
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
+    def frozen_shapes(self) -> Frozen:
+        """The pretrained weights, or where they are not on this machine their shapes, which suffice for an estimate."""
+        try:
+            return self.load_frozen()
+        except FileNotFoundError:
+            if any(self.weights):
+                raise
+        shapes = []
+        for name in self.backbones:
+            one = jax.eval_shape(jaxad.backbones.backbone(name).init, jax.eval_shape(jax.random.key, 0))
+            cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.precision), one["params"])
+            shapes.append(one | {"params": cast})
+        return shapes[0] if len(shapes) == 1 else tuple(shapes)
+
+    def shortage(self, plan: Plan) -> str | None:
+        """What is missing for a fit that takes so much memory, and what would help; None if it fits."""
+        return shortage(plan, factory(self.method_name), self.hyperparameters, self.precision)
+
     def _split(self, data: Dataset) -> tuple[Dataset, Dataset]:
         """The images to learn from, and those held out."""
         held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
@@ -360,9 +379,9 @@ def fit_together(
     if progress:
         progress("compile", 0, 0)
     plan = plan_together(detectors, datasets, mesh=mesh, classes_per_step=classes_per_step, cache=cache)
-    lacking = shortage(plan, factory(first.method_name), first.hyperparameters, first.precision)
-    if lacking:
-        raise ValueError(lacking)
+    lacking = first.shortage(plan)
+    if agreed(lacking is not None):
+        raise ValueError(lacking or "fitting needs more memory than the first process has")
     compiled = compile_seconds() - compiled
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
     options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
@@ -411,12 +430,12 @@ def plan_together(
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     return estimate(
         method,
-        first.load_frozen(),
+        first.frozen if first.frozen is not None else first.load_frozen(),
         chosen if several else chosen[0],
         mesh=mesh,
         classes_per_step=classes_per_step,
         batch_size=first.batch_size,
-        keep=cache is not None,
+        cache=cache,
         scoring=any(map(len, held)),
     )
 

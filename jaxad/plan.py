@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import jaxad.fit as driver
 from jaxad.base import Batch, Frozen, Method, PyTree
 from jaxad.data import Dataset
-from jaxad.embedding import CACHE_BYTES, embed_program
+from jaxad.embedding import EmbeddingCache, embed_program, embeddings
 from jaxad.memory import available
 from jaxad.mesh import Layout
 from jaxad.program import Program
@@ -59,7 +59,9 @@ class Plan(NamedTuple):
     checkpoint: int
     """What the host takes besides while a checkpoint is written: the largest state, of all devices."""
     loaded: int
-    """What is in memory already: the weights, where they have been read."""
+    """What is in memory already: weights that have been read, and kept embeddings."""
+    classes: int
+    """Classes at the same time."""
     devices: tuple[Any, ...]
     """Those of this process."""
 
@@ -86,7 +88,7 @@ def estimate(
     mesh: Mesh | None = None,
     classes_per_step: int | None = None,
     batch_size: int = 16,
-    keep: bool = False,
+    cache: EmbeddingCache | None = None,
     scoring: bool = True,
 ) -> Plan:
     """The memory that `jaxad.fit.fit` or, for several data sets, `fit_classes` and scoring afterwards will take.
@@ -102,7 +104,7 @@ def estimate(
         mesh: As for `fit`.
         classes_per_step: As for `fit_classes`.
         batch_size: As for `fit`.
-        keep: Whether embedded images are kept in host memory even if every stage sees them once (`cache`).
+        cache: As for `fit`.
         scoring: Whether images are scored afterwards.
 
     Raises:
@@ -111,7 +113,7 @@ def estimate(
     stacked = not isinstance(data, Dataset)
     datasets = list(data) if stacked else [data]
     driver._check_images(datasets)
-    return _Estimate(method, frozen, datasets, Layout(mesh, stacked), classes_per_step, batch_size, keep).plan(scoring)
+    return _Estimate(method, frozen, datasets, Layout(mesh, stacked), classes_per_step, batch_size, cache).plan(scoring)
 
 
 SMALLER = {
@@ -149,6 +151,8 @@ def _advice(plan: Plan, make: Callable[..., Method], given: Mapping[str, Any], p
     if given.get("coreset_size") is not None:
         names.pop("coreset_sampling_ratio", None)  # which it replaces
     yield from map(SMALLER.__getitem__, names)
+    if plan.classes > 1:
+        yield "a smaller --classes-per-step"
     if not plan.shared:
         yield f"more --devices than {len(plan.devices)}"
     embedding = need.name.startswith(EMBED)
@@ -161,8 +165,9 @@ def _advice(plan: Plan, make: Callable[..., Method], given: Mapping[str, Any], p
 
 def size(n: float) -> str:
     """A number of bytes to read: 1.23 GB, 45.6 MB."""
-    unit, name = (1e9, "GB") if n >= 1e9 else (1e6, "MB")
-    return f"{n / unit:.3g} {name}" if n < 1e12 else f"{n / unit:.0f} {name}"
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "")) if n >= unit or unit == 1)
+    value = n / unit
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}" if name else str(round(n))
 
 
 class _Estimate:
@@ -176,7 +181,7 @@ class _Estimate:
         layout: Layout,
         classes_per_step: int | None,
         batch_size: int,
-        keep: bool,
+        cache: EmbeddingCache | None,
     ) -> None:
         self._method, self._layout, self._datasets = method, layout, datasets
         self._classes_per_step, self._batch_size = classes_per_step, batch_size
@@ -187,10 +192,10 @@ class _Estimate:
         self._devices = tuple(jax.devices()[:1] if mesh is None else mesh.devices.flat)
         self._size = datasets[0].image_size
         self._needs: list[Need] = []
-        self._kept = 0
-        if keep or sum(stage.epochs for stage in method.stages) > 1:
-            sizes = [_whole(driver._spec(method, frozen, len(data), data.image_size)) for data in datasets]
-            self._kept = sum(size for size in sizes if size <= CACHE_BYTES / len(datasets))
+        several = sum(stage.epochs for stage in method.stages) > 1
+        sources = {id(one): one for one in embeddings(method.embed, frozen, datasets, batch_size, cache, several)}
+        self._kept, filled = (sum(column) for column in zip(*(one.room for one in sources.values()), strict=True))
+        self._loaded += filled
         height, width = datasets[0].original_size(0)
         self._decoding = (os.cpu_count() or 1) * 2 * 3 * height * width  # each thread: an image and what becomes of it
 
@@ -207,7 +212,8 @@ class _Estimate:
         older, x_before = 0, 0  # the driver still holds the state before `finalize`, and the last embedded images
         for stage, update, finalize in zip(method.stages, *driver._programs(method, layout), strict=True):
             state, held = self._state(state), _bytes(self._state(state))
-            schedule = driver._Schedule(stage, list(map(len, datasets)), key, self._batch_size, layout.data_shards)
+            keys = jax.random.key(0)[None]  # of the order of images, which is not looked at
+            schedule = driver._Schedule(stage, list(map(len, datasets)), keys, self._batch_size, layout.data_shards)
             blocks = math.ceil(schedule.total / schedule.chunk)
             for steps in sorted({min(schedule.chunk, schedule.total), (schedule.total - 1) % schedule.chunk + 1}):
                 cube = together, steps, schedule._size
@@ -231,7 +237,7 @@ class _Estimate:
         needs: dict[str, Need] = {}
         for need in self._needs:  # of chunks of two lengths the longer
             needs[need.name] = max(need, needs.get(need.name, need), key=lambda one: one.device)
-        return Plan(tuple(needs.values()), model, largest, self._loaded, self._devices)
+        return Plan(tuple(needs.values()), model, largest, self._loaded, together, self._devices)
 
     def _score(self, state: PyTree, model: int) -> None:
         layout, n = self._layout, len(self._datasets)
@@ -257,7 +263,13 @@ class _Estimate:
         learns: bool = True,
     ) -> PyTree:
         """Compiles a program and notes what is in memory while it runs, its arguments given in bytes; its result."""
-        executable = program.compile(*args)
+        try:
+            executable = program.compile(*args)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            what = f'the step "{name}" must fit into the memory of a device, the compiler says that it does not'
+            raise ValueError(f"{what}: use more --devices, fewer --layers, a smaller --image-size") from error
         told = executable.memory_analysis()
         made = told.output_size_in_bytes - told.alias_size_in_bytes
         state, batch = (state + made, batch) if learns else (state, batch + made)

@@ -32,12 +32,13 @@ from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
-from jaxad.detector import Detector, fit_together, peak_bytes
+from jaxad.detector import Detector, fit_together, peak_bytes, plan_together
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import score_classes
 from jaxad.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
+from jaxad.plan import Plan
 from jaxad.program import compile_seconds
 from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
@@ -93,28 +94,56 @@ def fit_all(
     Raises:
         ValueError: There are not as many devices.
     """
-    if devices is not None and not 1 <= devices <= jax.device_count():
-        raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
     if unified and len(trains) > 1:
-        name = next(iter(trains.values())).name
-        trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
-        recipe = recipe | {"dataset": f"{name} (unified)", "unified": True}
-    fits = []
-    for seed, (category, train) in itertools.product(range(seeds), trains.items()):
-        own = copy.copy(detector)
-        own.seed = detector.seed + seed
-        below = output / (f"seed{own.seed}" if seeds > 1 else "")
-        fits.append((own, category, train, directory(below, own, train)))
+        recipe = recipe | {"dataset": f"{next(iter(trains.values())).name} (unified)", "unified": True}
     done = []
-    for size in dict.fromkeys(train.image_size for train in trains.values()):
-        own, categories, chosen, run_dirs = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
-        mesh = None
-        if devices != 1:
-            mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
+    for own, categories, chosen, mesh in _together(detector, trains, seeds, unified, devices):
+        below = [output / (f"seed{one.seed}" if seeds > 1 else "") for one in own]
+        run_dirs = tuple(map(directory, below, own, chosen))
         options: dict[str, Any] = dict(mesh=mesh, classes_per_step=classes_per_step)
         state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, checkpoint_seconds=checkpoint_seconds, **options)
         done.append(FittedRuns(own, categories, run_dirs, state, mesh, classes_per_step))
     return done
+
+
+def plan_all(
+    detector: Detector,
+    trains: Mapping[str, Dataset],
+    *,
+    unified: bool = False,
+    devices: int | None = 1,
+    classes_per_step: int | None = None,
+) -> list[Plan]:
+    """The memory of what `fit_all` will fit, with the same arguments; one plan for every size of images.
+
+    Raises:
+        ValueError: As for `fit_all`.
+    """
+    return [
+        plan_together(own, chosen, mesh=mesh, classes_per_step=classes_per_step)
+        for own, _, chosen, mesh in _together(detector, trains, 1, unified, devices)
+    ]
+
+
+def _together(
+    detector: Detector, trains: Mapping[str, Dataset], seeds: int, unified: bool, devices: int | None
+) -> Iterator[tuple[tuple[Detector, ...], tuple[str, ...], tuple[Dataset, ...], Mesh | None]]:
+    """What is fitted in one program: detectors, their categories and images, all of one size; and on which devices."""
+    if devices is not None and not 1 <= devices <= jax.device_count():
+        raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
+    if unified and len(trains) > 1:
+        trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
+    fits = []
+    for seed, (category, train) in itertools.product(range(seeds), trains.items()):
+        own = copy.copy(detector)
+        own.seed = detector.seed + seed
+        fits.append((own, category, train))
+    for size in dict.fromkeys(train.image_size for train in trains.values()):
+        own, categories, chosen = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
+        mesh = None
+        if devices != 1:
+            mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
+        yield own, categories, chosen, mesh
 
 
 def evaluate_fitted(
