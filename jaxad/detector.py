@@ -425,7 +425,7 @@ def plan_together(
 ) -> Plan:
     """The memory that `fit_together` will take with these arguments; nothing is fitted."""
     first, several = detectors[0], len(detectors) > 1
-    method = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)][0]
+    method = first._build(datasets[0].image_size)
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     return estimate(

@@ -23,7 +23,6 @@ from jaxad.memory import available
 from jaxad.mesh import Layout
 from jaxad.program import Program
 
-
 EMBED = "embed for "
 RECYCLED = 32 << 20
 """A process keeps freed memory in blocks up to this size (glibc's largest threshold): as much lies idle beside the
@@ -141,7 +140,7 @@ def shortage(plan: Plan, make: Callable[..., Method], given: Mapping[str, Any], 
         return None
     where = "" if plan.shared else " on each device"
     return (
-        f"fitting needs {size(most)} of memory{where} at the step \"{need.name}\", {memory.what} has "
+        f'fitting needs {size(most)} of memory{where} at the step "{need.name}", {memory.what} has '
         f"{size(memory.free + plan.loaded)} for it: try {', '.join(_advice(plan, make, given, precision))}"
     )
 
@@ -165,9 +164,12 @@ def _advice(plan: Plan, make: Callable[..., Method], given: Mapping[str, Any], p
 
 def size(n: float) -> str:
     """A number of bytes to read: 1.23 GB, 45.6 MB."""
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "")) if n >= unit or unit == 1)
+    unit, name = 1, ""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")):
+        if n >= unit:
+            break
     value = n / unit
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}" if name else str(round(n))
+    return f"{value:.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f} {name}" if n else "0"
 
 
 class _Estimate:
@@ -221,7 +223,7 @@ class _Estimate:
                 again = 2 * _whole(x) if self._kept and stage.epochs > 1 else 0  # kept ones are looked up and stacked
                 batch, counts = self._batch(x, cube)
                 given = state, key, counts, batch, self._frozen, jax.ShapeDtypeStruct((steps,), jnp.int32)
-                beside = {"batch": _bytes(batch), "host": max(again, self._decoded(cube, blocks))}
+                beside: dict[str, Any] = {"batch": _bytes(batch), "host": max(again, self._decoded(cube, blocks))}
                 self._run(stage.name, update, *given, state=held + older, **beside)
                 x_before = _bytes(x)
             name = f"finish {stage.name}"
@@ -248,7 +250,7 @@ class _Estimate:
         held = model + _bytes(self._state(state)) if padding else model
         x = self._embed(f"{EMBED}scoring", cube, 2, held)
         program = driver._score_program(self._method, layout, self._classes_per_step if layout.stacked else None)
-        beside = {"batch": _bytes(x), "host": self._decoded(cube, 2)}
+        beside: dict[str, Any] = {"batch": _bytes(x), "host": self._decoded(cube, 2)}
         found = self._run("score", program, self._state(state), self._frozen, x, state=held, learns=False, **beside)
         self._needs[-1] = self._needs[-1]._replace(host=self._needs[-1].host + _whole(found))
 
@@ -288,7 +290,7 @@ class _Estimate:
         sharding = layout.local().named(None, axis)
         image = jax.ShapeDtypeStruct(shape if layout.stacked else shape[1:], jnp.uint8, sharding=sharding)
         program = embed_program(self._method.embed, layout, axis)
-        beside = {"batch": _bytes(image), "host": self._decoded(cube, blocks)}
+        beside: dict[str, Any] = {"batch": _bytes(image), "host": self._decoded(cube, blocks)}
         made = self._run(name, program, self._frozen_local, image, state=state, learns=False, **beside)
         lead = cube if layout.stacked else cube[1:]
         x = jax.tree.map(lambda leaf: self._put((*lead, *leaf.shape[len(lead) :]), leaf.dtype, None, axis), made)
@@ -299,7 +301,7 @@ class _Estimate:
         return x
 
     def _decoded(self, cube: "Cube", blocks: int) -> int:
-        """The block of images in work; the next one meanwhile, which is put together from parts; and what threads do."""
+        """The block of images in work, the next one meanwhile (it is put together from parts), and what threads do."""
         own, row = self._layout.block(cube[0], cube[2])
         block = (own.stop - own.start) * cube[1] * (row.stop - row.start) * math.prod(self._size) * 3
         return (3 * block if blocks > 1 else block) + self._decoding
@@ -312,7 +314,7 @@ class _Estimate:
         mask = self._put((*lead, *self._size), bool, None, axis) if masks else None
         return Batch(x, valid, label, mask, index), self._put(lead[:-1], bool)
 
-    def _put(self, shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:
+    def _put(self, shape: tuple[int, ...], dtype: Any, *spec: str | None) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._layout.named(*spec))
 
     def _state(self, state: PyTree) -> PyTree:
@@ -333,7 +335,7 @@ def _placed(frozen: Frozen, sharding: Any) -> Frozen:
 
 def _scratch(hlo: str) -> int:
     """What a CPU's convolutions take for themselves, which its compiler does not tell: their input twice, padded."""
-    shapes = {name: sizes for name, sizes in re.findall(r"([\w.-]+)(?: =|:) f32\[([\d,]+)\]", hlo)}
+    shapes = dict(re.findall(r"([\w.-]+)(?: =|:) f32\[([\d,]+)\]", hlo))
     inputs = [shapes.get(name, "0") for name in re.findall(r" convolution\(%([\w.-]+)", hlo)]
     return max((2 * 4 * math.prod(map(int, sizes.split(","))) for sizes in inputs), default=0)
 

@@ -1,10 +1,9 @@
 """Memory is known before a fit: the numbers are those of the programs that the fit then runs."""
 
-import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,7 +39,7 @@ def needs(found: plan.Plan) -> dict[str, plan.Need]:
     return {need.name: need for need in found.needs}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "padim-all"])  # slow, and as "padim"
 def test_a_fit_finds_its_programs_compiled(name):
     case = CASES[name]
     method, frozen = case.make(), frozen_of(case.backbones, 0)
@@ -74,7 +73,9 @@ def test_several_epochs_keep_embedded_images_in_host_memory():
     compiled = compile_seconds()
     fit(method, frozen, DATA, KEY, batch_size=BATCH)
     assert compile_seconds() == compiled
-    kept = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(method.embed(frozen, jax.numpy.asarray(DATA.images(range(11))))))
+    kept = sum(
+        math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(method.embed(frozen, jnp.asarray(DATA.images(range(11)))))
+    )
     once = estimate(made, frozen, DATA, batch_size=BATCH)
     assert all(need.host >= kept for need in found.needs)
     assert needs(found)["start"].host == needs(once)["start"].host + kept
@@ -95,7 +96,7 @@ def test_the_numbers_are_the_arrays_and_what_the_compiler_says():
     assert list(rows) == ["start", "embed for collect", "collect", "finish collect", "embed for scoring", "score"]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
     assert {need.weights for need in found.needs} == {weights} and found.loaded == weights
-    x = method.embed(frozen, jax.numpy.asarray(DATA.images(range(BATCH))))
+    x = method.embed(frozen, jnp.asarray(DATA.images(range(BATCH))))
     embedded = sum(leaf.nbytes for leaf in jax.tree.leaves(x))
     patches = 11 * x["layer1"].shape[1] * x["layer1"].shape[2] * sum(x[layer].shape[-1] for layer in x) * 4
     assert rows["start"].state == pytest.approx(patches, abs=200)
@@ -148,7 +149,9 @@ def test_a_fit_that_does_not_fit_is_refused_with_advice(method, advice, monkeypa
     detector = jaxad.Detector(method, image_size=64, batch_size=BATCH, **TINY)
     needed = (found := plan_together([detector], [DATA])).total(found.peak) - found.loaded
     limited(monkeypatch, needed - 1)
-    with pytest.raises(ValueError, match=r"^fitting needs [\d.]+ MB of memory at the step .*, this machine has") as told:
+    with pytest.raises(
+        ValueError, match=r"^fitting needs [\d.]+ MB of memory at the step .*, this machine has"
+    ) as told:
         detector.fit(DATA)
     assert advice in str(told.value) and "--image-size" in str(told.value) and "\n" not in str(told.value)
     assert detector.state is None
@@ -204,7 +207,7 @@ def test_memory_of_a_container_is_its_limit_less_what_it_uses(version, tmp_path)
 
 def test_sizes_are_short():
     sizes = [size(n) for n in (0, 12, 1234, 38_460_000, 999_600_000, 22_130_000_000)]
-    assert sizes == ["0", "12", "1.23 kB", "38.5 MB", "1000 MB", "22.1 GB"]
+    assert sizes == ["0", "12 B", "1.23 kB", "38.5 MB", "1000 MB", "22.1 GB"]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +225,7 @@ SMALL = ("--image-size", "64", "--layers", "layer1", "layer2")
 def test_the_command_prints_what_a_fit_needs(photos, capsys):
     assert main(["estimate", "patchcore", "--data", photos, *SMALL]) == 0
     told = capsys.readouterr().out
-    for part in ("weights", "temporaries", "finish collect", "the model", 'most: ', "it fits: this machine has"):
+    for part in ("weights", "temporaries", "finish collect", "the model", "most: ", "it fits: this machine has"):
         assert part in told
 
 
