@@ -1,5 +1,6 @@
 """The facade: any method, a folder of photographs in, scores and heat maps out."""
 
+import copy
 import inspect
 import itertools
 import resource
@@ -112,6 +113,7 @@ class Detector:
         self.pixel_threshold: Threshold | None = None
         self.normal_level: float | None = None
         self.n_train = self.n_heldout = 0
+        self.variant = ""
         self.seconds: dict[str, float] = {}
         self._built: tuple[tuple[int, int], Method] | None = None
         self._build(self.preprocess.output_size(self.preprocess.resize) if self.preprocess.resize else (224, 224))
@@ -257,6 +259,14 @@ class Detector:
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
+    def varied(self, name: str, value: Any) -> "Detector":
+        """The same with another value of a hyper-parameter, not fitted."""
+        own = copy.copy(self)
+        own.hyperparameters, own.variant = self.hyperparameters | {name: value}, f"{name}={value}"
+        own._built = None
+        own._build(self._built[0] if self._built else (224, 224))
+        return own
+
     def _split(self, data: Dataset) -> tuple[Dataset, Dataset]:
         """The images to learn from, and those held out."""
         held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
@@ -305,6 +315,13 @@ class Detector:
         return only.train if split == "train" or only.test is None else only.test
 
 
+class Sweep(NamedTuple):
+    """A hyper-parameter and its values."""
+
+    name: str
+    values: tuple[float | int, ...]
+
+
 class _Normal(NamedTuple):
     """What thresholds are made of; one entry an image, none where there is no heat map."""
 
@@ -330,11 +347,13 @@ def fit_together(
     checkpoint_dir: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
-) -> State:
+    sweep: Sweep | None = None,
+) -> tuple[Method, State]:
     """Fits several detectors, which differ in their seeds at most, in one program, and sets their thresholds.
 
     Args:
-        detectors: Fitted in place, each as if on its own.
+        detectors: Fitted in place, each as if on its own. In a sweep, those with the first, the second, ... value of
+            the hyper-parameter follow each other; one fit serves them all.
         datasets: The normal images for each, of one size.
         mesh: As for `jaxad.fit.fit_classes`, like the rest.
         classes_per_step: So many at a time; None: all.
@@ -342,13 +361,22 @@ def fit_together(
         checkpoint_dir: Where progress is kept so that a killed run resumes.
         checkpoint_seconds: Least time between two checkpoints.
         progress: Called with what is done, the images done and the images in all.
+        sweep: A hyper-parameter and its values.
 
     Returns:
-        Their states: for several detectors with the leading axis that `jaxad.fit.score_classes` wants.
+        What scores all of them, and their states: for several detectors with the leading axis that
+        `jaxad.fit.score_classes` wants.
+
+    Raises:
+        ValueError: The hyper-parameter of the sweep is not one that a fitted model can change.
     """
-    first, several = detectors[0], len(detectors) > 1
+    values = sweep.values if sweep else (0,)
+    first, several = detectors[int(np.argmax(values)) if sweep else 0], len(detectors) > 1
     methods = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)]
-    method, frozen = methods[0], first.load_frozen()
+    method, frozen = first.method, first.load_frozen()
+    if sweep and sweep.name not in dict(method.vary):
+        can = ", ".join(name for name, _ in method.vary) or "nothing"
+        raise ValueError(f"{first.method_name} up to {max(values)} can sweep {can} at once, got {sweep.name}")
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
@@ -356,7 +384,10 @@ def fit_together(
     steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
     kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir, checkpoint_seconds=checkpoint_seconds)
     if several:
-        learned = fit_classes(method, frozen, chosen, keys, **options, **steps, **kept)
+        once = slice(None, None, len(values))
+        learned = fit_classes(method, frozen, chosen[once], keys[once], **options, **steps, **kept)
+        if sweep:
+            learned = learned._replace(state=_swept(method, learned.state, sweep))
     else:
         learned = fit(method, frozen, chosen[0], keys[0], **options, **kept)
     started = time.perf_counter()
@@ -372,15 +403,22 @@ def fit_together(
     seconds = time.perf_counter() - started
     total = sum(map(len, chosen))
     for i, detector in enumerate(detectors):
-        detector._built, detector.frozen = first._built, frozen
-        detector.state = class_state(method, frozen, learned.state, i, chosen[i]) if several else learned.state
+        detector.frozen = frozen
+        detector.state = class_state(methods[i], frozen, learned.state, i, chosen[i]) if several else learned.state
         detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
         share = len(chosen[i]) / total
         detector.seconds = {"compile": learned.compile_seconds * share, "fit": learned.run_seconds * share}
         detector._set_thresholds(found[i])
         if found[i]:
             detector.seconds["threshold"] = seconds * share
-    return learned.state
+    return method, learned.state
+
+
+def _swept(method: Method, states: State, sweep: Sweep) -> State:
+    """The states of all classes with every value of a hyper-parameter, the values of a class side by side."""
+    change, values = dict(method.vary)[sweep.name], jax.numpy.asarray(sweep.values)
+    both = jax.vmap(jax.vmap(change, (None, 0)), (0, None))(states, values)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
 
 
 _SAVED = (

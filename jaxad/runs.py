@@ -27,12 +27,12 @@ from jax.sharding import Mesh
 
 import jaxad
 from jaxad import artifact
-from jaxad.base import State
+from jaxad.base import Method, State
 from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
-from jaxad.detector import Detector, fit_together, peak_bytes
+from jaxad.detector import Detector, Sweep, fit_together, peak_bytes
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import score_classes
 from jaxad.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
@@ -58,6 +58,7 @@ class FittedRuns(NamedTuple):
     categories: Sequence[str]
     """Of each; "unified" for a model of all categories."""
     run_dirs: Sequence[Path]
+    method: Method
     state: State
     mesh: Mesh | None
     classes_per_step: int | None
@@ -75,6 +76,7 @@ def fit_all(
     classes_per_step: int | None = None,
     checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
+    sweep: Sweep | None = None,
 ) -> list[FittedRuns]:
     """Fits a method to every category with every seed; all whose images have one size together.
 
@@ -89,9 +91,10 @@ def fit_all(
         classes_per_step: As for `fit_runs`.
         checkpoint_seconds: As for `fit_runs`.
         cache: Embedded images shared between detectors.
+        sweep: A hyper-parameter and its values; each has a folder of its own in `output`.
 
     Raises:
-        ValueError: There are not as many devices.
+        ValueError: There are not as many devices, or the hyper-parameter cannot be swept.
     """
     if devices is not None and not 1 <= devices <= jax.device_count():
         raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
@@ -100,10 +103,12 @@ def fit_all(
         trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
         recipe = recipe | {"dataset": f"{name} (unified)", "unified": True}
     fits = []
-    for seed, (category, train) in itertools.product(range(seeds), trains.items()):
-        own = copy.copy(detector)
+    values = sweep.values if sweep else (None,)
+    for seed, (category, train), value in itertools.product(range(seeds), trains.items(), values):
+        own = detector if sweep is None else detector.varied(sweep.name, value)
+        own = copy.copy(own)
         own.seed = detector.seed + seed
-        below = output / (f"seed{own.seed}" if seeds > 1 else "")
+        below = output / (f"seed{own.seed}" if seeds > 1 else "") / (f"{sweep.name}={value}" if sweep else "")
         fits.append((own, category, train, directory(below, own, train)))
     done = []
     for size in dict.fromkeys(train.image_size for train in trains.values()):
@@ -111,9 +116,10 @@ def fit_all(
         mesh = None
         if devices != 1:
             mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
-        options: dict[str, Any] = dict(mesh=mesh, classes_per_step=classes_per_step)
-        state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, checkpoint_seconds=checkpoint_seconds, **options)
-        done.append(FittedRuns(own, categories, run_dirs, state, mesh, classes_per_step))
+        options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, sweep=sweep)
+        options |= dict(mesh=mesh, classes_per_step=classes_per_step)
+        method, state = fit_runs(own, chosen, run_dirs, recipe, **options)
+        done.append(FittedRuns(own, categories, run_dirs, method, state, mesh, classes_per_step))
     return done
 
 
@@ -127,7 +133,7 @@ def evaluate_fitted(
         parts = [evaluate_unified(detector, opened, run_dir, **options) for detector, run_dir in each]
         return {run_dir: row for part in parts for run_dir, row in part.items()}
     tests = [opened[category].test for category in fitted.categories]
-    options |= dict(state=fitted.state, classes_per_step=fitted.classes_per_step)
+    options |= dict(method=fitted.method, state=fitted.state, classes_per_step=fitted.classes_per_step)
     rows = evaluate_runs(fitted.detectors, [test for test in tests if test], fitted.run_dirs, **options)
     return dict(zip(fitted.run_dirs, rows, strict=False))  # no rows but in the first process
 
@@ -155,7 +161,8 @@ def fit_runs(
     classes_per_step: int | None = None,
     checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
-) -> State:
+    sweep: Sweep | None = None,
+) -> tuple[Method, State]:
     """Fits detectors to a category each, all in one program, and writes their run directories.
 
     A run that was killed leaves `checkpoint/` behind, in the folder that the run directories have in common: the same
@@ -170,9 +177,10 @@ def fit_runs(
         classes_per_step: As for `jaxad.fit.fit_classes`.
         checkpoint_seconds: Least time between two checkpoints.
         cache: Embedded images shared between detectors.
+        sweep: As for `jaxad.detector.fit_together`.
 
     Returns:
-        The states as `jaxad.detector.fit_together` returns them.
+        What `jaxad.detector.fit_together` returns.
     """
     together = run_dirs[0] if len(run_dirs) == 1 else Path(os.path.commonpath(run_dirs))
     folders = dict.fromkeys(folder for run_dir in (*run_dirs, together) for folder in (run_dir, *run_dir.parents))
@@ -191,7 +199,7 @@ def fit_runs(
                 _resume(checkpoint, _fingerprint(detectors, trains))
             wait_for_all("resume")
             with Bars(title) as bars:
-                state = fit_together(
+                learned = fit_together(
                     detectors,
                     trains,
                     mesh=mesh,
@@ -200,6 +208,7 @@ def fit_runs(
                     checkpoint_dir=checkpoint / "state",
                     checkpoint_seconds=checkpoint_seconds,
                     progress=bars,
+                    sweep=sweep,
                 )
             shared = {
                 "shared_features": cache is not None,  # then the seconds leave out what another method paid for
@@ -234,7 +243,7 @@ def fit_runs(
         guaranteed = max(d.image_threshold.guaranteed_fpr for d in detectors if d.image_threshold)
         told += f": at most {guaranteed:.0%} false alarms"
     say(f"{title}: {told}")
-    return state
+    return learned
 
 
 def evaluate_runs(
@@ -243,6 +252,7 @@ def evaluate_runs(
     run_dirs: Sequence[Path],
     *,
     source: str,
+    method: Method | None = None,
     state: State = None,
     oracle: bool = False,
     mesh: Mesh | None = None,
@@ -259,7 +269,8 @@ def evaluate_runs(
         tests: Images with labels for each; those without count in no metric.
         run_dirs: Where the results go, beside the saved detectors.
         source: What `tests` were read from.
-        state: Of several detectors what `fit_runs` returned: then one program scores all.
+        method: Of several detectors what `fit_runs` returned: then one program scores all.
+        state: Likewise.
         oracle: Choose the thresholds on these very images, for this evaluation alone, and mark them so.
         mesh: As for `jaxad.fit.score_classes`.
         classes_per_step: As for `jaxad.fit.score_classes`.
@@ -280,7 +291,8 @@ def evaluate_runs(
         else:
             options: dict[str, Any] = dict(batch_size=first.batch_size, mesh=mesh, cache=cache, progress=bars)
             options |= dict(classes_per_step=classes_per_step)
-            stream = score_classes(first.method, state, first.load_frozen(), tests, **options)
+            assert method is not None
+            stream = score_classes(method, state, first.load_frozen(), tests, **options)
         for i, part, found in stream:
             scores[i][part] = found.image
             if found.pixel is not None:
@@ -353,7 +365,8 @@ def _evaluate(
         "source": source,
     }
     artifact.write_json(run_dir / "metrics.json", metrics)
-    about = (detector.method_name, recipe["dataset"], recipe["category"])
+    name = f"{detector.method_name} {detector.variant}".rstrip()
+    about = (name, recipe["dataset"], recipe["category"])
     return Row(*about, measured.values, measured.reasons, detector.seed)
 
 
