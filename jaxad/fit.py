@@ -172,6 +172,7 @@ def fit_classes(
     """
     n = len(datasets)
     keys = jnp.broadcast_to(key, (n,)) if key.ndim == 0 else key
+    _check_images(datasets)
     sizes = sorted({data.image_size for data in datasets})
     if len(sizes) != 1 or keys.shape != (n,):
         raise ValueError(f"classes must have images of one size and a key each, got {n} with {sizes} and {keys.shape}")
@@ -200,7 +201,13 @@ def fit_classes(
     if len(parts) == 1:
         return parts[0]
     state = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(part.state for part in parts))
-    metrics = {k: np.concatenate([part.metrics[k] for part in parts]) for k in parts[0].metrics}
+    steps = max((v.shape[1] for part in parts for v in part.metrics.values()), default=0)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        missing = steps - values.shape[1]
+        return np.pad(values.astype(float), ((0, 0), (0, missing)), constant_values=np.nan) if missing else values
+
+    metrics = {k: np.concatenate([padded(part.metrics[k]) for part in parts]) for k in parts[0].metrics}
     return Fitted(state, sum(p.compile_seconds for p in parts), sum(p.run_seconds for p in parts), metrics)
 
 
@@ -220,9 +227,7 @@ def _fit(
     progress: Progress | None,
 ) -> Fitted:
     """One group of classes; `keep` saves the final state, too."""
-    for data in datasets:
-        if len(data) == 0:
-            raise ValueError(f"fitting needs at least one normal image, got none of {data.category or 'the data'}")
+    _check_images(datasets)
     started, compiled = time.perf_counter(), compile_seconds()
     several = sum(stage.epochs for stage in method.stages) > 1
     sources = embeddings(method.embed, frozen, datasets, batch_size, cache, several)
@@ -432,6 +437,12 @@ def class_state(method: Method, frozen: Frozen, state: State, index: int, data: 
         return None if wanted is None else leaf[(index, *map(slice, wanted.shape))]
 
     return jax.tree.map(cut, own, state, is_leaf=lambda leaf: leaf is None)
+
+
+def _check_images(datasets: Sequence[Dataset]) -> None:
+    for data in datasets:
+        if len(data) == 0:
+            raise ValueError(f"fitting needs at least one normal image, got none of {data.category}")
 
 
 def _multiple(n: int, of: int) -> int:
