@@ -1,4 +1,4 @@
-"""The command line: `jaxad fit | score | evaluate | benchmark | list | weights | report`.
+"""The command line: `jaxad fit | score | evaluate | benchmark | estimate | report | list | weights`.
 
 Tables go to stdout, everything else to stderr. What a user did wrong is one line and exit code 2 (`JAXAD_DEBUG=1` shows
 the traceback), an interruption one line and exit code 130. Only commands that need JAX import it.
@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -23,12 +24,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
 from jaxad import distributed
 from jaxad.progress import Bars, be_silent, interrupt, say, uninterrupted
+
+PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "host")
+"""What `jaxad estimate` prints of every program."""
 
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
-    if name in ("fit", "score", "evaluate", "benchmark") and not {"-h", "--help"} & set(rest):
+    if name in ("fit", "score", "evaluate", "benchmark", "estimate") and not {"-h", "--help"} & set(rest):
         with uninterrupted():
             importlib.import_module("jaxad.runs")
     if name in ("-h", "--help"):
@@ -71,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         print("\n`jaxad COMMAND --help` shows the options of a command. Try: jaxad benchmark demo --methods patchcore")
     elif name == "--version":
         print(f"jaxad {jaxad.__version__}")
-    elif name in ("fit", "benchmark", "weights"):
+    elif name in ("fit", "benchmark", "estimate", "weights"):
         COMMANDS[name](rest)
     elif name in COMMANDS:
         _tyro(COMMANDS[name], prog=f"jaxad {name}", args=rest)
@@ -145,6 +149,29 @@ class BenchmarkData(Data):
     report: Path | None = None
 
 
+@dataclasses.dataclass
+class EstimateData:
+    """What would be fitted on what.
+
+    Args:
+        method: A name in `jaxad list`, before all options; its own are shown below.
+        data: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
+        category: One product class, or all of them, in one program.
+        unified: One model for all classes together.
+        classes_per_step: Classes in memory at the same time; None: all.
+        preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
+        devices: How many devices share the work; they need not be there.
+    """
+
+    method: Annotated[Positional[str], arg(metavar="METHOD")]
+    data: str
+    category: str = "all"
+    unified: bool = False
+    classes_per_step: int | None = None
+    preset: Literal["paper"] | None = None
+    devices: int = 1
+
+
 def fit(argv: list[str]) -> None:
     """Learn from normal images."""
     name = _peek(argv, "method", FitData.method)
@@ -186,6 +213,29 @@ def benchmark(argv: list[str]) -> None:
     if rows:  # only one of several processes has them
         _print(metrics_table(sorted(rows, key=lambda row: row.method)))
         _report(run_dirs, data.report)
+
+
+def estimate(argv: list[str]) -> None:
+    """Tell how much memory a fit would take, without fitting."""
+    import jax
+
+    from jaxad import runs
+    from jaxad.data import open_data
+
+    name = argv[0] if argv and not argv[0].startswith("-") else FitData.method
+    groups = {"data": EstimateData, "detector": _detector_options(), name: _method_options(name)}
+    data, options, hyperparameters = _parse("estimate", argv, groups)
+    detector = _detector(name, data, options | hyperparameters)
+    opened = open_data(data.data, category=data.category, preprocess=detector.preprocess)
+    detector.frozen = detector.frozen_shapes()
+    if data.devices > jax.device_count():
+        say(f"{jax.device_count()} of {data.devices} devices are here: compiling for virtual ones on the CPU")
+        _on_virtual_devices(data.devices, ["estimate", *argv])
+        return
+    trains = {category: split.train for category, split in opened.items()}
+    where = dict(unified=data.unified, devices=data.devices, classes_per_step=data.classes_per_step)
+    for plan in runs.plan_all(detector, trains, **where):
+        _print_plan(plan, detector)
 
 
 def score(
@@ -357,6 +407,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "evaluate": evaluate,
     "benchmark": benchmark,
+    "estimate": estimate,
     "report": report,
     "list": methods,
     "weights": weights,
@@ -441,7 +492,7 @@ def _method_options(name: str) -> type:
     return _from_signature(factory(name), factory(name).__doc__, ("backbone", "image_size"))
 
 
-def _detector(name: str, data: Data, options: dict[str, Any]) -> Any:
+def _detector(name: str, data: Data | EstimateData, options: dict[str, Any]) -> Any:
     from jaxad.data import PAPER
 
     if data.preset == "paper":
@@ -513,6 +564,41 @@ def _sweep(text: str) -> Any:
     if len(set(numbers)) < 2:
         raise ValueError(f"a sweep needs two different values or more, got {text}")
     return Sweep(name.replace("-", "_"), tuple(numbers))
+
+
+def _on_virtual_devices(devices: int, argv: Sequence[str]) -> None:
+    """Runs a command in a process of its own that believes to have so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    command = [sys.executable, "-m", "jaxad", *argv]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, end="")
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _print_plan(plan: Any, detector: Any) -> None:
+    """The table of what is in memory while each program runs, and what follows from it."""
+    from jaxad.memory import available
+    from jaxad.plan import size
+
+    virtual = plan.shared and len(plan.devices) > 1
+    table = Table("while this runs", *(Column(name, justify="right") for name in PLAN_COLUMNS))
+    for need in plan.needs:
+        parts = (need.weights, need.state, need.batch, need.temporaries, need.device, need.host)
+        table.add_row(need.name, *map(size, parts), style="bold" if need is plan.peak else None)
+    table.add_section()
+    table.add_row("the model", "", size(plan.model), "", "", size(plan.model), "")
+    _print(table)
+    peak, memory = plan.peak, available(plan.devices)
+    where = "device and host together" if plan.shared and not virtual else f"on each of {len(plan.devices)} devices"
+    print(f'most: {size(peak.device if virtual else plan.total(peak))} while "{peak.name}" runs, {where}')
+    print(f"host: up to {size(max(need.host for need in plan.needs))}, and {size(plan.checkpoint)} for a checkpoint")
+    if virtual:
+        print("virtual devices on the CPU: an accelerator may pad arrays and need other temporaries")
+    elif memory is not None:
+        lacking = detector.shortage(plan)
+        print(lacking or f"it fits: {memory.what} has {size(memory.free + plan.loaded)} for it")
 
 
 def _report(run_dirs: Sequence[Path], page: Path | None) -> None:

@@ -22,9 +22,12 @@ from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
+from jaxad.mesh import agreed
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
+from jaxad.plan import Plan, estimate, shortage
+from jaxad.program import compile_seconds
 
 EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
@@ -267,6 +270,24 @@ class Detector:
         own._build(self._built[0] if self._built else (224, 224))
         return own
 
+    def frozen_shapes(self) -> Frozen:
+        """The pretrained weights, or where they are not on this machine their shapes, which suffice for an estimate."""
+        try:
+            return self.load_frozen()
+        except FileNotFoundError:
+            if any(self.weights):
+                raise
+        shapes = []
+        for name in self.backbones:
+            one = jax.eval_shape(jaxad.backbones.backbone(name).init, jax.eval_shape(jax.random.key, 0))
+            cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.precision), one["params"])
+            shapes.append(one | {"params": cast})
+        return shapes[0] if len(shapes) == 1 else tuple(shapes)
+
+    def shortage(self, plan: Plan) -> str | None:
+        """What is missing for a fit that takes so much memory, and what would help; None if it fits."""
+        return shortage(plan, factory(self.method_name), self.hyperparameters, self.precision)
+
     def _split(self, data: Dataset) -> tuple[Dataset, Dataset]:
         """The images to learn from, and those held out."""
         held_out = min(len(data) - 1, max(1, round(self.holdout * len(data)))) if self.holdout else 0
@@ -315,6 +336,17 @@ class Detector:
         return only.train if split == "train" or only.test is None else only.test
 
 
+class Together(NamedTuple):
+    """What `fit_together` returns."""
+
+    method: Method
+    """What scores all detectors."""
+    state: State
+    """Of several detectors with the leading axis that `jaxad.fit.score_classes` wants."""
+    classes_per_step: int | None
+    """Classes at a time; None: all."""
+
+
 class Sweep(NamedTuple):
     """A hyper-parameter and its values."""
 
@@ -348,7 +380,7 @@ def fit_together(
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     sweep: Sweep | None = None,
-) -> tuple[Method, State]:
+) -> Together:
     """Fits several detectors, which differ in their seeds at most, in one program, and sets their thresholds.
 
     Args:
@@ -356,19 +388,16 @@ def fit_together(
             the hyper-parameter follow each other; one fit serves them all.
         datasets: The normal images for each, of one size.
         mesh: As for `jaxad.fit.fit_classes`, like the rest.
-        classes_per_step: So many at a time; None: all.
+        classes_per_step: So many at a time; None: as many as fit into memory.
         cache: Embedded images shared with other calls.
         checkpoint_dir: Where progress is kept so that a killed run resumes.
         checkpoint_seconds: Least time between two checkpoints.
         progress: Called with what is done, the images done and the images in all.
         sweep: A hyper-parameter and its values.
 
-    Returns:
-        What scores all of them, and their states: for several detectors with the leading axis that
-        `jaxad.fit.score_classes` wants.
-
     Raises:
-        ValueError: The hyper-parameter of the sweep is not one that a fitted model can change.
+        ValueError: There is not enough memory (says how to need less), or the hyper-parameter of the sweep is not one
+            that a fitted model can change.
     """
     values = sweep.values if sweep else (0,)
     first, several = detectors[int(np.argmax(values)) if sweep else 0], len(detectors) > 1
@@ -379,12 +408,17 @@ def fit_together(
         raise ValueError(f"{first.method_name} up to {max(values)} can sweep {can} at once, got {sweep.name}")
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
+    compiled = compile_seconds()
+    if progress:
+        progress("compile", 0, 0)
+    once = slice(None, None, len(values))
+    classes_per_step = _fitting(first, chosen[once] if several else chosen[0], mesh, classes_per_step, cache, any(held))
+    compiled = compile_seconds() - compiled
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
     options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
     steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
     kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir, checkpoint_seconds=checkpoint_seconds)
     if several:
-        once = slice(None, None, len(values))
         learned = fit_classes(method, frozen, chosen[once], keys[once], **options, **steps, **kept)
         if sweep:
             learned = learned._replace(state=_swept(method, learned.state, sweep))
@@ -407,11 +441,34 @@ def fit_together(
         detector.state = class_state(methods[i], frozen, learned.state, i, chosen[i]) if several else learned.state
         detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
         share = len(chosen[i]) / total
-        detector.seconds = {"compile": learned.compile_seconds * share, "fit": learned.run_seconds * share}
+        detector.seconds = {"compile": (compiled + learned.compile_seconds) * share, "fit": learned.run_seconds * share}
         detector._set_thresholds(found[i])
         if found[i]:
             detector.seconds["threshold"] = seconds * share
-    return method, learned.state
+    return Together(method, learned.state, classes_per_step)
+
+
+def _fitting(
+    detector: Detector,
+    data: Dataset | Sequence[Dataset],
+    mesh: Mesh | None,
+    classes_per_step: int | None,
+    cache: EmbeddingCache | None,
+    scoring: bool,
+) -> int | None:
+    """How many classes at a time fit into memory, where that is not given; refuses what does not fit."""
+    most = 1 if isinstance(data, Dataset) else len(data)
+    together = classes_per_step
+    while True:
+        options: dict[str, Any] = dict(classes_per_step=together, batch_size=detector.batch_size, cache=cache)
+        plan = estimate(detector.method, detector.load_frozen(), data, mesh=mesh, scoring=scoring, **options)
+        lacking = detector.shortage(plan)
+        if not agreed(lacking is not None):
+            return together
+        fewer = -(-(together or most) // 2)
+        if classes_per_step is not None or fewer >= (together or most):
+            raise ValueError(lacking or "fitting needs more memory than the first process has")
+        together = fewer
 
 
 def _swept(method: Method, states: State, sweep: Sweep) -> State:
@@ -419,6 +476,31 @@ def _swept(method: Method, states: State, sweep: Sweep) -> State:
     change, values = dict(method.vary)[sweep.name], jax.numpy.asarray(sweep.values)
     both = jax.vmap(jax.vmap(change, (None, 0)), (0, None))(states, values)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
+
+
+def plan_together(
+    detectors: Sequence[Detector],
+    datasets: Sequence[Dataset],
+    *,
+    mesh: Mesh | None = None,
+    classes_per_step: int | None = None,
+    cache: EmbeddingCache | None = None,
+) -> Plan:
+    """The memory that `fit_together` will take with these arguments; nothing is fitted."""
+    first, several = detectors[0], len(detectors) > 1
+    method = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)][0]
+    parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
+    chosen, held = [part[0] for part in parts], [part[1] for part in parts]
+    return estimate(
+        method,
+        first.frozen if first.frozen is not None else first.load_frozen(),
+        chosen if several else chosen[0],
+        mesh=mesh,
+        classes_per_step=classes_per_step,
+        batch_size=first.batch_size,
+        cache=cache,
+        scoring=any(map(len, held)),
+    )
 
 
 _SAVED = (

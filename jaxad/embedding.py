@@ -39,6 +39,12 @@ class Embedding:
         """Whether there is room to keep them."""
         return self._kept is not None
 
+    @property
+    def room(self) -> tuple[int, int]:
+        """Bytes of host memory when all are kept, and those that are filled by now."""
+        full = sum(leaf.nbytes for leaf in jax.tree.leaves(self._kept))
+        return full, round(full * self._done.mean())
+
     def has(self, rows: np.ndarray) -> bool:
         """Whether all these images are there."""
         return bool(self._done[rows].all())

@@ -85,6 +85,21 @@ def _state_program(fn: Callable, in_axes: tuple[int | None, ...], layout: Layout
 
 
 @functools.lru_cache(maxsize=64)
+def _init_program(method: Method, layout: Layout, room: int, image_size: tuple[int, int]) -> Program:
+    """Makes the empty state for `room` images (of each class)."""
+
+    def init(key: Key, frozen: Frozen) -> State:
+        return method.init(key, frozen, _spec(method, frozen, room, image_size))
+
+    return _state_program(init, (0, None), layout)
+
+
+def _spec(method: Method, frozen: Frozen, room: int, image_size: tuple[int, int]) -> PyTree:
+    """Shapes and types of so many embedded images."""
+    return jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((room, *image_size, 3), jnp.uint8))
+
+
+@functools.lru_cache(maxsize=64)
 def _score_program(method: Method, layout: Layout, classes_per_step: int | None) -> Program:
     def shardings(out: Scores) -> Any:
         lead = int(layout.stacked)
@@ -177,7 +192,7 @@ def fit_classes(
     if len(sizes) != 1 or keys.shape != (n,):
         raise ValueError(f"classes must have images of one size and a key each, got {n} with {sizes} and {keys.shape}")
     layout = Layout(mesh, True)
-    together = _multiple(min(classes_per_step or n, n), layout.class_shards)
+    together = _together(n, classes_per_step, layout)
     parts = []
     for first in range(0, n, together):
         chosen = np.minimum(np.arange(first, first + together), n - 1)  # a repeated class fills the last step up
@@ -234,7 +249,7 @@ def _fit(
     room = _multiple(max(room, *map(len, datasets)), layout.data_shards)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((room, *leaf.shape[1:]), leaf.dtype), sources[0].spec)
     programs = _programs(method, layout)
-    init = _state_program(lambda key, frozen: method.init(key, frozen, spec), (0, None), layout)
+    init = _init_program(method, layout, room, datasets[0].image_size)
     placed = place(frozen, layout)
     reader = Reader(method.embed, placed, sources, layout)
     identity = {
@@ -430,13 +445,17 @@ def class_state(method: Method, frozen: Frozen, state: State, index: int, data: 
         index: The number of the class.
         data: The training images of the class.
     """
-    image = jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8)
-    own = abstract_state(method, frozen, jax.eval_shape(method.embed, frozen, image))
+    own = abstract_state(method, frozen, _spec(method, frozen, len(data), data.image_size))
 
     def cut(wanted: Any, leaf: Any) -> Any:
         return None if wanted is None else leaf[(index, *map(slice, wanted.shape))]
 
     return jax.tree.map(cut, own, state, is_leaf=lambda leaf: leaf is None)
+
+
+def _together(classes: int, classes_per_step: int | None, layout: Layout) -> int:
+    """Classes in one group, which are fitted at the same time."""
+    return _multiple(min(classes_per_step or classes, classes), layout.class_shards)
 
 
 def _check_images(datasets: Sequence[Dataset]) -> None:

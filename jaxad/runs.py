@@ -27,17 +27,17 @@ from jax.sharding import Mesh
 
 import jaxad
 from jaxad import artifact
-from jaxad.base import Method, State
 from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
-from jaxad.detector import Detector, Sweep, fit_together, peak_bytes
+from jaxad.detector import Detector, Sweep, Together, fit_together, peak_bytes, plan_together
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import score_classes
 from jaxad.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.metrics import Threshold, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
+from jaxad.plan import Plan
 from jaxad.program import compile_seconds
 from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
@@ -58,10 +58,8 @@ class FittedRuns(NamedTuple):
     categories: Sequence[str]
     """Of each; "unified" for a model of all categories."""
     run_dirs: Sequence[Path]
-    method: Method
-    state: State
+    learned: Together
     mesh: Mesh | None
-    classes_per_step: int | None
 
 
 def fit_all(
@@ -96,31 +94,62 @@ def fit_all(
     Raises:
         ValueError: There are not as many devices, or the hyper-parameter cannot be swept.
     """
+    if unified and len(trains) > 1:
+        recipe = recipe | {"dataset": f"{next(iter(trains.values())).name} (unified)", "unified": True}
+    done = []
+    for own, categories, chosen, mesh in _groups(detector, trains, seeds, unified, devices, sweep):
+        below = [output / (f"seed{one.seed}" if seeds > 1 else "") / one.variant for one in own]
+        run_dirs = tuple(map(directory, below, own, chosen))
+        options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, sweep=sweep)
+        learned = fit_runs(own, chosen, run_dirs, recipe, mesh=mesh, classes_per_step=classes_per_step, **options)
+        done.append(FittedRuns(own, categories, run_dirs, learned, mesh))
+    return done
+
+
+def plan_all(
+    detector: Detector,
+    trains: Mapping[str, Dataset],
+    *,
+    unified: bool = False,
+    devices: int | None = 1,
+    classes_per_step: int | None = None,
+) -> list[Plan]:
+    """The memory of what `fit_all` will fit, with the same arguments; one plan for every size of images.
+
+    Raises:
+        ValueError: As for `fit_all`.
+    """
+    return [
+        plan_together(own, chosen, mesh=mesh, classes_per_step=classes_per_step)
+        for own, _, chosen, mesh in _groups(detector, trains, 1, unified, devices, None)
+    ]
+
+
+def _groups(
+    detector: Detector,
+    trains: Mapping[str, Dataset],
+    seeds: int,
+    unified: bool,
+    devices: int | None,
+    sweep: Sweep | None,
+) -> Iterator[tuple[tuple[Detector, ...], tuple[str, ...], tuple[Dataset, ...], Mesh | None]]:
+    """What is fitted in one program: detectors, their categories and images, all of one size; and on which devices."""
     if devices is not None and not 1 <= devices <= jax.device_count():
         raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
     if unified and len(trains) > 1:
-        name = next(iter(trains.values())).name
         trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
-        recipe = recipe | {"dataset": f"{name} (unified)", "unified": True}
     fits = []
-    values = sweep.values if sweep else (None,)
-    for seed, (category, train), value in itertools.product(range(seeds), trains.items(), values):
-        own = detector if sweep is None else detector.varied(sweep.name, value)
-        own = copy.copy(own)
+    variants = [detector.varied(sweep.name, value) for value in sweep.values] if sweep else [detector]
+    for seed, (category, train), variant in itertools.product(range(seeds), trains.items(), variants):
+        own = copy.copy(variant)
         own.seed = detector.seed + seed
-        below = output / (f"seed{own.seed}" if seeds > 1 else "") / (f"{sweep.name}={value}" if sweep else "")
-        fits.append((own, category, train, directory(below, own, train)))
-    done = []
+        fits.append((own, category, train))
     for size in dict.fromkeys(train.image_size for train in trains.values()):
-        own, categories, chosen, run_dirs = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
+        own, categories, chosen = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
         mesh = None
         if devices != 1:
             mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))
-        options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, sweep=sweep)
-        options |= dict(mesh=mesh, classes_per_step=classes_per_step)
-        method, state = fit_runs(own, chosen, run_dirs, recipe, **options)
-        done.append(FittedRuns(own, categories, run_dirs, method, state, mesh, classes_per_step))
-    return done
+        yield own, categories, chosen, mesh
 
 
 def evaluate_fitted(
@@ -133,7 +162,7 @@ def evaluate_fitted(
         parts = [evaluate_unified(detector, opened, run_dir, **options) for detector, run_dir in each]
         return {run_dir: row for part in parts for run_dir, row in part.items()}
     tests = [opened[category].test for category in fitted.categories]
-    options |= dict(method=fitted.method, state=fitted.state, classes_per_step=fitted.classes_per_step)
+    options |= dict(learned=fitted.learned)
     rows = evaluate_runs(fitted.detectors, [test for test in tests if test], fitted.run_dirs, **options)
     return dict(zip(fitted.run_dirs, rows, strict=False))  # no rows but in the first process
 
@@ -162,7 +191,7 @@ def fit_runs(
     checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
     sweep: Sweep | None = None,
-) -> tuple[Method, State]:
+) -> Together:
     """Fits detectors to a category each, all in one program, and writes their run directories.
 
     A run that was killed leaves `checkpoint/` behind, in the folder that the run directories have in common: the same
@@ -252,11 +281,9 @@ def evaluate_runs(
     run_dirs: Sequence[Path],
     *,
     source: str,
-    method: Method | None = None,
-    state: State = None,
+    learned: Together | None = None,
     oracle: bool = False,
     mesh: Mesh | None = None,
-    classes_per_step: int | None = None,
     cache: EmbeddingCache | None = None,
 ) -> list[Row]:
     """Scores labeled test images and writes metrics, scores and the report's examples into the run directories.
@@ -269,11 +296,9 @@ def evaluate_runs(
         tests: Images with labels for each; those without count in no metric.
         run_dirs: Where the results go, beside the saved detectors.
         source: What `tests` were read from.
-        method: Of several detectors what `fit_runs` returned: then one program scores all.
-        state: Likewise.
+        learned: Of several detectors what `fit_runs` returned: one program scores them all.
         oracle: Choose the thresholds on these very images, for this evaluation alone, and mark them so.
         mesh: As for `jaxad.fit.score_classes`.
-        classes_per_step: As for `jaxad.fit.score_classes`.
         cache: Embedded images shared between detectors.
 
     Raises:
@@ -290,9 +315,9 @@ def evaluate_runs(
             stream = ((0, *part) for part in first.score(tests[0], mesh=mesh, cache=cache, progress=bars))
         else:
             options: dict[str, Any] = dict(batch_size=first.batch_size, mesh=mesh, cache=cache, progress=bars)
-            options |= dict(classes_per_step=classes_per_step)
-            assert method is not None
-            stream = score_classes(method, state, first.load_frozen(), tests, **options)
+            assert learned is not None
+            options |= dict(classes_per_step=learned.classes_per_step)
+            stream = score_classes(learned.method, learned.state, first.load_frozen(), tests, **options)
         for i, part, found in stream:
             scores[i][part] = found.image
             if found.pixel is not None:

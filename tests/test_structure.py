@@ -21,7 +21,7 @@ HEADINGS = ("Paper:", "Reference:", "Differences:", "Results:")
 
 BELOW_METHODS = {"base", "ops", "nn", "bijectors", "backbones"}
 DRIVER = {"base", "data", "program", "mesh", "embedding", "checkpoint"}
-BELOW_DETECTOR = BELOW_METHODS | DRIVER | {"methods", "metrics", "artifact", "fit"}
+BELOW_DETECTOR = BELOW_METHODS | DRIVER | {"methods", "metrics", "artifact", "fit", "memory", "plan"}
 MAY_IMPORT = {
     "base": set(),
     "ops": {"base"},
@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "embedding": {"base", "data", "mesh", "program"},
     "checkpoint": {"base", "mesh"},
     "fit": DRIVER,
+    "memory": set(),
+    "plan": DRIVER | {"fit", "memory"},
     "report": {"artifact", "data", "metrics"},
     "detector": BELOW_DETECTOR,
     "runs": BELOW_DETECTOR | {"detector", "progress", "report", "jaxad"},
