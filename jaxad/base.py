@@ -47,6 +47,7 @@ EmbedFn = Callable[[Frozen, Array], PyTree]
 InitFn = Callable[[Key, Frozen, PyTree], State]
 UpdateFn = Callable[[Key, State, Frozen, Batch], tuple[State, Metrics]]
 FinalizeFn = Callable[[Key, State, Frozen], State]
+VaryFn = Callable[[State, Array], State]
 ScoreFn = Callable[[State, Frozen, PyTree], Scores]
 
 
@@ -71,7 +72,11 @@ class Stage(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A published method, bound to its hyper-parameters by its factory."""
+    """A published method, bound to its hyper-parameters by its factory.
+
+    Where a part of the state grows with the training images, rows for images that are not there lie at the end of its
+    axes: the state for fewer images is the leading corner of that for more.
+    """
 
     embed: EmbedFn
     """(frozen, image) -> x. All that happens to an image (b h w 3, uint8 or float in [0, 1]) before anything is
@@ -82,3 +87,6 @@ class Method(NamedTuple):
     stages: tuple[Stage, ...]
     score: ScoreFn
     """(state, frozen, x) -> Scores. Deterministic and per image: no key, no batch statistics."""
+    vary: tuple[tuple[str, VaryFn], ...] = ()
+    """Hyper-parameters that a fitted state can still change, by name: (state, value) -> the state of a fit with that
+    value, for values up to the method's own. A sweep over them is one more mapped axis."""

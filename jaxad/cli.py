@@ -138,11 +138,14 @@ class BenchmarkData(Data):
     Args:
         methods: Names in `jaxad list`, each with its default hyper-parameters; none means all.
         seeds: Repetitions, counted up from the seed; several go to OUTPUT/seedN/METHOD/DATASET/CATEGORY.
+        sweep: NAME=VALUE,VALUE,... compares values of a hyper-parameter from one fit with the largest, for those that a
+            fitted model can change (PatchCore's coreset_sampling_ratio and num_neighbors).
         report: Also write an HTML report to this file.
     """
 
     methods: tuple[str, ...] = ()
     seeds: int = 1
+    sweep: str | None = None
     report: Path | None = None
 
 
@@ -192,6 +195,7 @@ def benchmark(argv: list[str]) -> None:
     data, options = _parse("benchmark", argv, {"data": BenchmarkData, "detector": _detector_options()})
     if data.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
+    sweep = _sweep(data.sweep) if data.sweep else None
     _join(data)
     names = data.methods or tuple(METHODS)
     detectors = [_detector(name, data, options | vars(_method_options(name)())) for name in names]
@@ -202,7 +206,7 @@ def benchmark(argv: list[str]) -> None:
     rows, run_dirs = [], []
     for detector, cache in zip(detectors, runs.shared_caches(detectors), strict=True):
         detector.frozen = detectors[0].load_frozen()
-        for fitted in _fit(detector, opened, data, ["benchmark", *argv], data.seeds, cache):
+        for fitted in _fit(detector, opened, data, ["benchmark", *argv], data.seeds, cache, sweep):
             found = runs.evaluate_fitted(fitted, opened, source=data.source, cache=cache)
             rows += found.values()
             run_dirs += found
@@ -519,7 +523,13 @@ def _join(data: Data) -> None:
 
 
 def _fit(
-    detector: Any, opened: dict[str, Any], data: Data, argv: list[str], seeds: int = 1, cache: Any = None
+    detector: Any,
+    opened: dict[str, Any],
+    data: Data,
+    argv: list[str],
+    seeds: int = 1,
+    cache: Any = None,
+    sweep: Any = None,
 ) -> list[Any]:
     """Fits all categories and seeds: together where the images have one size."""
     from jaxad import runs
@@ -538,7 +548,22 @@ def _fit(
         classes_per_step=data.classes_per_step,
         checkpoint_seconds=data.checkpoint_seconds,
         cache=cache,
+        sweep=sweep,
     )
+
+
+def _sweep(text: str) -> Any:
+    """What --sweep asks for."""
+    from jaxad.detector import Sweep
+
+    name, _, values = text.partition("=")
+    try:
+        numbers = [float(value) if "." in value or "e" in value else int(value) for value in values.split(",")]
+    except ValueError:
+        raise ValueError(f"sweep must be NAME=VALUE,VALUE,... with numbers, got {text}") from None
+    if len(set(numbers)) < 2:
+        raise ValueError(f"a sweep needs two different values or more, got {text}")
+    return Sweep(name.replace("-", "_"), tuple(numbers))
 
 
 def _on_virtual_devices(devices: int, argv: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The facade: any method, a folder of photographs in, scores and heat maps out."""
 
+import copy
 import inspect
 import itertools
 import resource
@@ -115,6 +116,7 @@ class Detector:
         self.pixel_threshold: Threshold | None = None
         self.normal_level: float | None = None
         self.n_train = self.n_heldout = 0
+        self.variant = ""
         self.seconds: dict[str, float] = {}
         self._built: tuple[tuple[int, int], Method] | None = None
         self._build(self.preprocess.output_size(self.preprocess.resize) if self.preprocess.resize else (224, 224))
@@ -260,6 +262,14 @@ class Detector:
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
+    def varied(self, name: str, value: Any) -> "Detector":
+        """The same with another value of a hyper-parameter, not fitted."""
+        own = copy.copy(self)
+        own.hyperparameters, own.variant = self.hyperparameters | {name: value}, f"{name}={value}"
+        own._built = None
+        own._build(self._built[0] if self._built else (224, 224))
+        return own
+
     def frozen_shapes(self) -> Frozen:
         """The pretrained weights, or where they are not on this machine their shapes, which suffice for an estimate."""
         try:
@@ -326,6 +336,24 @@ class Detector:
         return only.train if split == "train" or only.test is None else only.test
 
 
+class Together(NamedTuple):
+    """What `fit_together` returns."""
+
+    method: Method
+    """What scores all detectors."""
+    state: State
+    """Of several detectors with the leading axis that `jaxad.fit.score_classes` wants."""
+    classes_per_step: int | None
+    """Classes at a time; None: all."""
+
+
+class Sweep(NamedTuple):
+    """A hyper-parameter and its values."""
+
+    name: str
+    values: tuple[float | int, ...]
+
+
 class _Normal(NamedTuple):
     """What thresholds are made of; one entry an image, none where there is no heat map."""
 
@@ -351,44 +379,49 @@ def fit_together(
     checkpoint_dir: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
-) -> State:
+    sweep: Sweep | None = None,
+) -> Together:
     """Fits several detectors, which differ in their seeds at most, in one program, and sets their thresholds.
 
     Args:
-        detectors: Fitted in place, each as if on its own.
+        detectors: Fitted in place, each as if on its own. In a sweep, those with the first, the second, ... value of
+            the hyper-parameter follow each other; one fit serves them all.
         datasets: The normal images for each, of one size.
         mesh: As for `jaxad.fit.fit_classes`, like the rest.
-        classes_per_step: So many at a time; None: all.
+        classes_per_step: So many at a time; None: as many as fit into memory.
         cache: Embedded images shared with other calls.
         checkpoint_dir: Where progress is kept so that a killed run resumes.
         checkpoint_seconds: Least time between two checkpoints.
         progress: Called with what is done, the images done and the images in all.
+        sweep: A hyper-parameter and its values.
 
     Raises:
-        ValueError: There is not enough memory; says how to need less.
-
-    Returns:
-        Their states: for several detectors with the leading axis that `jaxad.fit.score_classes` wants.
+        ValueError: There is not enough memory (says how to need less), or the hyper-parameter of the sweep is not one
+            that a fitted model can change.
     """
-    first, several = detectors[0], len(detectors) > 1
+    values = sweep.values if sweep else (0,)
+    first, several = detectors[int(np.argmax(values)) if sweep else 0], len(detectors) > 1
     methods = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)]
-    method, frozen = methods[0], first.load_frozen()
+    method, frozen = first.method, first.load_frozen()
+    if sweep and sweep.name not in dict(method.vary):
+        can = ", ".join(name for name, _ in method.vary) or "nothing"
+        raise ValueError(f"{first.method_name} up to {max(values)} can sweep {can} at once, got {sweep.name}")
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     compiled = compile_seconds()
     if progress:
         progress("compile", 0, 0)
-    plan = plan_together(detectors, datasets, mesh=mesh, classes_per_step=classes_per_step, cache=cache)
-    lacking = first.shortage(plan)
-    if agreed(lacking is not None):
-        raise ValueError(lacking or "fitting needs more memory than the first process has")
+    once = slice(None, None, len(values))
+    classes_per_step = _fitting(first, chosen[once] if several else chosen[0], mesh, classes_per_step, cache, any(held))
     compiled = compile_seconds() - compiled
     keys = jax.numpy.stack([jax.random.key(detector.seed) for detector in detectors])
     options: dict[str, Any] = dict(mesh=mesh, batch_size=first.batch_size, cache=cache, progress=progress)
     steps: dict[str, Any] = dict(classes_per_step=classes_per_step) if several else {}
     kept: dict[str, Any] = dict(checkpoint_dir=checkpoint_dir, checkpoint_seconds=checkpoint_seconds)
     if several:
-        learned = fit_classes(method, frozen, chosen, keys, **options, **steps, **kept)
+        learned = fit_classes(method, frozen, chosen[once], keys[once], **options, **steps, **kept)
+        if sweep:
+            learned = learned._replace(state=_swept(method, learned.state, sweep))
     else:
         learned = fit(method, frozen, chosen[0], keys[0], **options, **kept)
     started = time.perf_counter()
@@ -404,15 +437,45 @@ def fit_together(
     seconds = time.perf_counter() - started
     total = sum(map(len, chosen))
     for i, detector in enumerate(detectors):
-        detector._built, detector.frozen = first._built, frozen
-        detector.state = class_state(method, frozen, learned.state, i, chosen[i]) if several else learned.state
+        detector.frozen = frozen
+        detector.state = class_state(methods[i], frozen, learned.state, i, chosen[i]) if several else learned.state
         detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
         share = len(chosen[i]) / total
         detector.seconds = {"compile": (compiled + learned.compile_seconds) * share, "fit": learned.run_seconds * share}
         detector._set_thresholds(found[i])
         if found[i]:
             detector.seconds["threshold"] = seconds * share
-    return learned.state
+    return Together(method, learned.state, classes_per_step)
+
+
+def _fitting(
+    detector: Detector,
+    data: Dataset | Sequence[Dataset],
+    mesh: Mesh | None,
+    classes_per_step: int | None,
+    cache: EmbeddingCache | None,
+    scoring: bool,
+) -> int | None:
+    """How many classes at a time fit into memory, where that is not given; refuses what does not fit."""
+    most = 1 if isinstance(data, Dataset) else len(data)
+    together = classes_per_step
+    while True:
+        options: dict[str, Any] = dict(classes_per_step=together, batch_size=detector.batch_size, cache=cache)
+        plan = estimate(detector.method, detector.load_frozen(), data, mesh=mesh, scoring=scoring, **options)
+        lacking = detector.shortage(plan)
+        if not agreed(lacking is not None):
+            return together
+        fewer = -(-(together or most) // 2)
+        if classes_per_step is not None or fewer >= (together or most):
+            raise ValueError(lacking or "fitting needs more memory than the first process has")
+        together = fewer
+
+
+def _swept(method: Method, states: State, sweep: Sweep) -> State:
+    """The states of all classes with every value of a hyper-parameter, the values of a class side by side."""
+    change, values = dict(method.vary)[sweep.name], jax.numpy.asarray(sweep.values)
+    both = jax.vmap(jax.vmap(change, (None, 0)), (0, None))(states, values)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
 
 
 def plan_together(

@@ -158,14 +158,15 @@ class Reader:
         return self._sources[own], Block(*(part[own, :, row] for part in block))
 
     def _decode(self, block: Block) -> np.ndarray | None:
-        sources, (index, _) = self._share(block)
+        sources, (index, valid) = self._share(block)
         if all(source.has(rows) for source, rows in zip(sources, index, strict=True)):
             return None
-        images = []
-        for source, rows in zip(sources, index, strict=True):
-            once, where = np.unique(rows, return_inverse=True)  # padding repeats images
-            images.append(source.data.images(once)[where.reshape(rows.shape)])
-        return np.stack(images)
+        images = np.zeros((*index.shape, *sources[0].data.image_size, 3), np.uint8)  # padding may be anything
+        for image, source, rows, real in zip(images, sources, index, valid, strict=True):
+            if real.any():
+                once, where = np.unique(rows[real], return_inverse=True)
+                image[real] = source.data.images(once)[where]
+        return images
 
     def _embed(self, block: Block, images: np.ndarray | None) -> PyTree:
         layout = self._layout

@@ -187,6 +187,7 @@ def fit_classes(
     """
     n = len(datasets)
     keys = jnp.broadcast_to(key, (n,)) if key.ndim == 0 else key
+    _check_images(datasets)
     sizes = sorted({data.image_size for data in datasets})
     if len(sizes) != 1 or keys.shape != (n,):
         raise ValueError(f"classes must have images of one size and a key each, got {n} with {sizes} and {keys.shape}")
@@ -215,7 +216,13 @@ def fit_classes(
     if len(parts) == 1:
         return parts[0]
     state = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(part.state for part in parts))
-    metrics = {k: np.concatenate([part.metrics[k] for part in parts]) for k in parts[0].metrics}
+    steps = max((v.shape[1] for part in parts for v in part.metrics.values()), default=0)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        missing = steps - values.shape[1]
+        return np.pad(values.astype(float), ((0, 0), (0, missing)), constant_values=np.nan) if missing else values
+
+    metrics = {k: np.concatenate([padded(part.metrics[k]) for part in parts]) for k in parts[0].metrics}
     return Fitted(state, sum(p.compile_seconds for p in parts), sum(p.run_seconds for p in parts), metrics)
 
 
@@ -454,7 +461,7 @@ def _together(classes: int, classes_per_step: int | None, layout: Layout) -> int
 def _check_images(datasets: Sequence[Dataset]) -> None:
     for data in datasets:
         if len(data) == 0:
-            raise ValueError(f"fitting needs at least one normal image, got none of {data.category or 'the data'}")
+            raise ValueError(f"fitting needs at least one normal image, got none of {data.category}")
 
 
 def _multiple(n: int, of: int) -> int:

@@ -127,9 +127,14 @@ class Layout(NamedTuple):
     def abstract(self, tree: PyTree, classes: int) -> PyTree:
         """Shapes, types and shardings of the states of all classes, from those of one."""
         lead = (classes,) if self.stacked else ()
-        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), tree)
-        put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(put, whole, self.state(whole))
+
+        def whole(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype)
+
+        def placed(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.state(leaf))
+
+        return jax.tree.map(placed, jax.tree.map(whole, tree))
 
     def local(self) -> "Layout":
         """The part on the devices of this process."""

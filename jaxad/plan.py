@@ -164,12 +164,10 @@ def _advice(plan: Plan, make: Callable[..., Method], given: Mapping[str, Any], p
 
 def size(n: float) -> str:
     """A number of bytes to read: 1.23 GB, 45.6 MB."""
-    unit, name = 1, ""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")):
-        if n >= unit:
-            break
-    value = n / unit
-    return f"{value:.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f} {name}" if n else "0"
+    unit, name = next(step for step in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")) if n >= step[0])
+    value = n / (unit or 1)
+    decimals = 0 if value >= 100 or not unit else 1 if value >= 10 else 2
+    return f"{value:.{decimals}f} {name}" if n else "0"
 
 
 class _Estimate:

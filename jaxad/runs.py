@@ -27,12 +27,11 @@ from jax.sharding import Mesh
 
 import jaxad
 from jaxad import artifact
-from jaxad.base import State
 from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
 from jaxad.data.images import in_threads
-from jaxad.detector import Detector, fit_together, peak_bytes, plan_together
+from jaxad.detector import Detector, Sweep, Together, fit_together, peak_bytes, plan_together
 from jaxad.embedding import EmbeddingCache
 from jaxad.fit import score_classes
 from jaxad.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
@@ -59,9 +58,8 @@ class FittedRuns(NamedTuple):
     categories: Sequence[str]
     """Of each; "unified" for a model of all categories."""
     run_dirs: Sequence[Path]
-    state: State
+    learned: Together
     mesh: Mesh | None
-    classes_per_step: int | None
 
 
 def fit_all(
@@ -76,6 +74,7 @@ def fit_all(
     classes_per_step: int | None = None,
     checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
+    sweep: Sweep | None = None,
 ) -> list[FittedRuns]:
     """Fits a method to every category with every seed; all whose images have one size together.
 
@@ -90,19 +89,20 @@ def fit_all(
         classes_per_step: As for `fit_runs`.
         checkpoint_seconds: As for `fit_runs`.
         cache: Embedded images shared between detectors.
+        sweep: A hyper-parameter and its values; each has a folder of its own in `output`.
 
     Raises:
-        ValueError: There are not as many devices.
+        ValueError: There are not as many devices, or the hyper-parameter cannot be swept.
     """
     if unified and len(trains) > 1:
         recipe = recipe | {"dataset": f"{next(iter(trains.values())).name} (unified)", "unified": True}
     done = []
-    for own, categories, chosen, mesh in _together(detector, trains, seeds, unified, devices):
-        below = [output / (f"seed{one.seed}" if seeds > 1 else "") for one in own]
+    for own, categories, chosen, mesh in _groups(detector, trains, seeds, unified, devices, sweep):
+        below = [output / (f"seed{one.seed}" if seeds > 1 else "") / one.variant for one in own]
         run_dirs = tuple(map(directory, below, own, chosen))
-        options: dict[str, Any] = dict(mesh=mesh, classes_per_step=classes_per_step)
-        state = fit_runs(own, chosen, run_dirs, recipe, cache=cache, checkpoint_seconds=checkpoint_seconds, **options)
-        done.append(FittedRuns(own, categories, run_dirs, state, mesh, classes_per_step))
+        options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, sweep=sweep)
+        learned = fit_runs(own, chosen, run_dirs, recipe, mesh=mesh, classes_per_step=classes_per_step, **options)
+        done.append(FittedRuns(own, categories, run_dirs, learned, mesh))
     return done
 
 
@@ -121,12 +121,17 @@ def plan_all(
     """
     return [
         plan_together(own, chosen, mesh=mesh, classes_per_step=classes_per_step)
-        for own, _, chosen, mesh in _together(detector, trains, 1, unified, devices)
+        for own, _, chosen, mesh in _groups(detector, trains, 1, unified, devices, None)
     ]
 
 
-def _together(
-    detector: Detector, trains: Mapping[str, Dataset], seeds: int, unified: bool, devices: int | None
+def _groups(
+    detector: Detector,
+    trains: Mapping[str, Dataset],
+    seeds: int,
+    unified: bool,
+    devices: int | None,
+    sweep: Sweep | None,
 ) -> Iterator[tuple[tuple[Detector, ...], tuple[str, ...], tuple[Dataset, ...], Mesh | None]]:
     """What is fitted in one program: detectors, their categories and images, all of one size; and on which devices."""
     if devices is not None and not 1 <= devices <= jax.device_count():
@@ -134,8 +139,9 @@ def _together(
     if unified and len(trains) > 1:
         trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
     fits = []
-    for seed, (category, train) in itertools.product(range(seeds), trains.items()):
-        own = copy.copy(detector)
+    variants = [detector.varied(sweep.name, value) for value in sweep.values] if sweep else [detector]
+    for seed, (category, train), variant in itertools.product(range(seeds), trains.items(), variants):
+        own = copy.copy(variant)
         own.seed = detector.seed + seed
         fits.append((own, category, train))
     for size in dict.fromkeys(train.image_size for train in trains.values()):
@@ -156,7 +162,7 @@ def evaluate_fitted(
         parts = [evaluate_unified(detector, opened, run_dir, **options) for detector, run_dir in each]
         return {run_dir: row for part in parts for run_dir, row in part.items()}
     tests = [opened[category].test for category in fitted.categories]
-    options |= dict(state=fitted.state, classes_per_step=fitted.classes_per_step)
+    options |= dict(learned=fitted.learned)
     rows = evaluate_runs(fitted.detectors, [test for test in tests if test], fitted.run_dirs, **options)
     return dict(zip(fitted.run_dirs, rows, strict=False))  # no rows but in the first process
 
@@ -184,7 +190,8 @@ def fit_runs(
     classes_per_step: int | None = None,
     checkpoint_seconds: float = 60.0,
     cache: EmbeddingCache | None = None,
-) -> State:
+    sweep: Sweep | None = None,
+) -> Together:
     """Fits detectors to a category each, all in one program, and writes their run directories.
 
     A run that was killed leaves `checkpoint/` behind, in the folder that the run directories have in common: the same
@@ -199,9 +206,10 @@ def fit_runs(
         classes_per_step: As for `jaxad.fit.fit_classes`.
         checkpoint_seconds: Least time between two checkpoints.
         cache: Embedded images shared between detectors.
+        sweep: As for `jaxad.detector.fit_together`.
 
     Returns:
-        The states as `jaxad.detector.fit_together` returns them.
+        What `jaxad.detector.fit_together` returns.
     """
     together = run_dirs[0] if len(run_dirs) == 1 else Path(os.path.commonpath(run_dirs))
     folders = dict.fromkeys(folder for run_dir in (*run_dirs, together) for folder in (run_dir, *run_dir.parents))
@@ -220,7 +228,7 @@ def fit_runs(
                 _resume(checkpoint, _fingerprint(detectors, trains))
             wait_for_all("resume")
             with Bars(title) as bars:
-                state = fit_together(
+                learned = fit_together(
                     detectors,
                     trains,
                     mesh=mesh,
@@ -229,6 +237,7 @@ def fit_runs(
                     checkpoint_dir=checkpoint / "state",
                     checkpoint_seconds=checkpoint_seconds,
                     progress=bars,
+                    sweep=sweep,
                 )
             shared = {
                 "shared_features": cache is not None,  # then the seconds leave out what another method paid for
@@ -263,7 +272,7 @@ def fit_runs(
         guaranteed = max(d.image_threshold.guaranteed_fpr for d in detectors if d.image_threshold)
         told += f": at most {guaranteed:.0%} false alarms"
     say(f"{title}: {told}")
-    return state
+    return learned
 
 
 def evaluate_runs(
@@ -272,10 +281,9 @@ def evaluate_runs(
     run_dirs: Sequence[Path],
     *,
     source: str,
-    state: State = None,
+    learned: Together | None = None,
     oracle: bool = False,
     mesh: Mesh | None = None,
-    classes_per_step: int | None = None,
     cache: EmbeddingCache | None = None,
 ) -> list[Row]:
     """Scores labeled test images and writes metrics, scores and the report's examples into the run directories.
@@ -288,10 +296,9 @@ def evaluate_runs(
         tests: Images with labels for each; those without count in no metric.
         run_dirs: Where the results go, beside the saved detectors.
         source: What `tests` were read from.
-        state: Of several detectors what `fit_runs` returned: then one program scores all.
+        learned: Of several detectors what `fit_runs` returned: one program scores them all.
         oracle: Choose the thresholds on these very images, for this evaluation alone, and mark them so.
         mesh: As for `jaxad.fit.score_classes`.
-        classes_per_step: As for `jaxad.fit.score_classes`.
         cache: Embedded images shared between detectors.
 
     Raises:
@@ -308,8 +315,9 @@ def evaluate_runs(
             stream = ((0, *part) for part in first.score(tests[0], mesh=mesh, cache=cache, progress=bars))
         else:
             options: dict[str, Any] = dict(batch_size=first.batch_size, mesh=mesh, cache=cache, progress=bars)
-            options |= dict(classes_per_step=classes_per_step)
-            stream = score_classes(first.method, state, first.load_frozen(), tests, **options)
+            assert learned is not None
+            options |= dict(classes_per_step=learned.classes_per_step)
+            stream = score_classes(learned.method, learned.state, first.load_frozen(), tests, **options)
         for i, part, found in stream:
             scores[i][part] = found.image
             if found.pixel is not None:
@@ -382,7 +390,8 @@ def _evaluate(
         "source": source,
     }
     artifact.write_json(run_dir / "metrics.json", metrics)
-    about = (detector.method_name, recipe["dataset"], recipe["category"])
+    name = f"{detector.method_name} {detector.variant}".rstrip()
+    about = (name, recipe["dataset"], recipe["category"])
     return Row(*about, measured.values, measured.reasons, detector.seed)
 
 

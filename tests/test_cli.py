@@ -261,6 +261,33 @@ def test_one_model_for_all_categories(
     assert runs.find([tmp_path], "model.json") == [run_dir]
 
 
+@pytest.mark.parametrize(("name", "values"), [("coreset_sampling_ratio", ("0.1", "0.02")), ("num_neighbors", (1, 3))])
+def test_a_sweep_is_a_fit_for_each_value(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys, name: str, values: tuple
+):
+    """One fit, whose smaller coresets and fewer neighbors are those of fits of their own."""
+    common = [str(mvtec), *backbone_options]
+    swept = ["--sweep", f"{name}={values[0]},{values[1]}", "--output", str(tmp_path / "swept")]
+    assert main(["benchmark", *common, "--methods", "patchcore", *swept]) == 0
+    out = capsys.readouterr().out
+    assert all(f"patchcore {name}={value}" in " ".join(out.split()) for value in values)
+    for value in values:
+        alone, option = tmp_path / str(value), f"--{name.replace('_', '-')}"
+        assert main(["fit", *common, option, str(value), "--output", str(alone)]) == 0
+        assert main(["evaluate", str(alone)]) == 0
+        for category in ("bolt", "nut"):
+            run_dir = tmp_path / "swept" / f"{name}={value}" / "patchcore" / "parts" / category
+            one = alone / "patchcore" / "parts" / category
+            found, wanted = (safetensors.numpy.load_file(d / "model.safetensors") for d in (run_dir, one))
+            assert found["bank"].shape == wanted["bank"].shape and found["size"] == wanted["size"]
+            np.testing.assert_allclose(found["bank"], wanted["bank"], rtol=1e-4, atol=1e-5)
+            assert found["neighbors"] == wanted["neighbors"]
+            metrics = [artifact.read_json(d / "metrics.json")["metrics"] for d in (run_dir, one)]
+            assert metrics[0] == pytest.approx(metrics[1], abs=1e-4)
+            loaded = jaxad.load(run_dir)
+            assert loaded.hyperparameters[name] == float(value)
+
+
 MISTAKES = {
     "missing folder": (["fit", "nowhere"], "no such file or folder: nowhere"),
     "no images": (["fit", "empty"], "no images found in empty"),
@@ -277,6 +304,8 @@ MISTAKES = {
     "no run": (["report", "empty"], "no run in empty"),
     "too many devices": (["fit", "photos", "--devices", "99"], "devices must be within 1..8 (those that JAX sees"),
     "processes without --distributed": (["fit", "photos", "--num-processes", "2"], "need --distributed: add it"),
+    "no sweep": (["benchmark", "parts", "--methods", "padim", "--sweep", "sigma=1,2"], "can sweep nothing at once"),
+    "a sweep of one value": (["benchmark", "parts", "--sweep", "sigma=1"], "needs two different values"),
     "unknown command": (["train", "photos"], "no command 'train'"),
     "offline": (["weights", "fetch", "resnet18"], "JAXAD_OFFLINE is set"),
 }

@@ -110,6 +110,13 @@ def test_the_benchmark_beside_peers_agrees_with_them(tmp_path: Path) -> None:
     assert {"jaxad", "FAISS flat", "scikit-learn"} < result["knn"]["contenders"].keys()
 
 
+def test_the_benchmark_of_a_whole_coreset(tmp_path: Path) -> None:
+    bench = script("bench_coreset")
+    bench.main(bench.Options(results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_coreset.json").read_text())
+    assert result["patches"] == 6 * 64 and result["coreset"] == 38 and result["radius"] > 0
+
+
 def test_the_memory_of_one_point_is_that_of_its_process() -> None:
     command = [sys.executable, EXPERIMENTS / "bench_memory.py", "--one", "padim score", "20", "--size", "64"]
     point = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

@@ -14,12 +14,14 @@ import numpy as np
 import optax
 import pytest
 
+import jaxad
 from jaxad import embedding, program
 from jaxad import fit as module
 from jaxad.base import Method, Scores, Stage
 from jaxad.checkpoint import Saver
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.fit import NonFiniteLoss, fit, score, score_all
+from jaxad.fit import NonFiniteLoss, class_state, fit, fit_classes, score, score_all, score_classes
+from jaxad.mesh import mesh_shape
 from jaxad.methods import padim
 
 KEY = jax.random.key(3)
@@ -298,6 +300,127 @@ def test_masks_and_labels_reach_the_method():
     jax.effects_barrier()
     assert sorted(int(i) for _, index, valid in seen for i in index[valid]) == list(range(5))
     assert all((label == 0).all() for label, _, _ in seen)
+
+
+CLASSES = [photographs(n, seed) for seed, n in enumerate((21, 9, 3))]
+"""Of 5, 2 and 1 steps an epoch; the last has fewer images than a batch."""
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_gradient_steps_of_several_classes_are_those_of_each(shape, steps):
+    mesh = None if shape is None else jaxad.make_mesh(shape=shape)
+    together = fit_classes(TOY, FROZEN, CLASSES, KEY, mesh=mesh, classes_per_step=steps)
+    assert together.state.weight.shape == (3, 3) and together.metrics["loss"].shape == (3, 15)
+    parts = [[], [], []]
+    for c, index, scores in score_classes(TOY, together.state, FROZEN, CLASSES, mesh=mesh, classes_per_step=steps):
+        parts[c].append((index, scores.image))
+    for c, data in enumerate(CLASSES):
+        alone = fit(TOY, FROZEN, data, KEY)
+        own = class_state(TOY, FROZEN, together.state, c, data)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone.state)
+        loss = together.metrics["loss"][c]
+        assert np.isnan(loss[len(alone.metrics["loss"]) :]).all()
+        np.testing.assert_allclose(loss[: len(alone.metrics["loss"])], alone.metrics["loss"], rtol=1e-4, atol=1e-6)
+        assert np.concatenate([index for index, _ in parts[c]]).tolist() == list(range(len(data)))
+        image = np.concatenate([image for _, image in parts[c]])
+        np.testing.assert_allclose(image, score_all(TOY, alone.state, FROZEN, data).image, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_batch_that_devices_share():
+    method = toy(batch_size=8)
+    alone = fit(method, FROZEN, photographs(32), KEY).state
+    shared = fit(method, FROZEN, photographs(32), KEY, mesh=jaxad.make_mesh("data")).state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), shared, alone)
+
+
+def test_a_key_for_each_class_is_a_sweep_over_seeds():
+    keys = jax.random.split(KEY, 3)
+    together = fit_classes(TOY, FROZEN, [DATA] * 3, keys)
+    for c in range(3):
+        alone = fit(TOY, FROZEN, DATA, keys[c]).state
+        np.testing.assert_allclose(together.state.weight[c], alone.weight, rtol=1e-5, atol=1e-6)
+        assert_equal(together.state.noise[c], alone.noise)
+
+
+def test_classes_are_decoded_once(decoded):
+    cache = {}
+    state = fit_classes(TOY, FROZEN, CLASSES, KEY, cache=cache).state
+    list(score_classes(TOY, state, FROZEN, CLASSES, cache=cache))
+    assert len(decoded) == 21 + 9 + 3
+    fit_classes(TOY, FROZEN, CLASSES[1:], KEY, cache=cache)
+    assert len(decoded) == 21 + 9 + 3
+
+
+def test_an_empty_class_is_scored_as_nothing():
+    state = fit_classes(TOY, FROZEN, CLASSES, KEY).state
+    some = [CLASSES[0], CLASSES[1].subset([]), CLASSES[2]]
+    assert {c for c, _, _ in score_classes(TOY, state, FROZEN, some)} == {0, 2}
+    assert list(score_classes(TOY, state, FROZEN, [CLASSES[0].subset([])] * 3)) == []
+
+
+def test_classes_that_do_not_fit_together():
+    other = open_data(np.zeros((3, 4, 4, 3), np.uint8), preprocess=Preprocess(None))["arrays"].train
+    with pytest.raises(ValueError, match="images of one size and a key each, got 2 with"):
+        fit_classes(TOY, FROZEN, [DATA, other], KEY)
+    with pytest.raises(ValueError, match="images of one size and a key each, got 2 with"):
+        fit_classes(TOY, FROZEN, [DATA, DATA], jax.random.split(KEY, 3))
+    with pytest.raises(ValueError, match="at least one normal image, got none of"):
+        fit_classes(TOY, FROZEN, [DATA, DATA.subset([])], KEY)
+
+
+def test_the_loss_of_a_class_that_is_not_finite_names_it():
+    images = {"fine": np.zeros((9, 6, 5, 3), np.uint8), "wild": np.full((9, 6, 5, 3), 255, np.uint8)}
+    data = [split.train for split in open_data(images, preprocess=Preprocess(None)).values()]
+    with pytest.raises(NonFiniteLoss, match=r"in stage train of wild, epoch \d+, step \d+: "):
+        fit_classes(toy(rate=1e30), FROZEN, data, KEY)
+
+
+@pytest.mark.parametrize("calls", [2, 5, 7, 8, 12])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_classes_that_were_stopped_resume_bit_for_bit(calls, steps, tmp_path):
+    options = dict(classes_per_step=steps, batch_size=8)
+    whole = fit_classes(TOY, FROZEN, CLASSES, KEY, **options).state
+    options |= dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    stopped = stopping_after(calls)
+    try:
+        fit_classes(TOY, FROZEN, CLASSES, KEY, progress=stopped, **options)
+    except Stop:
+        assert any(tmp_path.rglob("*"))
+    assert_equal(fit_classes(TOY, FROZEN, CLASSES, KEY, **options).state, whole)
+
+
+def test_a_checkpoint_goes_on_on_other_devices(tmp_path):
+    """Eight devices take up what one began."""
+    whole = fit(LONG, FROZEN, photographs(24), KEY, batch_size=8).state
+    options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(Stop):
+        fit(LONG, FROZEN, photographs(24), KEY, progress=stopping_after(8), **options)
+    resumed = fit(LONG, FROZEN, photographs(24), KEY, mesh=jaxad.make_mesh("data"), **options).state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), resumed, whole)
+
+
+MESHES = {
+    "another name": (("class", "model"), None, 'must be "class" and "data"'),
+    "twice the same": (("data", "data"), None, 'must be "class" and "data"'),
+    "too many devices": ((), (4, 4), r"8 together, got \(4, 4\)"),
+    "a number missing": ((), (8,), r"got \(8,\)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MESHES)
+def test_meshes_that_cannot_be(mistake):
+    axes, shape, words = MESHES[mistake]
+    with pytest.raises(ValueError, match=words):
+        jaxad.make_mesh(*axes, shape=shape)
+
+
+def test_meshes():
+    assert dict(jaxad.make_mesh().shape) == {"class": 1, "data": 8}
+    assert dict(jaxad.make_mesh("data").shape) == {"data": 8}
+    assert dict(jaxad.make_mesh("data", "class", shape=(2, 2)).shape) == {"data": 2, "class": 2}
+    assert [mesh_shape(8, classes) for classes in (1, 3, 4, 15)] == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    assert mesh_shape(6, 4) == (3, 2)
 
 
 class Stop(Exception):

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State, VaryFn
 from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
@@ -54,6 +54,10 @@ class PatchcoreBank(NamedTuple):
     with `coreset_size` and after `update`."""
     sketch: Sketch | None
     """What makes looking up faster; None for a small bank."""
+    patches: Int[Array, ""]
+    """Training patches that it was chosen from."""
+    neighbors: Int[Array, ""]
+    """How many a patch is compared with."""
 
 
 def patchcore(
@@ -144,9 +148,25 @@ def _single(
     def thin(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
         del frozen
         n, p, _ = state.patches.shape
-        size = jnp.round(ratio * (state.seen.sum() * p).astype(jnp.float32)).astype(jnp.int32)
         points, valid = state.patches.reshape(n * p, -1), jnp.repeat(state.seen, p)
-        return _thin(key, points, valid, max(1, round(ratio * n * p)), jnp.maximum(size, 1), projection_dim)
+        size = share(ratio, valid.sum())
+        bank = _thin(key, points, valid, max(1, round(ratio * n * p)), size, projection_dim)
+        return bank._replace(neighbors=jnp.int32(num_neighbors))
+
+    def share(ratio: float | Array, patches: Int[Array, ""]) -> Int[Array, ""]:
+        return jnp.maximum(jnp.round(ratio * patches.astype(jnp.float32)).astype(jnp.int32), 1)
+
+    def with_ratio(state: PatchcoreBank, value: Array) -> PatchcoreBank:
+        """The greedy selection comes in order, so that a smaller coreset is the head of a larger one."""
+        size = jnp.minimum(share(value, state.patches), state.size)
+        counts, sketch = jnp.arange(state.bank.shape[0]) < size, state.sketch
+        if sketch is not None:
+            sizes, norms = (jnp.where(counts, part, jnp.inf) for part in (sketch.sizes, sketch.norms))
+            sketch = sketch._replace(sizes=sizes, norms=norms)
+        return state._replace(size=size, radius=jnp.full_like(state.radius, jnp.inf), sketch=sketch)
+
+    def with_neighbors(state: PatchcoreBank, value: Array) -> PatchcoreBank:
+        return state._replace(neighbors=value.astype(jnp.int32))
 
     def init_stream(key: Key, frozen: Frozen, spec: PyTree) -> CoresetStream:
         del frozen
@@ -163,7 +183,9 @@ def _single(
         del frozen
         first_key, _ = jax.random.split(key)  # the first center of `_thin`
         first = jax.random.randint(first_key, (), 0, jnp.maximum(state.count.sum(), 1))
-        return _bank(*stream_finish(state, first))
+        rows, size, radius = stream_finish(state, first)
+        nobody_asks = jnp.zeros((), jnp.int32)
+        return _bank(rows, size, radius, nobody_asks)._replace(neighbors=jnp.int32(num_neighbors))
 
     def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
@@ -172,7 +194,7 @@ def _single(
         valid = jnp.arange(state.bank.shape[0]) < state.size
         neighbors = min(num_neighbors, state.bank.shape[0])
         distance, index = knn(query.reshape(-1, c), state.bank, neighbors, valid, state.sketch)
-        found = jnp.isfinite(distance)
+        found = jnp.isfinite(distance) & (jnp.arange(neighbors) < state.neighbors)
         patch = jnp.where(found, distance, 0).sum(1) / found.sum(1).astype(jnp.float32)
         patch, nearest = patch.reshape(b, h * w), index[:, 0].reshape(b, h * w)
         worst = jnp.argmax(patch, 1)
@@ -185,8 +207,10 @@ def _single(
 
     embed = features(backbone, layers)
     if coreset_size is not None:
-        return Method(embed, init_stream, (Stage("collect", thin_stream, finish_stream),), score)
-    return Method(embed, init, (Stage("collect", collect, thin),), score)
+        vary: tuple = (("num_neighbors", with_neighbors),)
+        return Method(embed, init_stream, (Stage("collect", thin_stream, finish_stream),), score, vary)
+    vary = (("num_neighbors", with_neighbors), *((("coreset_sampling_ratio", with_ratio),) if ratio < 1 else ()))
+    return Method(embed, init, (Stage("collect", collect, thin),), score, vary)
 
 
 def _projection(key: Key, c: int, projection_dim: int | None) -> Float[Array, "c e"] | None:
@@ -210,20 +234,21 @@ def _thin(
     count = jnp.sum(valid, dtype=jnp.int32)
     if k == n:
         order = jnp.argsort(~valid, stable=True)
-        return _bank(take_rows(points, order), count, jnp.zeros(()))
-    space = points
-    if projection_dim is not None and projection_dim < c:
-        projection = jax.random.normal(projection_key, (c, projection_dim)) / jnp.sqrt(jnp.float32(projection_dim))
-        space = jnp.matmul(points, projection, precision=jax.lax.Precision.HIGHEST)
+        return _bank(take_rows(points, order), count, jnp.zeros(()), count)
+    project = _projection(projection_key, c, projection_dim)
+    space = points if project is None else jnp.matmul(points, project, precision=jax.lax.Precision.HIGHEST)
     rank = jax.random.randint(first_key, (), 0, jnp.maximum(count, 1))
     first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
     capacity = k if k < ROUNDED_FROM else min(-(-k // ROUNDED_TO) * ROUNDED_TO, n)
     coreset = greedy_coreset(space, capacity, first, valid, jnp.minimum(size, k))
-    return _bank(take_rows(points, coreset.index), coreset.size, coreset.radius)
+    return _bank(take_rows(points, coreset.index), coreset.size, coreset.radius, count)
 
 
-def _bank(rows: Float[Array, "m c"], size: Int[Array, ""], radius: Float[Array, ""]) -> PatchcoreBank:
-    return PatchcoreBank(rows, size, radius, sketch(rows, jnp.arange(rows.shape[0]) < size))
+def _bank(
+    rows: Float[Array, "m c"], size: Int[Array, ""], radius: Float[Array, ""], patches: Int[Array, ""]
+) -> PatchcoreBank:
+    room = sketch(rows, jnp.arange(rows.shape[0]) < size)
+    return PatchcoreBank(rows, size, radius, room, patches, jnp.ones((), jnp.int32))
 
 
 def _reweight(
@@ -265,7 +290,11 @@ def _ensemble(members: tuple[Method, ...]) -> Method:
         scale = [1 / (_spread(s) * len(members)) for s in state]
         return jax.tree.map(lambda *v: sum(a * b for a, b in zip(v, scale, strict=True)), *scores)
 
-    return Method(embed, init, (Stage("collect", update, finalize),), score)
+    def varied(name: str) -> VaryFn:
+        return lambda state, value: tuple(dict(m.vary)[name](s, value) for m, s in zip(members, state, strict=True))
+
+    vary = tuple((name, varied(name)) for name, _ in members[0].vary)
+    return Method(embed, init, (Stage("collect", update, finalize),), score, vary)
 
 
 def _spread(state: PatchcoreBank) -> Float[Array, ""]:
@@ -303,4 +332,8 @@ def update(key: Key, bank: State, new: State, *, size: int | None = None, projec
     if not 1 <= k <= n:
         raise ValueError(f"size must be within 1..{n} (the rows of both banks), got {size}")
     thinned = _thin(key, points, valid, k, jnp.int32(k), projection_dim)
-    return thinned._replace(radius=jnp.maximum(bank.radius, new.radius) + thinned.radius)
+    return thinned._replace(
+        radius=jnp.maximum(bank.radius, new.radius) + thinned.radius,
+        patches=bank.patches + new.patches,
+        neighbors=bank.neighbors,
+    )

@@ -17,6 +17,8 @@ add = jax.jit(update, static_argnames=("size", "projection_dim"))
 GRID, COARSE, SIZE = (4, 4), (2, 2), (16, 16)
 OPTIONS = dict(backbone="pdn_small", layers=("layer1", "layer2"), image_size=SIZE, sigma=0.0)
 
+PATCHES_AND_NEIGHBORS = jnp.int32(8), jnp.int32(1)
+
 
 def feature_maps(seed, n, channels=(3, 4)):
     rng = np.random.default_rng(seed)
@@ -164,8 +166,8 @@ def test_update_thins_to_a_size():
 
 def test_update_skips_the_empty_rows_of_a_bank():
     rows = jnp.arange(8.0).reshape(4, 2)
-    old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1), None)
-    new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2), None)
+    old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1), None, *PATCHES_AND_NEIGHBORS)
+    new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2), None, *PATCHES_AND_NEIGHBORS)
     both = add(jax.random.key(0), old, new)
     assert both.size == 5
     np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))
@@ -173,7 +175,7 @@ def test_update_skips_the_empty_rows_of_a_bank():
 
 def test_update_of_an_ensemble_is_that_of_its_members():
     rows = jnp.arange(8.0).reshape(4, 2)
-    banks = tuple(PatchcoreBank(rows + i, jnp.int32(4), jnp.float32(0), None) for i in range(2))
+    banks = tuple(PatchcoreBank(rows + i, jnp.int32(4), jnp.float32(0), None, *PATCHES_AND_NEIGHBORS) for i in range(2))
     both = add(jax.random.key(0), banks, banks)
     assert [int(member.size) for member in both] == [8, 8]
     np.testing.assert_array_equal(both[1].bank, np.concatenate([rows + 1, rows + 1]))
@@ -181,13 +183,13 @@ def test_update_of_an_ensemble_is_that_of_its_members():
 
 @pytest.mark.parametrize("size", [0, 9])
 def test_update_to_an_impossible_size(size):
-    bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0), None)
+    bank = PatchcoreBank(jnp.ones((4, 2)), jnp.int32(4), jnp.float32(0), None, *PATCHES_AND_NEIGHBORS)
     with pytest.raises(ValueError, match=rf"size .*1\.\.8.* got {size}"):
         update(jax.random.key(0), bank, bank, size=size)
 
 
 def test_update_of_another_width():
-    a, b = (PatchcoreBank(jnp.ones((4, c)), jnp.int32(4), jnp.float32(0), None) for c in (2, 3))
+    a, b = (PatchcoreBank(jnp.ones((4, c)), jnp.int32(4), jnp.float32(0), None, *PATCHES_AND_NEIGHBORS) for c in (2, 3))
     with pytest.raises(ValueError, match="one width, got 2 and 3"):
         update(jax.random.key(0), a, b)
 
