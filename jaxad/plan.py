@@ -24,9 +24,9 @@ from jaxad.mesh import Layout
 from jaxad.program import Program
 
 EMBED = "embed for "
-RECYCLED = 32 << 20
-"""A process keeps freed memory in blocks up to this size (glibc's largest threshold): as much lies idle beside the
-arrays of a CPU."""
+RECYCLED = 2 * (32 << 20)
+"""A process keeps freed memory in blocks of up to 32 MiB (glibc's largest threshold) for itself: beside the arrays of a
+CPU one to three of them lie idle."""
 
 
 class Need(NamedTuple):
