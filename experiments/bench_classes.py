@@ -16,7 +16,7 @@ timed on their own, too. `--smoke` is the small variant that the tests run.
 import math
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ class Clock:
     """Progress of a fit that adds up the seconds of its phases, compile time left out."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._phase, self._since = "start", self._now()
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -102,7 +102,7 @@ class Run(NamedTuple):
     """One run of a contender."""
 
     scores: list[Scores]
-    seconds: Counter[str]
+    seconds: dict[str, float]
     compile: float
 
 
@@ -143,7 +143,7 @@ def open_classes(options: Options) -> tuple[list[Dataset], list[Dataset]]:
             if split.test is None:
                 raise ValueError(f"every class needs a test split, got none in {source}")
             most = 10 - 2 * len(train) if options.smoke else options.most_images
-            for part, into in zip(split, (train, test), strict=True):
+            for part, into in ((split.train, train), (split.test, test)):
                 into.append(part.subset(slice(None, None, 1 if most is None else math.ceil(len(part) / most))))
     return train, test
 
@@ -216,13 +216,13 @@ def take_turns(contenders: dict[str, Callable[[Classes], Run]], classes: Classes
 
 def difference(found: list[Scores], wanted: list[Scores]) -> dict[str, float]:
     """The largest differences over the largest score of the class."""
-    pairs = [
-        (kind, np.abs(a - b).max() / np.abs(b).max())
-        for one, other in zip(found, wanted, strict=True)
-        for kind, a, b in zip(Scores._fields, one, other, strict=True)
-        if a is not None
-    ]
-    return {kind: max(float(d) for k, d in pairs if k == kind) for kind, _ in pairs}
+    most: dict[str, float] = {}
+    for one, other in zip(found, wanted, strict=True):
+        for kind, a, b in zip(Scores._fields, one, other, strict=True):
+            if a is not None and b is not None:
+                relative = np.abs(np.subtract(a, b)).max() / np.abs(b).max()
+                most[kind] = max(most.get(kind, 0.0), float(relative))
+    return most
 
 
 def padded(datasets: Sequence[Dataset]) -> float:

@@ -9,8 +9,12 @@ growth, and 1.1 the goal.
 
 Operations and bytes are those of XLA's cost analysis. It counts the body of a loop once, so each body is analyzed on
 its own and multiplied by its number of rounds: the one that XLA knows (`known_trip_count`), or, where data decide, the
-one under `rounds`, which is the same on any number of devices. What a call of LAPACK computes, and what
-it and any other library call read and write, is added: XLA does not count it.
+one under `rounds`: the same on any number of devices, but for SPADE, where each device looks at those of an image's
+nearest images that it holds, evenly many. What a call of LAPACK computes, and what it and any other library call read
+and write, is added: XLA does not count it.
+
+The goal is that of the whole: `fit` is embedding and updating for all images and finishing once, `scoring` is embedding
+and scoring a batch. Programs that cost next to nothing may stay whole on every device.
 
 `--smoke` is the small variant that the tests run.
 """
@@ -31,7 +35,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import tyro
-from jaxlib import _hlo, _jax
+from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]
 
 import jaxad
 from jaxad.artifact import write_json
@@ -251,7 +255,8 @@ def compiled(name: str, axis: str, devices: int, options: Options) -> Iterator[t
     yield "update", update, (1.0 + patches / (FAN * centers), reductions, *rounds)
     yield f"finalize {stage.name}", programs.finalizes[0].compile(key, state, frozen), rounds
     fitted = layout.abstract(abstract_state(method, frozen, spec), classes)
-    yield "score", _score_program(method, layout, None).compile(fitted, frozen, x), (1.0,)
+    neighbors = min(50, options.images) / layout.data_shards if name == "spade" else 1.0
+    yield "score", _score_program(method, layout, None).compile(fitted, frozen, x), (neighbors,)
 
 
 def measure(devices: int, options: Options) -> dict[str, Any]:
@@ -275,20 +280,29 @@ def growth(by_devices: dict[int, dict[str, Any]], options: Options) -> dict[str,
     """What all devices do together over what one does, for every program of every method along every axis."""
     programs: dict[str, Any] = {}
     first = min(by_devices)
+    steps = -(-options.images // options.batch_size)
+    wholes = {"fit": {"embed": steps, "update": steps, "finalize": 1}, "scoring": {"embed": 1, "score": 1}}
     for name, axes in by_devices[first].items():
         for axis, entries in axes.items():
+            programs.setdefault(name, {})[axis] = made = {}
             for program in entries:
                 of = {n: found[name][axis][program] for n, found in by_devices.items()}
                 together = {k: {n: n * e[k] for n, e in of.items()} for k in ("flops", "bytes")}
-                ratio = {k: {n: v / per[first] for n, v in per.items()} for k, per in together.items()}
-                together |= {
+                ratio = {k: {n: v / (per[first] or 1) for n, v in per.items()} for k, per in together.items()}
+                made[program] = together | {
                     "growth": ratio,
-                    "within_goal": all(v <= GOAL for per in ratio.values() for v in per.values()),
                     "told_by_a_device": {n: e["told"] for n, e in of.items() if e["told"]},
                     "rounds": of[first]["rounds"],
                     "one_device_with_bodies_once": {k: of[first][f"{k}_bodies_once"] for k in ("flops", "bytes")},
                 }
-                programs.setdefault(name, {}).setdefault(axis, {})[program] = together
+            for whole, parts in wholes.items():
+                sums = {
+                    k: {n: sum(times * made[p][k][n] for p, times in parts.items()) for n in by_devices}
+                    for k in ("flops", "bytes")
+                }
+                ratio = {k: {n: v / per[first] for n, v in per.items()} for k, per in sums.items()}
+                within = all(v <= GOAL for per in ratio.values() for v in per.values())
+                made[whole] = sums | {"growth": ratio, "within_goal": within}
     return programs
 
 
@@ -325,7 +339,7 @@ def main(options: Options) -> None:
             for name, axes in programs.items()
             for axis, entries in axes.items()
             for program, entry in entries.items()
-            if not entry["within_goal"]
+            if not entry.get("within_goal", True)
         ],
         "device": "virtual CPU devices, compiled only",
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},

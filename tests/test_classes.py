@@ -94,7 +94,7 @@ def test_one_class_on_a_mesh(name, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     mesh = jaxad.make_mesh("data")
     method, frozen = made(name)
-    states, wanted = apart(name)
+    _, wanted = apart(name)
     state = fit(method, frozen, TRAIN[1], KEY, mesh=mesh, batch_size=8).state
     scores = score_all(method, state, frozen, TEST[1], mesh=mesh, batch_size=8)
     assert_close(scores, wanted[1], 1e-5)

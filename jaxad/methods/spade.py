@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import backbone as architecture
@@ -23,6 +24,7 @@ from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.knn import knn, smallest_k, squared_distances
+from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards
 
 
 class SpadeGallery(NamedTuple):
@@ -84,26 +86,49 @@ def spade(
         distance, index = knn(x[image_layer].mean((1, 2)), state.pooled, neighbors, state.seen)
         found = jnp.isfinite(distance)
         image = jnp.where(found, distance**2, 0).sum(1) / found.sum(1).astype(jnp.float32)
-        pixel = jax.lax.map(lambda args: correspond(state.maps, *args), (index, found, {k: x[k] for k in layers}))
+        pixel = correspond(state.maps, index, found, {k: x[k] for k in layers})
         return Scores(image, upsample_blur(pixel, image_size, sigma))
 
     def correspond(
-        gallery: dict[str, Array], index: Int[Array, "k"], found: Bool[Array, "k"], x: dict[str, Array]
-    ) -> Float[Array, "h w"]:
-        """The heat map of one image, from its nearest images, one after the other."""
-        h, w = x[layers[0]].shape[:2]
+        gallery: dict[str, Array], index: Int[Array, "b k"], found: Bool[Array, "b k"], x: dict[str, Array]
+    ) -> Float[Array, "b h w"]:
+        """The heat maps before smoothing; on a mesh every device looks at those nearest images that it holds."""
+        b, h, w = x[layers[0]].shape[:3]
+        devices = shards()
+        look_up = nearest_pixels
+        if devices > 1:
+            gallery = {k: pad_rows(maps, devices) for k, maps in gallery.items()}
+            look_up = by_rows(nearest_of_shard, (P(DATA), P(), P(), P()), P())
+        return look_up(gallery, index, found, x).mean(-1).reshape(b, h, w)
 
-        def join(
-            nearest: Float[Array, "p kappa"], neighbor: tuple[Array, Array]
-        ) -> tuple[Float[Array, "p kappa"], None]:
-            i, counts = neighbor
-            total = pyramid_distances([(x[k], gallery[k][i].astype(jnp.float32)) for k in layers])
-            both = jnp.concatenate([nearest, smallest_k(total, nearest.shape[1])[0]], 1)
-            return jnp.where(counts, -jax.lax.top_k(-both, nearest.shape[1])[0], nearest), None
+    def nearest_of_shard(
+        gallery: dict[str, Array], index: Int[Array, "b k"], found: Bool[Array, "b k"], x: dict[str, Array]
+    ) -> Float[Array, "b p kappa"]:
+        rows = gallery[layers[0]].shape[0]
+        local = own_rows(index, jax.lax.axis_index(DATA), rows)
+        nearest = nearest_pixels(gallery, local, found & (local < rows), x)
+        together = jax.lax.all_gather(nearest, DATA, axis=2, tiled=True)
+        return -jax.lax.top_k(-together, nearest.shape[2])[0]
 
-        start = jnp.full((h * w, min(num_pixel_neighbors, h * w)), jnp.inf)
-        nearest, _ = jax.lax.scan(join, start, (index, found))
-        return nearest.mean(1).reshape(h, w)
+    def nearest_pixels(
+        gallery: dict[str, Array], index: Int[Array, "b k"], found: Bool[Array, "b k"], x: dict[str, Array]
+    ) -> Float[Array, "b p kappa"]:
+        """Squared distances to the nearest pixels, for one image after the other."""
+        h, w = x[layers[0]].shape[1:3]
+        kappa = min(num_pixel_neighbors, h * w)
+
+        def one_image(args: tuple[Int[Array, "k"], Bool[Array, "k"], dict[str, Array]]) -> Float[Array, "p kappa"]:
+            index, found, x = args
+            first = index[jnp.argsort(~found, stable=True)]
+
+            def join(i: Int[Array, ""], nearest: Float[Array, "p kappa"]) -> Float[Array, "p kappa"]:
+                total = pyramid_distances([(x[k], gallery[k][first[i]].astype(jnp.float32)) for k in layers])
+                both = jnp.concatenate([nearest, smallest_k(total, kappa)[0]], 1)
+                return -jax.lax.top_k(-both, kappa)[0]
+
+            return jax.lax.fori_loop(0, found.sum(), join, jnp.full((h * w, kappa), jnp.inf))
+
+        return jax.lax.map(one_image, (index, found, x))
 
     return Method(features(backbone, wanted), init, (Stage("collect", collect),), score)
 
