@@ -140,3 +140,59 @@ def random_resnet18(folder: Path) -> Path:
     path = folder / "resnet18.safetensors"
     save_file(tensors, path)
     return path
+
+
+def test_classes_at_once_give_the_numbers_of_the_loop(tmp_path: Path) -> None:
+    bench = script("bench_classes")
+    bench.main(bench.Options(methods=("patchcore", "padim"), results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_classes.json").read_text())
+    assert len(result["classes"]) == 4 and 0 < result["padded_share"]["train"] < 1
+    for measured in result["methods"].values():
+        assert measured["contenders"].keys() == measured["ratio"].keys() > {"one program", "loop"}
+        loop = measured["contenders"]["loop"]
+        for contender in measured["contenders"].values():
+            assert max(contender["over_loop"].values()) <= 1e-5
+            assert contender["image_AUROC"] == loop["image_AUROC"]
+            assert set(contender["phases"]) == {"start", "collect", "finish", "score"}
+
+
+def test_devices_share_the_work(tmp_path: Path) -> None:
+    bench = script("bench_scaling")
+    bench.main(bench.Options(results=tmp_path, smoke=True))
+    programs = json.loads((tmp_path / "bench_scaling.json").read_text())["programs"]
+    for axes in programs.values():
+        for axis in ("data", "class"):
+            assert axes[axis].keys() == {"embed", "update", "finalize", "score", "fit", "scoring"}
+            assert all(axes[axis][whole]["growth"]["flops"]["2"] < 1.1 for whole in ("fit", "scoring"))
+        assert "told_by_a_device" in axes["data"]["embed"]
+
+
+def test_loops_count_as_often_as_they_go_round() -> None:
+    bench = script("bench_scaling")
+
+    def rounds(n: int, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, n, lambda i, y: jax.lax.while_loop(lambda z: z.sum() < 1, lambda z: z @ x, y), x)
+
+    cost = {}
+    for n in (3, 6):
+        compiled = jax.jit(rounds, static_argnums=0).lower(n, jax.ShapeDtypeStruct((64, 64), np.float32)).compile()
+        cost[n] = bench.Module(compiled.as_text(), (5.0,)).cost().flops
+    product = 2 * 64**3
+    assert cost[6] - cost[3] == pytest.approx(3 * 5 * product, rel=0.05)
+    assert cost[3] == pytest.approx(3 * 5 * product, rel=0.05)
+
+
+def test_a_stream_is_covered_within_its_bounds(tmp_path: Path) -> None:
+    script("bench_scaling").main(script("bench_scaling").Options(results=tmp_path, smoke=True))
+    bench = script("bench_stream")
+    bench.main(bench.Options(results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_stream.json").read_text())
+    assert set(result["methods"]) == {"padim", "patchcore"}
+    for measured in result["methods"].values():
+        assert measured["images"] == 96 and len(measured["points"]) == 6
+        assert set(measured["seconds_per_image"]) == {"decode", "embed", "update", "finish"}
+    covering = result["methods"]["patchcore"]["covering"]
+    assert covering["true_on_the_sample"] <= covering["proven_of_the_stream"] * 1.001
+    sample = covering["sample"]
+    assert sample["true"] <= sample["proven"] * 1.001 and sample["proven_over_at_once"] <= sample["a_priori"]
+    assert {row["devices"] for row in result["table"]} == set(bench.DEVICES) and len(result["assumptions"]) > 3

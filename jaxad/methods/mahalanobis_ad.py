@@ -78,7 +78,13 @@ def mahalanobis_ad(
 
     def estimate(key: Key, state: PooledFeatures, frozen: Frozen) -> dict[str, StageGaussian]:
         del key, frozen
-        return {layer: gaussian(state.features[layer], state.seen) for layer in layers}
+        made: dict[str, StageGaussian] = {}
+        for layer in layers:
+            x = state.features[layer]
+            for before in list(made.values())[-1:]:  # each waits for the last: see below
+                x = jnp.where(jnp.isnan(before.factor[0, 0]), jnp.nan, x)
+            made[layer] = gaussian(x, state.seen)
+        return made  # jaxlib 0.10: two LAPACK calls on several classes at once can take all threads of a CPU and hang
 
     def gaussian(x: Float[Array, "n c"], seen: Bool[Array, "n"]) -> StageGaussian:
         if reduction is None:

@@ -14,15 +14,15 @@ Results: experiments/recipes/spade.py
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
+from jaxad.ops.correspondence import nearest_positions
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.knn import knn, smallest_k, squared_distances
+from jaxad.ops.knn import knn
 
 
 class SpadeGallery(NamedTuple):
@@ -84,41 +84,9 @@ def spade(
         distance, index = knn(x[image_layer].mean((1, 2)), state.pooled, neighbors, state.seen)
         found = jnp.isfinite(distance)
         image = jnp.where(found, distance**2, 0).sum(1) / found.sum(1).astype(jnp.float32)
-        pixel = jax.lax.map(lambda args: correspond(state.maps, *args), (index, found, {k: x[k] for k in layers}))
-        return Scores(image, upsample_blur(pixel, image_size, sigma))
-
-    def correspond(
-        gallery: dict[str, Array], index: Int[Array, "k"], found: Bool[Array, "k"], x: dict[str, Array]
-    ) -> Float[Array, "h w"]:
-        """The heat map of one image, from its nearest images, one after the other."""
-        h, w = x[layers[0]].shape[:2]
-
-        def join(
-            nearest: Float[Array, "p kappa"], neighbor: tuple[Array, Array]
-        ) -> tuple[Float[Array, "p kappa"], None]:
-            i, counts = neighbor
-            total = pyramid_distances([(x[k], gallery[k][i].astype(jnp.float32)) for k in layers])
-            both = jnp.concatenate([nearest, smallest_k(total, nearest.shape[1])[0]], 1)
-            return jnp.where(counts, -jax.lax.top_k(-both, nearest.shape[1])[0], nearest), None
-
-        start = jnp.full((h * w, min(num_pixel_neighbors, h * w)), jnp.inf)
-        nearest, _ = jax.lax.scan(join, start, (index, found))
-        return nearest.mean(1).reshape(h, w)
+        gallery, maps = (tuple(of[layer] for layer in layers) for of in (state.maps, x))
+        nearest = nearest_positions(gallery, index, found, maps, num_pixel_neighbors)
+        b, h, w = x[layers[0]].shape[:3]
+        return Scores(image, upsample_blur(nearest.mean(-1).reshape(b, h, w), image_size, sigma))
 
     return Method(features(backbone, wanted), init, (Stage("collect", collect),), score)
-
-
-def pyramid_distances(pairs: list[tuple[Float[Array, "_ _ _"], Float[Array, "_ _ _"]]]) -> Float[Array, "p p"]:
-    """Squared distances between all positions of two images' stacked feature maps, on the grid of the first stage.
-
-    Args:
-        pairs: For each stage the maps of the two images, the finest first; coarser ones are repeated.
-    """
-    h, w = pairs[0][0].shape[:2]
-    total = jnp.zeros((h, w, h, w))
-    for a, b in pairs:
-        rows, columns = ((2 * jnp.arange(n) + 1) * m // (2 * n) for n, m in zip((h, w), a.shape[:2], strict=True))
-        part = squared_distances(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
-        part = part.reshape(*a.shape[:2], *a.shape[:2])
-        total = total + part[rows][:, columns][:, :, rows][:, :, :, columns]
-    return total.reshape(h * w, h * w)

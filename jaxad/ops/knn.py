@@ -148,13 +148,16 @@ def _nearest(
     k: int,
     sketch: Sketch | None,
     least: Callable[[Array], Array] = lambda x: x,
+    gather: Callable[[Callable[[Array], Array], Array], Array] = lambda f, rows: f(rows),
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """Squared distances less the query's squared norm, and indices; those beyond `least` of the k-th may be wrong."""
     n, m = query.shape[0], bank.shape[0]
     if sketch is None or 8 * _candidates(k) > m:
-        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), query, m)
+        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), (query,), m)
         return partial, index
-    partial, index, bound = _in_blocks(lambda q: _two_passes(q, bank, k, sketch), query, m)
+    describe = lambda q: (_sketch_rows(q - sketch.mean, sketch.basis),)  # noqa: E731
+    short = gather(lambda q: _in_blocks(describe, (q,), m)[0], query)
+    partial, index, bound = _in_blocks(lambda q, short: _two_passes(q, short, bank, k, sketch), (query, short), m)
     unproven = ~(least(partial[:, -1]) + jnp.sum(query * query, 1) < bound)
 
     def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -180,9 +183,16 @@ def _nearest_of_shards(
         parts = (sketch.mean, sketch.basis, pad_rows(sketch.rows, devices), sizes, norms)
 
     def one_shard(query: Array, bank: Array, norms: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
+        shard = jax.lax.axis_index(DATA)
+
+        def gather(f: Callable[[Array], Array], rows: Array) -> Array:
+            """`f` of all rows, of which every device computes some."""
+            own = pad_rows(rows, devices).reshape(devices, -1, rows.shape[1])[shard]
+            return jax.lax.all_gather(f(own), DATA, tiled=True)[: rows.shape[0]]
+
         least = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
-        partial, index = _nearest(query, bank, norms, min(k, rows), Sketch(*parts) if parts else None, least)
-        index = index + jax.lax.axis_index(DATA) * rows
+        partial, index = _nearest(query, bank, norms, min(k, rows), Sketch(*parts) if parts else None, least, gather)
+        index = index + shard * rows
         partial, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (partial, index))
         value, position = jax.lax.top_k(-partial, k)  # equal distances stay in the order of their indices
         return -value, jnp.take_along_axis(index, position, 1)
@@ -191,16 +201,17 @@ def _nearest_of_shards(
     return by_rows(one_shard, specs, P())(query, bank, norms, parts)
 
 
-def _in_blocks(look_up: Callable[[Array], tuple[Array, ...]], query: Float[Array, "n d"], m: int) -> tuple[Array, ...]:
+def _in_blocks(
+    look_up: Callable[..., tuple[Array, ...]], queries: tuple[Float[Array, "n _"], ...], m: int
+) -> tuple[Array, ...]:
     """`look_up` of all queries, of so many at a time that their distances to m rows fit into `BLOCK_ELEMENTS`."""
-    n, d = query.shape
+    n = queries[0].shape[0]
     rows = max(1, BLOCK_ELEMENTS // m)
     if n <= rows:
-        return look_up(query)
+        return look_up(*queries)
     blocks = -(-n // rows)
-    rows = -(-n // blocks)
-    padded = jnp.pad(query, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
-    return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(look_up, padded))
+    blocked = tuple(pad_rows(part, blocks).reshape(blocks, -(-n // blocks), -1) for part in queries)
+    return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(lambda q: look_up(*q), blocked))
 
 
 def _candidates(k: int) -> int:
@@ -221,11 +232,10 @@ def _brute_force(
 
 
 def _two_passes(
-    q: Float[Array, "r d"], bank: Float[Array, "m d"], k: int, sketch: Sketch
+    q: Float[Array, "r d"], short: Float[Array, "r h1"], bank: Float[Array, "m d"], k: int, sketch: Sketch
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Float[Array, "r"]]:
     """As `_brute_force` among the candidates, and what the squared distance of every other row is at least."""
     d = q.shape[1]
-    short = _sketch_rows(q - sketch.mean, sketch.basis)
     product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
     bound, index = smallest_k(_less_own(sketch.sizes, product), _candidates(k) + 1)
     index = jnp.sort(index[:, :-1], 1)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxad.base import Batch
 from jaxad.methods import METHODS
 from jaxad.ops import coreset
+from jaxad.ops import knn as knn_module
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
 from jaxad.ops.knn import knn, sketch
@@ -192,6 +193,21 @@ def test_a_bank_stays_where_it_is(batch):
     assert most(lambda *args: knn(*args[:2], 2, *args[2:]), query, bank, valid, made) <= n * d
 
 
+def test_the_sketches_of_queries_are_made_by_rows(monkeypatch):
+    """All devices together compute little more than one alone."""
+    monkeypatch.setattr(knn_module, "BLOCK_ELEMENTS", 1 << 30)  # a loop has one round, which is counted once
+    args = array(512, 1600), array(32768, 1600), array(32768, dtype=bool)
+    made = jax.eval_shape(sketch, *args[1:])
+
+    def flops(*args):
+        lowered = jax.jit(lambda *args: knn(*args[:2], 2, *args[2:])).lower(*args)
+        return lowered.compile().cost_analysis()["flops"]
+
+    alone = flops(*args, made)
+    with jax.set_mesh(mesh_of((1, 8))):
+        assert 8 * flops(on_mesh(args[0]), *by_rows((*args[1:], made))) < 1.1 * alone
+
+
 def test_a_sketch_is_made_by_rows():
     bank, valid = by_rows(array(16384, 160)), by_rows(array(16384, dtype=bool))
     assert most(sketch, bank, valid) <= 160 * 160
@@ -217,6 +233,7 @@ def test_gaussians_stay_where_they_are(batch):
         ("patchcore", dict(coreset_sampling_ratio=0.25, projection_dim=32, scoring="paper")),
         ("patchcore", dict(coreset_sampling_ratio=1.0)),
         ("padim", dict(n_features=80)),
+        ("spade", dict(image_layer="layer2", num_neighbors=5, num_pixel_neighbors=2)),
     ],
 )
 def test_no_method_collects_its_state_on_a_device(name, options, batch):

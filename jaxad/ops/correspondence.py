@@ -1,0 +1,78 @@
+"""Which positions of other images' feature maps are nearest to those of an image, over a pyramid of stages."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxad.ops.knn import smallest_k, squared_distances
+from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards
+
+
+def nearest_positions(
+    gallery: tuple[Float[Array, "n _ _ _"], ...],
+    index: Int[Array, "b k"],
+    found: Bool[Array, "b k"],
+    x: tuple[Float[Array, "b _ _ _"], ...],
+    neighbors: int,
+) -> Float[Array, "b p kappa"]:
+    """Squared distances from every position of an image to the nearest positions of some images of a gallery.
+
+    On a mesh whose devices share the gallery, every device looks at those of the images that it holds.
+
+    Args:
+        gallery: Feature maps of every stage, the finest first; the stages are stacked on its grid.
+        index: Images of the gallery to compare each image with.
+        found: Which of these count.
+        x: Feature maps of the images, likewise.
+        neighbors: Positions wanted (kappa), at most p.
+
+    Returns:
+        For the p positions of the first stage, ascending; infinite where nothing counts.
+    """
+    devices, kappa = shards(), min(neighbors, x[0].shape[1] * x[0].shape[2])
+    if devices == 1:
+        return _nearest(gallery, index, found, x, kappa)
+
+    def one_shard(gallery: tuple, index: Array, found: Array, x: tuple) -> Array:
+        rows = gallery[0].shape[0]
+        local = own_rows(index, jax.lax.axis_index(DATA), rows)
+        nearest = _nearest(gallery, local, found & (local < rows), x, kappa)
+        return -jax.lax.top_k(-jax.lax.all_gather(nearest, DATA, axis=2, tiled=True), kappa)[0]
+
+    gallery = tuple(pad_rows(maps, devices) for maps in gallery)
+    return by_rows(one_shard, (P(DATA), P(), P(), P()), P())(gallery, index, found, x)
+
+
+def _nearest(gallery: tuple, index: Array, found: Array, x: tuple, kappa: int) -> Array:
+    """For one image after the other, from one of its images after the other."""
+
+    def one_image(args: tuple[Int[Array, "k"], Bool[Array, "k"], tuple[Array, ...]]) -> Float[Array, "p kappa"]:
+        index, found, x = args
+        first = index[jnp.argsort(~found, stable=True)]
+
+        def join(i: Int[Array, ""], nearest: Float[Array, "p kappa"]) -> Float[Array, "p kappa"]:
+            total = pyramid_distances([(a, b[first[i]].astype(jnp.float32)) for a, b in zip(x, gallery, strict=True)])
+            both = jnp.concatenate([nearest, smallest_k(total, kappa)[0]], 1)
+            return -jax.lax.top_k(-both, kappa)[0]
+
+        h, w = x[0].shape[:2]
+        return jax.lax.fori_loop(0, found.sum(), join, jnp.full((h * w, kappa), jnp.inf))
+
+    return jax.lax.map(one_image, (index, found, x))
+
+
+def pyramid_distances(pairs: list[tuple[Float[Array, "_ _ _"], Float[Array, "_ _ _"]]]) -> Float[Array, "p p"]:
+    """Squared distances between all positions of two images' stacked feature maps, on the grid of the first stage.
+
+    Args:
+        pairs: For each stage the maps of the two images, the finest first; coarser ones are repeated.
+    """
+    h, w = pairs[0][0].shape[:2]
+    total = jnp.zeros((h, w, h, w))
+    for a, b in pairs:
+        rows, columns = ((2 * jnp.arange(n) + 1) * m // (2 * n) for n, m in zip((h, w), a.shape[:2], strict=True))
+        part = squared_distances(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        part = part.reshape(*a.shape[:2], *a.shape[:2])
+        total = total + part[rows][:, columns][:, :, rows][:, :, :, columns]
+    return total.reshape(h * w, h * w)
