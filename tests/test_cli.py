@@ -425,7 +425,7 @@ def test_an_interrupted_fit_resumes_and_others_do_not(
 def test_a_fit_killed_again_and_again_ends_with_the_same_model(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, seed: int
 ):
-    """Five kills -9 at random moments of each of four fits, of one class and of two at once."""
+    """Five kills -9 or more at random moments of each of four fits, of one class and of two at once."""
     category = ("all", "bolt")[seed % 2]
     common = ["fit", str(mvtec), "--category", category, *backbone_options, "--batch-size", "1"]
     command = [sys.executable, "-m", "jaxad", *common, "--checkpoint-seconds", "0", "--output"]
@@ -435,7 +435,7 @@ def test_a_fit_killed_again_and_again_ends_with_the_same_model(
     subprocess.run([*command, str(tmp_path / "whole")], check=True, **streams)
     usual, rng = time.monotonic() - started, np.random.default_rng()
     output, resumed, kills = tmp_path / "killed", 0, 0
-    while kills < 5:
+    while kills < 5 or (not resumed and kills < 25):  # most of so short a fit is compiling, before any checkpoint
         process = subprocess.Popen([*command, str(output)], **streams)
         time.sleep(rng.uniform(0.3, 0.95) * usual)
         process.kill()
