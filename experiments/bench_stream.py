@@ -57,8 +57,9 @@ ASSUMPTIONS = (
     "Work of an update on D devices over that on one: s + (1 - s) / D, with s from the flops that bench_scaling.json "
     "gives for its largest mesh. The time of communication is not in it.",
     "Finishing (the last thinning, or the factors) is taken as not shared at all.",
-    "Memory of a device: that of the process after a tenth of the images, and the measured growth for the rest of "
-    'them; on "data" less the part of the state that the driver\'s layout leaves to other devices.',
+    "Memory of a device: that of the process after a tenth of the images, less the list of records, and the measured "
+    'growth for all images; on "data" less the part of the state that the driver\'s layout leaves to other devices.',
+    "The list of records, which names the images, is in each host's memory and does grow with them.",
 )
 
 
@@ -267,12 +268,15 @@ def extrapolate(methods: dict[str, Any], scaling: dict[str, Any]) -> list[dict[s
                         "update": images * seconds["update"] * (serial + (1 - serial) / sharing),
                         "finish": seconds["finish"],
                     }
-                    resident = base["resident_bytes"] + max(0, measured["growth_bytes_per_image"]) * classes * images
+                    listed = measured["list_of_records_bytes_per_image"]
+                    resident = base["resident_bytes"] - listed * measured["images"]
+                    resident += max(0, measured["growth_bytes_per_image"]) * images
                     resident -= int(state["1"]) - int(state[str(sharing)])
                     row = {"method": name, "axis": axis, "devices": devices, "classes": classes, "images": images}
                     apart = max(parts["decode"], parts["embed"] + parts["update"]) + parts["finish"]
                     row |= {"seconds": parts, "decode_beside": apart, "decode_in_turn": sum(parts.values())}
-                    rows.append(row | {"images_per_second": classes * images / apart, "bytes": round(resident)})
+                    row |= {"images_per_second": classes * images / apart, "bytes": round(resident)}
+                    rows.append(row | {"list_of_records_bytes": round(listed * classes * images)})
     return rows
 
 
