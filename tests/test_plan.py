@@ -1,5 +1,7 @@
 """Memory is known before a fit: the numbers are those of the programs that the fit then runs."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -270,3 +272,9 @@ def test_bad_input_is_one_line(photos, arguments, complaint, capsys):
     assert main(["estimate", *(photos if word == "PHOTOS" else word for word in arguments)]) == 2
     told = capsys.readouterr()
     assert complaint in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_measured_peaks_are_within_15_percent_of_the_estimates():
+    measured = Path(__file__).parents[1] / "experiments" / "results" / "bench_estimate.json"
+    ratios = {name: case["ratio"] for name, case in json.loads(measured.read_text())["cases"].items()}
+    assert len(ratios) >= 8 and all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
