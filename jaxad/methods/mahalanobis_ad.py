@@ -109,7 +109,7 @@ def mahalanobis_ad(
         total = jnp.zeros(x[layers[0]].shape[0])
         for layer in layers:
             center, basis, mean, factor = state[layer]
-            z = x[layer] - center
+            z = jnp.where(jnp.isnan(total)[:, None], jnp.nan, x[layer] - center)  # one LAPACK call after the other
             z = z if basis is None else jnp.matmul(z, basis, precision=HIGHEST)
             total = total + mahalanobis(z, mean, factor)
         return Scores(total, None)
