@@ -9,7 +9,8 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from jaxad.base import Batch
-from jaxad.ops.correspondence import pyramid_distances, spade
+from jaxad.methods.spade import spade
+from jaxad.ops.correspondence import pyramid_distances
 
 SHAPES = {"layer1": (4, 4, 3), "layer2": (2, 2, 4), "layer3": (1, 1, 5)}
 OPTIONS = dict(backbone="pdn_small", layers=("layer1", "layer2"), image_layer="layer3", image_size=(4, 4), sigma=0.0)
