@@ -20,6 +20,8 @@ SKETCH_SAMPLE = 4096
 """Rows of a bank that the basis of its sketch is fitted to."""
 RETRY = 32
 """Queries looked up by brute force at a time where the first pass proves nothing."""
+SPARE = 3
+"""Rows beyond k among which brute force, whose matrix product rounds, looks for the k nearest."""
 
 
 class Sketch(NamedTuple):
@@ -111,7 +113,8 @@ def knn(
 
     With a sketch, a first pass over the sketches picks a few candidates for each query. Their distances are computed
     in full, and where the k-th of them is less than any other sketch's distance, beyond rounding, no other row can be
-    nearer. The queries for which that does not hold are looked up by brute force.
+    nearer. The queries for which that does not hold are looked up by brute force: one matrix product, and the distances
+    of the k + `SPARE` rows that it finds nearest in full.
 
     Args:
         query: Vectors to look up.
@@ -121,9 +124,10 @@ def knn(
         sketch: What the function of that name returned for this bank.
 
     Returns:
-        Euclidean distances, ascending, and indices into the bank; a squared distance is exact to about 1e-6 of the
-        squared norms, so center vectors that lie far from the origin. At no time are more than `BLOCK_ELEMENTS`
-        distances (or those of one query) in memory.
+        Euclidean distances, ascending, and indices into the bank. The distances are those of the differences of the
+        vectors, without cancellation. Brute force may take one row for another where more than `SPARE` rows are as near
+        to about 1e-6 of the squared norms, so center vectors that lie far from the origin. At no time are more than
+        `BLOCK_ELEMENTS` distances (or those of one query) in memory.
 
     Raises:
         ValueError: k is not within 1..m.
@@ -137,8 +141,8 @@ def knn(
     else:
         norms = sketch.norms
     nearest = _nearest if shards() == 1 else _nearest_of_shards
-    partial, index = nearest(query, bank, norms, k, sketch)
-    return jnp.sqrt(jnp.maximum(partial + jnp.sum(query * query, 1)[:, None], 0)), index
+    squared, index = nearest(query, bank, norms, k, sketch)
+    return jnp.sqrt(squared), index
 
 
 def _nearest(
@@ -147,28 +151,30 @@ def _nearest(
     norms: Float[Array, "m"],
     k: int,
     sketch: Sketch | None,
+    devices: int = 1,
     least: Callable[[Array], Array] = lambda x: x,
     gather: Callable[[Callable[[Array], Array], Array], Array] = lambda f, rows: f(rows),
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """Squared distances less the query's squared norm, and indices; those beyond `least` of the k-th may be wrong."""
-    n, m = query.shape[0], bank.shape[0]
-    if sketch is None or 8 * _candidates(k) > m:
-        partial, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), (query,), m)
-        return partial, index
+    """Squared distances and indices; those beyond `least` of the k-th may be wrong."""
+    n, m, candidates = query.shape[0], bank.shape[0], _candidates(k, devices)
+    if sketch is None or 8 * candidates > m:
+        squared, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), (query,), m)
+        return squared, index
     describe = lambda q: (_sketch_rows(q - sketch.mean, sketch.basis),)  # noqa: E731
     short = gather(lambda q: _in_blocks(describe, (q,), m)[0], query)
-    partial, index, bound = _in_blocks(lambda q, short: _two_passes(q, short, bank, k, sketch), (query, short), m)
-    unproven = ~(least(partial[:, -1]) + jnp.sum(query * query, 1) < bound)
+    look_up = functools.partial(_two_passes, bank=bank, k=k, candidates=candidates, sketch=sketch)
+    squared, index, bound = _in_blocks(look_up, (query, short), m)
+    unproven = ~(least(squared[:, -1]) < bound)
 
     def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        partial, index, unproven = carry
+        squared, index, unproven = carry
         rows = jnp.nonzero(unproven, size=min(RETRY, n), fill_value=n)[0]
         found = _brute_force(query.at[rows].get(mode="clip"), bank, norms, k)
         updates = zip(carry, (*found, jnp.zeros(rows.shape, bool)), strict=True)
-        partial, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
-        return partial, index, unproven
+        squared, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
+        return squared, index, unproven
 
-    return jax.lax.while_loop(lambda carry: carry[2].any(), retry, (partial, index, unproven))[:2]
+    return jax.lax.while_loop(lambda carry: carry[2].any(), retry, (squared, index, unproven))[:2]
 
 
 def _nearest_of_shards(
@@ -191,10 +197,11 @@ def _nearest_of_shards(
             return jax.lax.all_gather(f(own), DATA, tiled=True)[: rows.shape[0]]
 
         least = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
-        partial, index = _nearest(query, bank, norms, min(k, rows), Sketch(*parts) if parts else None, least, gather)
+        local = Sketch(*parts) if parts else None
+        squared, index = _nearest(query, bank, norms, min(k, rows), local, devices, least, gather)
         index = index + shard * rows
-        partial, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (partial, index))
-        value, position = jax.lax.top_k(-partial, k)  # equal distances stay in the order of their indices
+        squared, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (squared, index))
+        value, position = jax.lax.top_k(-squared, k)  # equal distances stay in the order of their indices
         return -value, jnp.take_along_axis(index, position, 1)
 
     specs = (P(), P(DATA), P(DATA), (P(), P(), P(DATA), P(DATA), P(DATA))[: len(parts)])
@@ -214,9 +221,12 @@ def _in_blocks(
     return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(lambda q: look_up(*q), blocked))
 
 
-def _candidates(k: int) -> int:
-    """Rows that get a second look; few enough to be cheap, many enough that most queries are settled."""
-    return 29 + 3 * k
+def _candidates(k: int, devices: int) -> int:
+    """Rows (on each device) that get a second look; few enough to be cheap, many enough that most queries are settled.
+
+    The nearest rows spread over the devices by chance, by about the root of what each holds of them.
+    """
+    return round(29 / math.sqrt(devices)) + 3 * k
 
 
 def _less_own(norms: Float[Array, "m"], product: Float[Array, "*r m"]) -> Float[Array, "*r m"]:
@@ -228,26 +238,37 @@ def _brute_force(
     q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
     product = jnp.matmul(bank, q.T, precision=HIGHEST).T  # in this order faster for few queries
-    return smallest_k(_less_own(norms, product), k)
+    index = smallest_k(_less_own(norms, product), min(k + SPARE, bank.shape[0]))[1]
+    return _nearest_among(index, q, bank, norms, k)
 
 
 def _two_passes(
-    q: Float[Array, "r d"], short: Float[Array, "r h1"], bank: Float[Array, "m d"], k: int, sketch: Sketch
+    q: Float[Array, "r d"],
+    short: Float[Array, "r h1"],
+    bank: Float[Array, "m d"],
+    k: int,
+    candidates: int,
+    sketch: Sketch,
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Float[Array, "r"]]:
     """As `_brute_force` among the candidates, and what the squared distance of every other row is at least."""
-    d = q.shape[1]
     product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
-    bound, index = smallest_k(_less_own(sketch.sizes, product), _candidates(k) + 1)
-    index = jnp.sort(index[:, :-1], 1)
+    bound, index = smallest_k(_less_own(sketch.sizes, product), candidates + 1)
+    squared, index = _nearest_among(index[:, :-1], q, bank, sketch.norms, k)
+    largest = jnp.where(jnp.isfinite(sketch.norms), sketch.norms, 0).max()
+    rounding = 2 * q.shape[1] * jnp.finfo(q.dtype).eps * (jnp.sum(q * q, 1) + largest)
+    return squared, index, bound[:, -1] + jnp.sum(short**2, 1) - rounding
 
-    def second_look(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
+
+def _nearest_among(
+    index: Int[Array, "r c"], q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
+) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
+    """The k nearest of these rows of the bank, by the differences of the vectors."""
+    index = jnp.sort(index, 1)
+
+    def look(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
         one, rows = args
-        return _less_own(sketch.norms[rows], jnp.matmul(bank[rows], one, precision=HIGHEST))
+        return jnp.where(jnp.isfinite(norms[rows]), jnp.sum((bank[rows] - one) ** 2, 1), jnp.inf)
 
-    together = max(1, BLOCK_ELEMENTS // 8 // (index.shape[1] * d))
-    partial, position = smallest_k(jax.lax.map(second_look, (q, index), batch_size=together), k)
-    index = jnp.take_along_axis(index, position, 1)
-
-    own = jnp.sum(q * q, 1)
-    rounding = 2 * d * jnp.finfo(q.dtype).eps * (own + jnp.where(jnp.isfinite(sketch.norms), sketch.norms, 0).max())
-    return partial, index, bound[:, -1] + jnp.sum(short**2, 1) - rounding
+    together = max(1, BLOCK_ELEMENTS // 8 // (index.shape[1] * q.shape[1]))
+    squared, position = smallest_k(jax.lax.map(look, (q, index), batch_size=together), k)
+    return squared, jnp.take_along_axis(index, position, 1)
