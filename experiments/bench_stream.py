@@ -171,7 +171,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     if name == "patchcore":
         project = method.init(jax.random.fold_in(key, 0), frozen, spec).project  # as the driver's
         record["covering"] = covering(method, fitted.state, project, frozen, sampled, key, cache, options)
-        record["covering"]["levels_of_the_stream"] = state.rows.shape[0]
+        record["covering"]["levels_of_the_stream"] = state.count.shape[0]
     return record
 
 
@@ -227,7 +227,7 @@ def covering(
         return float(knn(patches, projected(bank.bank), 1, jnp.arange(bank.bank.shape[0]) < bank.size)[0].max())
 
     own = fit(method, frozen, data, key, batch_size=options.batch_size, cache=cache).state
-    levels = method.init(key, frozen, next(iter(cache.values())).spec).rows.shape[0]
+    levels = method.init(key, frozen, next(iter(cache.values())).spec).count.shape[0]
     at_once = float(greedy_coreset(patches, min(options.centers, len(patches))).radius)
     return {
         "proven_of_the_stream": float(bank.radius),

@@ -73,30 +73,25 @@ class Layout(NamedTuple):
     def over_classes(
         self, fn: Callable, in_axes: tuple[int | None, ...], classes_per_step: int | None = None
     ) -> Callable:
-        """`fn` for all classes at once, or for so many (on each device) at a time."""
+        """`fn` for all classes at once, or for so many (on each device) at a time; no class knows of another."""
         if not self.stacked:
             return fn
-        name = CLASS if self.mesh is not None and CLASS in self.mesh.shape else None
-        if classes_per_step is None:
-            return jax.vmap(fn, in_axes, spmd_axis_name=name)
 
-        def run(*args: PyTree) -> PyTree:
-            def fold(leaf: Any) -> Any:
-                return leaf.reshape(self.class_shards, -1, *leaf.shape[1:])
+        def share(*args: PyTree) -> PyTree:
+            if classes_per_step is None:
+                return jax.vmap(fn, in_axes)(*args)
 
-            mapped = [jax.tree.map(fold, arg) for arg, axis in zip(args, in_axes, strict=True) if axis is not None]
-
-            def some(few: list[PyTree]) -> PyTree:
-                given = iter(few)
+            def one(classes: list[PyTree]) -> PyTree:
+                given = iter(classes)
                 return fn(*(arg if axis is None else next(given) for arg, axis in zip(args, in_axes, strict=True)))
 
-            def share(classes: list[PyTree]) -> PyTree:
-                return jax.lax.map(some, classes, batch_size=classes_per_step)
+            mapped = [arg for arg, axis in zip(args, in_axes, strict=True) if axis is not None]
+            return jax.lax.map(one, mapped, batch_size=classes_per_step)
 
-            done = jax.vmap(share, spmd_axis_name=name)(mapped)
-            return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), done)
-
-        return run
+        if self.mesh is None or CLASS not in self.mesh.shape:
+            return share
+        specs = tuple(PartitionSpec() if axis is None else PartitionSpec(CLASS) for axis in in_axes)
+        return jax.shard_map(share, in_specs=specs, out_specs=PartitionSpec(CLASS), axis_names={CLASS}, check_vma=False)
 
     def named(self, *spec: str | None) -> Any:
         """The sharding of an array whose axes behind the classes are sharded so."""
@@ -114,13 +109,17 @@ class Layout(NamedTuple):
         return DATA if size % self.data_shards == 0 else None
 
     def state(self, abstract: PyTree) -> PyTree:
-        """The sharding of every part of a state: the leading axis (behind the classes) of a large one over "data"."""
+        """The sharding of every part of a state.
+
+        Of a large one the first axis behind the classes that the devices along "data" divide.
+        """
         behind = int(self.stacked)
 
         def one(leaf: Any) -> Any:
             shape = leaf.shape[behind:]
             large = math.prod(shape) * leaf.dtype.itemsize >= SHARD_BYTES
-            return self.named(*([self.rows(shape[0])] if shape and large else []))
+            axis = next((i for i, n in enumerate(shape) if n and self.rows(n)), None) if large else None
+            return self.named(*([None] * axis + [DATA] if axis is not None else []))
 
         return jax.tree.map(one, abstract)
 

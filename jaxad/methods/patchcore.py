@@ -31,7 +31,7 @@ from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State,
 from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
-from jaxad.ops.sharding import take_rows
+from jaxad.ops.sharding import share_rows, split, take_rows
 
 ROUNDED_FROM, ROUNDED_TO = 2048, 128
 """Rows from which a bank has room for a multiple of so many, which common numbers of devices divide."""
@@ -40,7 +40,8 @@ ROUNDED_FROM, ROUNDED_TO = 2048, 128
 class PatchcorePatches(NamedTuple):
     """All patches of the training images, while they are collected."""
 
-    patches: Float[Array, "n p c"]
+    patches: Float[Array, "p n c"]
+    """By position, which many devices can share in such a way that each takes a part of every image."""
     seen: Bool[Array, "n"]
 
 
@@ -135,22 +136,27 @@ def _single(
     def init(key: Key, frozen: Frozen, spec: PyTree) -> PatchcorePatches:
         del key, frozen
         n, h, w, c = jax.eval_shape(describe, spec).shape
-        return PatchcorePatches(jnp.zeros((n, h * w, c)), jnp.zeros(n, bool))
+        return PatchcorePatches(jnp.zeros((h * w, n, c)), jnp.zeros(n, bool))
 
     def collect(key: Key, state: PatchcorePatches, frozen: Frozen, batch: Batch) -> tuple[PatchcorePatches, dict]:
         del key, frozen
         patches = describe(batch.x)
-        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        patches = split(patches.reshape(patches.shape[0], -1, patches.shape[-1]), 1).swapaxes(0, 1)
         row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
         seen = state.seen.at[row].set(True, mode="drop")
-        return PatchcorePatches(state.patches.at[row].set(patches, mode="drop"), seen), {}
+        return PatchcorePatches(state.patches.at[:, row].set(patches, mode="drop"), seen), {}
 
     def thin(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
         del frozen
-        n, p, _ = state.patches.shape
-        points, valid = state.patches.reshape(n * p, -1), jnp.repeat(state.seen, p)
-        size = share(ratio, valid.sum())
-        bank = _thin(key, points, valid, max(1, round(ratio * n * p)), size, projection_dim)
+        p, n, c = state.patches.shape
+        first_key, projection_key = jax.random.split(key)
+        rank = jax.random.randint(first_key, (), 0, jnp.maximum(p * jnp.sum(state.seen, dtype=jnp.int32), 1))
+        first = rank % p * n + jnp.searchsorted(jnp.cumsum(state.seen), rank // p + 1)
+        patches = share_rows(state.patches)
+        valid = ((jnp.arange(patches.shape[0]) < p)[:, None] & state.seen).reshape(-1)
+        size = None if ratio == 1 else share(ratio, valid.sum())
+        project = _projection(projection_key, c, projection_dim)
+        bank = _thin(patches.reshape(-1, c), valid, first, max(1, round(ratio * p * n)), size, project)
         return bank._replace(neighbors=jnp.int32(num_neighbors))
 
     def share(ratio: float | Array, patches: Int[Array, ""]) -> Int[Array, ""]:
@@ -181,7 +187,7 @@ def _single(
 
     def finish_stream(key: Key, state: CoresetStream, frozen: Frozen) -> PatchcoreBank:
         del frozen
-        first_key, _ = jax.random.split(key)  # the first center of `_thin`
+        first_key, _ = jax.random.split(key)  # the first center of `thin`
         first = jax.random.randint(first_key, (), 0, jnp.maximum(state.count.sum(), 1))
         rows, size, radius = stream_finish(state, first)
         nobody_asks = jnp.zeros((), jnp.int32)
@@ -221,24 +227,19 @@ def _projection(key: Key, c: int, projection_dim: int | None) -> Float[Array, "c
 
 
 def _thin(
-    key: Key,
     points: Float[Array, "n c"],
     valid: Bool[Array, "n"],
+    first: Int[Array, ""],
     k: int,
-    size: Int[Array, ""],
-    projection_dim: int | None,
+    size: Int[Array, ""] | None,
+    project: Float[Array, "c e"] | None,
 ) -> PatchcoreBank:
-    """The greedy coreset of `size` (at most `k`) of the valid points, or of all; a large bank has room for more."""
-    first_key, projection_key = jax.random.split(key)
-    n, c = points.shape
-    count = jnp.sum(valid, dtype=jnp.int32)
-    if k == n:
-        order = jnp.argsort(~valid, stable=True)
+    """The greedy coreset of `size` of the valid points, or all if that is None, at most `k`; a large bank has room."""
+    n, count = points.shape[0], jnp.sum(valid, dtype=jnp.int32)
+    if size is None:
+        order = jnp.argsort(~valid, stable=True)[:k]
         return _bank(take_rows(points, order), count, jnp.zeros(()), count)
-    project = _projection(projection_key, c, projection_dim)
     space = points if project is None else jnp.matmul(points, project, precision=jax.lax.Precision.HIGHEST)
-    rank = jax.random.randint(first_key, (), 0, jnp.maximum(count, 1))
-    first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
     capacity = k if k < ROUNDED_FROM else min(-(-k // ROUNDED_TO) * ROUNDED_TO, n)
     coreset = greedy_coreset(space, capacity, first, valid, jnp.minimum(size, k))
     return _bank(take_rows(points, coreset.index), coreset.size, coreset.radius, count)
@@ -328,10 +329,14 @@ def update(key: Key, bank: State, new: State, *, size: int | None = None, projec
     points = jnp.concatenate([bank.bank, new.bank])
     valid = jnp.concatenate([jnp.arange(b.bank.shape[0]) < b.size for b in (bank, new)])
     n = points.shape[0]
-    k = n if size is None else size
-    if not 1 <= k <= n:
+    if size is not None and not 1 <= size <= n:
         raise ValueError(f"size must be within 1..{n} (the rows of both banks), got {size}")
-    thinned = _thin(key, points, valid, k, jnp.int32(k), projection_dim)
+    first_key, projection_key = jax.random.split(key)
+    rank = jax.random.randint(first_key, (), 0, jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1))
+    first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
+    wanted = None if size is None else jnp.int32(size)
+    project = _projection(projection_key, points.shape[1], projection_dim)
+    thinned = _thin(points, valid, first, n if size is None else size, wanted, project)
     return thinned._replace(
         radius=jnp.maximum(bank.radius, new.radius) + thinned.radius,
         patches=bank.patches + new.patches,

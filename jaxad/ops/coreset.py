@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.ops.knn import squared_distances
-from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards
+from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards, take_rows
 
 CANDIDATES = 1024
 ACCEPTED = 256
@@ -170,9 +170,9 @@ def _same(x: Array) -> Array:
 class CoresetStream(NamedTuple):
     """A stream of points, thinned as they come: see `stream_init`."""
 
-    rows: Float[Array, "l b d"]
-    """Level 0 holds points as they come, level i + 1 what is left of full levels i. Every row is a point of the
-    stream."""
+    rows: Float[Array, "k f l d"]
+    """Every level l is filled column by column, `FAN` of them: level 0 with points as they come, level i + 1 with what
+    is left of full levels i. Every row is a point of the stream. Devices may share the first axis."""
     count: Int[Array, "l"]
     """The first rows of every level, so many, count."""
     radius: Float[Array, "l"]
@@ -212,7 +212,7 @@ def stream_init(n: int, k: int, d: int, project: Float[Array, "d e"] | None = No
     levels = 1
     while k * sum(FAN ** (i + 1) for i in range(levels)) < n:
         levels += 1
-    return CoresetStream(jnp.zeros((levels, FAN * k, d)), jnp.zeros(levels, jnp.int32), jnp.zeros(levels), project)
+    return CoresetStream(jnp.zeros((k, FAN, levels, d)), jnp.zeros(levels, jnp.int32), jnp.zeros(levels), project)
 
 
 def stream_update(
@@ -225,7 +225,8 @@ def stream_update(
         points: Any number of points.
         valid: Points that count; all if None.
     """
-    room = stream.rows.shape[1]
+    k = stream.rows.shape[0]
+    room = FAN * k
     valid = jnp.ones(points.shape[0], bool) if valid is None else valid
     rank = jnp.cumsum(valid, dtype=jnp.int32) - 1
     total = rank[-1] + 1
@@ -236,7 +237,7 @@ def stream_update(
         start = stream.count[0]
         place = jnp.where(valid & (rank >= done), start + rank - done, room)
         taken = jnp.minimum(total - done, room - start)
-        rows = stream.rows.at[0, place].set(points, mode="drop")
+        rows = stream.rows.at[place % k, place // k, 0].set(points, mode="drop")
         return stream._replace(rows=rows, count=stream.count.at[0].add(taken)), done + taken
 
     return jax.lax.while_loop(lambda carry: carry[1] < total, append, (stream, jnp.int32(0)))[0]
@@ -244,15 +245,15 @@ def stream_update(
 
 def _reduce(stream: CoresetStream) -> CoresetStream:
     """Thins the lowest full level with room above it, or the last if there is none; level 0 is full."""
-    levels, room, _ = stream.rows.shape
-    k = room // FAN
-    source = jnp.argmin(jnp.append(stream.count == room, False)) - 1
+    k, _, levels, d = stream.rows.shape
+    source = jnp.argmin(jnp.append(stream.count == FAN * k, False)) - 1
     target = jnp.minimum(source + 1, levels - 1)
-    points = stream.rows[source]
+    points = stream.rows[:, :, source].reshape(-1, d)
     found = greedy_coreset(_projected(points, stream.project), k)
     count, radius = stream.count.at[source].set(0), stream.radius.at[source].set(0)
+    column = take_rows(points, found.index)[:, None, None]
     return stream._replace(
-        rows=jax.lax.dynamic_update_slice(stream.rows, points[found.index][None], (target, count[target], 0)),
+        rows=jax.lax.dynamic_update_slice(stream.rows, column, (0, count[target] // k, target, 0)),
         count=count.at[target].add(k),
         radius=radius.at[target].max(stream.radius[source] + found.radius),
     )
@@ -271,11 +272,15 @@ def stream_finish(
         The centers, how many of them count (k, or the number of points where that is smaller), and a bound of the
         distance of any point of the stream to its nearest center.
     """
-    _, room, d = stream.rows.shape
-    rows, valid = stream.rows.reshape(-1, d), (jnp.arange(room) < stream.count[:, None]).reshape(-1)
-    start = jnp.searchsorted(jnp.cumsum(valid, dtype=jnp.int32), jnp.asarray(first, jnp.int32) + 1)
-    found = greedy_coreset(_projected(rows, stream.project), room // FAN, start, valid)
-    return rows[found.index], found.size, stream.radius.max() + found.radius
+    k, _, levels, d = stream.rows.shape
+    valid = jnp.arange(k)[:, None, None] + k * jnp.arange(FAN)[:, None] < stream.count
+    before = jnp.cumsum(stream.count) - stream.count
+    level = jnp.searchsorted(before, jnp.asarray(first, jnp.int32), side="right") - 1
+    place = first - before[level]
+    start = (place % k * FAN + place // k) * levels + level
+    rows = stream.rows.reshape(-1, d)
+    found = greedy_coreset(_projected(rows, stream.project), k, start, valid.reshape(-1))
+    return take_rows(rows, found.index), found.size, stream.radius.max() + found.radius
 
 
 def _projected(points: Float[Array, "n d"], project: Float[Array, "d e"] | None) -> Float[Array, "n _"]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxad.ops.sharding import split
+
 
 def neighborhood_mean(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h w c"]:
     """Mean over the size x size neighborhood of every position; zeros beyond the border count (PatchCore, Eq. 2)."""
@@ -71,4 +73,5 @@ def upsample_blur(scores: Float[Array, "b h w"], size: tuple[int, int], sigma: f
         jnp.asarray(blur_matrix(out, sigma) @ resize_matrix(n, out), jnp.float32)
         for n, out in zip(scores.shape[1:], size, strict=True)
     )
+    scores = split(scores, 0)
     return jnp.einsum("Hh,bhw,Ww->bHW", rows, scores, columns, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,7 @@
 """Rows over devices: what the ops do where the ambient mesh has an axis "data", whose devices share the rows.
 
 The mesh is the one of `jax.set_mesh`, and its axes are automatic. Without it, or with one device on that axis, every
-function here does nothing. A `vmap` over an axis of the mesh names that axis in `spmd_axis_name`.
+function here does nothing.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def shards() -> int:
 
 
 def by_rows(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`jax.shard_map` over the whole mesh; an axis that no spec names, as that of the classes, holds copies.
+    """`jax.shard_map` over the automatic axes of the mesh.
 
     Outputs that are the same on all devices may be declared as `P()`, which is not checked.
     """
@@ -47,6 +47,11 @@ def split(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
     if shards() == 1 or x.shape[axis] % shards():
         return x
     return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, DATA))
+
+
+def share_rows(x: Shaped[Array, "n *d"]) -> Shaped[Array, "m *d"]:
+    """`x` shared among the devices by its rows, with rows of zeros appended until their number divides those."""
+    return split(pad_rows(x, shards()), 0)
 
 
 def take_rows(rows: Shaped[Array, "n d"], index: Int[Array, "k"]) -> Shaped[Array, "k d"]:

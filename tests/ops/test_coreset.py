@@ -160,7 +160,7 @@ def streamed(points, k, batch, n=None, project=None, first=0):
         part = points[i : i + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)), constant_values=np.nan)
         stream = append(stream, jnp.asarray(padded), jnp.arange(batch) < len(part))
-    return finish(stream, first), stream.rows.shape[0]
+    return finish(stream, first), stream.count.shape[0]
 
 
 def cover(points, centers):
