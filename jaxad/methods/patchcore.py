@@ -31,7 +31,7 @@ from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State,
 from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
-from jaxad.ops.sharding import share_rows, split, take_rows
+from jaxad.ops.sharding import exchange, share_rows, take_rows
 
 ROUNDED_FROM, ROUNDED_TO = 2048, 128
 """Rows from which a bank has room for a multiple of so many, which common numbers of devices divide."""
@@ -141,7 +141,7 @@ def _single(
     def collect(key: Key, state: PatchcorePatches, frozen: Frozen, batch: Batch) -> tuple[PatchcorePatches, dict]:
         del key, frozen
         patches = describe(batch.x)
-        patches = split(patches.reshape(patches.shape[0], -1, patches.shape[-1]), 1).swapaxes(0, 1)
+        patches = exchange(patches.reshape(patches.shape[0], -1, patches.shape[-1])).swapaxes(0, 1)
         row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
         seen = state.seen.at[row].set(True, mode="drop")
         return PatchcorePatches(state.patches.at[:, row].set(patches, mode="drop"), seen), {}

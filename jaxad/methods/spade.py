@@ -14,6 +14,7 @@ Results: experiments/recipes/spade.py
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -23,6 +24,15 @@ from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.correspondence import nearest_positions
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.knn import knn
+from jaxad.ops.sharding import exchange
+
+
+class SpadeChannels(NamedTuple):
+    """The normal images while they are collected: by channel, of which many devices can take a part each."""
+
+    pooled: Float[Array, "c n"]
+    maps: dict[str, Float[Array, "_ n h w"]]
+    seen: Bool[Array, "n"]
 
 
 class SpadeGallery(NamedTuple):
@@ -65,18 +75,28 @@ def spade(
     image_layer = image_layer or network.stages[-1]
     wanted = (*layers, *({image_layer} - set(layers)))
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> SpadeGallery:
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> SpadeChannels:
         del key, frozen
         n, channels = spec[image_layer].shape[0], spec[image_layer].shape[-1]
-        maps = {layer: jnp.zeros(spec[layer].shape, jnp.float16) for layer in layers}
-        return SpadeGallery(jnp.zeros((n, channels)), maps, jnp.zeros(n, bool))
+        maps = {layer: jnp.zeros((spec[layer].shape[-1], *spec[layer].shape[:-1]), jnp.float16) for layer in layers}
+        return SpadeChannels(jnp.zeros((channels, n)), maps, jnp.zeros(n, bool))
 
-    def collect(key: Key, state: SpadeGallery, frozen: Frozen, batch: Batch) -> tuple[SpadeGallery, dict]:
+    def collect(key: Key, state: SpadeChannels, frozen: Frozen, batch: Batch) -> tuple[SpadeChannels, dict]:
         del key, frozen
         row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
-        pooled = state.pooled.at[row].set(batch.x[image_layer].mean((1, 2)), mode="drop")
-        maps = {k: v.at[row].set(batch.x[k].astype(jnp.float16), mode="drop") for k, v in state.maps.items()}
-        return SpadeGallery(pooled, maps, state.seen.at[row].set(True, mode="drop")), {}
+
+        def put(stored: Float[Array, "c n *hw"], x: Float[Array, "b *hw c"]) -> Float[Array, "c n *hw"]:
+            by_channel = exchange(jnp.moveaxis(x.astype(stored.dtype), -1, 1)).swapaxes(0, 1)
+            return stored.at[:, row].set(by_channel, mode="drop")
+
+        pooled = put(state.pooled, batch.x[image_layer].mean((1, 2)))
+        maps = {layer: put(state.maps[layer], batch.x[layer]) for layer in layers}
+        return SpadeChannels(pooled, maps, state.seen.at[row].set(True, mode="drop")), {}
+
+    def by_image(key: Key, state: SpadeChannels, frozen: Frozen) -> SpadeGallery:
+        del key, frozen
+        pooled, maps = jax.tree.map(lambda stored: jnp.moveaxis(exchange(stored), 0, -1), (state.pooled, state.maps))
+        return SpadeGallery(pooled, maps, state.seen)
 
     def score(state: SpadeGallery, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
@@ -89,4 +109,4 @@ def spade(
         b, h, w = x[layers[0]].shape[:3]
         return Scores(image, upsample_blur(nearest.mean(-1).reshape(b, h, w), image_size, sigma))
 
-    return Method(features(backbone, wanted), init, (Stage("collect", collect),), score)
+    return Method(features(backbone, wanted), init, (Stage("collect", collect, by_image),), score)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxad.ops.sharding import split
+from jaxad.ops.sharding import exchange
 
 HIGHEST = jax.lax.Precision.HIGHEST
 LEAST_SHRINKAGE = 1e-5
@@ -95,4 +95,4 @@ def mahalanobis(
 
 def _split(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
     """Shares the locations among devices, as the Gaussians are; the batch shared, each would add up all scatters."""
-    return x if x.ndim == 2 else split(x, 1)
+    return x if x.ndim == 2 else exchange(x)

@@ -4,6 +4,7 @@ The mesh is the one of `jax.set_mesh`, and its axes are automatic. Without it, o
 function here does nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,16 @@ def split(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
     if shards() == 1 or x.shape[axis] % shards():
         return x
     return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, DATA))
+
+
+def exchange(x: Shaped[Array, "b p *d"]) -> Shaped[Array, "b p *d"]:
+    """`x` shared by its second axis, where the devices divide it, instead of by its first: all exchange with all."""
+    devices = shards()
+    if devices == 1 or x.shape[0] % devices or x.shape[1] % devices:
+        return split(x, 1)
+
+    parts = functools.partial(jax.lax.all_to_all, axis_name=DATA, split_axis=1, concat_axis=0, tiled=True)
+    return by_rows(parts, P(DATA), P(None, DATA))(x)
 
 
 def share_rows(x: Shaped[Array, "n *d"]) -> Shaped[Array, "m *d"]:

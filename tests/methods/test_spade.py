@@ -35,7 +35,8 @@ def fit(method, x, order):
     def run(key, x):
         part, index = jax.tree.map(lambda m: m[order], x), jnp.asarray(order, jnp.int32)
         batch = Batch(part, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index)
-        return method.stages[0].update(key, method.init(key, None, x), None, batch)[0]
+        state = method.stages[0].update(key, method.init(key, None, x), None, batch)[0]
+        return method.stages[0].finalize(key, state, None)
 
     return run(jax.random.key(0), x)
 
