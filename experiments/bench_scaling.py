@@ -197,15 +197,8 @@ class Module:
         """Whether a fusion only turns its operand and cuts something out, for which XLA counts the whole operand."""
         found = re.findall(r"= \S+ ([\w-]+)\(%?([\w.-]+)", self._parts[name])
         cuts = [operand for kind, operand in found if kind == "slice"]
-        turned = len(cuts) == 1 and not cuts[0].startswith("param")
-        return turned and {kind for kind, _ in found} <= {
-            "parameter",
-            "bitcast",
-            "convert",
-            "copy",
-            "transpose",
-            "slice",
-        }
+        turns = {"parameter", "bitcast", "convert", "copy", "transpose", "slice"}
+        return len(cuts) == 1 and not cuts[0].startswith("param") and {kind for kind, _ in found} <= turns
 
 
 def _named(what: str, line: str) -> str:

@@ -52,8 +52,8 @@ ASSUMPTIONS = (
     "Decoding: divided by the hosts. Embedding: divided by the devices along either axis, without communication.",
     'Axis "class": every device has a class of its own, of so many images each; nothing is shared, nothing is told.',
     'Axis "data": the devices share one class. PaDiM: positions are shared, and so are its moments. PatchCore: the '
-    "stream is one sequence, so each batch's patches are gathered on all devices and the rows held are whole on each; "
-    "what a reduction computes is shared by rows, its choice among the candidates is not.",
+    "stream is one sequence, so each batch's patches are gathered on all devices; the rows held, and what a reduction "
+    "computes, are shared, its choice among the candidates is not.",
     "Work of an update on D devices over that on one: s + (1 - s) / D, with s from the flops that bench_scaling.json "
     "gives for its largest mesh. The time of communication is not in it.",
     "Finishing (the last thinning, or the factors) is taken as not shared at all.",
