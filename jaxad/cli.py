@@ -260,14 +260,14 @@ def score(
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
         weights: Where the backbone's weights are now, if not where they were.
     """
-    from jaxad import runs
+    from jaxad import rundir, runs
 
     path = Path(source)
     detector = jaxad.load(run, weights=weights or None)
     split = runs.open_split(
-        source, detector, asked=category, fitted=runs.read_recipe(run).get("category"), any_folder=True
+        source, detector, asked=category, fitted=rundir.read_recipe(run).get("category"), any_folder=True
     )
-    output = output or run / "scores" / runs.segment(path.resolve().stem if path.exists() else source)
+    output = output or run / "scores" / rundir.segment(path.resolve().stem if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
     data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
     anomalous = runs.score_run(detector, data, output, root=root, **options)
@@ -297,13 +297,13 @@ def evaluate(
         oracle: Choose the thresholds on the test set itself, and mark them so.
         report: Also write an HTML report to this file.
     """
-    from jaxad import runs
+    from jaxad import rundir, runs
     from jaxad.data import open_data
     from jaxad.report.tables import metrics_table
 
     rows, written = [], []
-    for run_dir in runs.find(run, "model.json"):
-        detector, recipe = jaxad.load(run_dir, weights=weights or None), runs.read_recipe(run_dir)
+    for run_dir in rundir.find(run, "model.json"):
+        detector, recipe = jaxad.load(run_dir, weights=weights or None), rundir.read_recipe(run_dir)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
@@ -334,9 +334,9 @@ def report(run: Runs, output: Path = Path("report.html")) -> None:
         run: Run directories, or folders of them.
         output: The file to write.
     """
-    from jaxad import runs
+    from jaxad import rundir
 
-    _report(runs.find(run, "recipe.json"), output)
+    _report(rundir.find(run, "recipe.json"), output)
 
 
 def methods() -> None:

@@ -1,4 +1,4 @@
-"""The run directory: fit one category, evaluate it or score other images with it, and write what came out.
+"""Runs: fit one category, evaluate it or score other images with it, and write what came out.
 
 `runs/<method>/<dataset>/<category>/` holds model.safetensors and model.json, threshold.json, recipe.json and, once
 evaluated, metrics.json, scores.csv, scores.jsonl and examples.npz. Every file appears whole or not at all; model.json
@@ -8,13 +8,9 @@ comes last of a fit and metrics.json last of an evaluation.
 import contextlib
 import copy
 import csv
-import fcntl
-import hashlib
 import itertools
 import json
 import os
-import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import jaxad
-from jaxad import artifact
+from jaxad import artifact, rundir
 from jaxad.data import Dataset, Split, open_data, to_original
 from jaxad.data.dataset import unite
 from jaxad.data.folders import recognize
@@ -99,7 +94,7 @@ def fit_all(
     done = []
     for own, categories, chosen, mesh in _groups(detector, trains, seeds, unified, devices, sweep):
         below = [output / (f"seed{one.seed}" if seeds > 1 else "") / one.variant for one in own]
-        run_dirs = tuple(map(directory, below, own, chosen))
+        run_dirs = tuple(map(rundir.directory, below, own, chosen))
         options: dict[str, Any] = dict(cache=cache, checkpoint_seconds=checkpoint_seconds, sweep=sweep)
         learned = fit_runs(own, chosen, run_dirs, recipe, mesh=mesh, classes_per_step=classes_per_step, **options)
         done.append(FittedRuns(own, categories, run_dirs, learned, mesh))
@@ -172,9 +167,9 @@ def evaluate_unified(detector: Detector, opened: Mapping[str, Split], run_dir: P
     rows = {}
     for category, split in opened.items():
         assert split.test is not None
-        below = run_dir / segment(category)
+        below = run_dir / rundir.segment(category)
         if is_first():
-            artifact.write_json(below / "recipe.json", read_recipe(run_dir) | {"category": category})
+            artifact.write_json(below / "recipe.json", rundir.read_recipe(run_dir) | {"category": category})
         for row in evaluate_runs([detector], [split.test], [below], **options):
             rows[below] = row
     return rows
@@ -220,12 +215,12 @@ def fit_runs(
             for run_dir in run_dirs:
                 run_dir.mkdir(parents=True, exist_ok=True)
             for folder in dict.fromkeys((together, *run_dirs)):
-                stack.enter_context(_alone(folder))
+                stack.enter_context(rundir.alone(folder))
                 for abandoned in folder.glob(".*.tmp"):
                     abandoned.unlink()
         try:
             if is_first():
-                _resume(checkpoint, _fingerprint(detectors, trains))
+                rundir.resume(checkpoint, rundir.fingerprint(detectors, trains))
             wait_for_all("resume")
             with Bars(title) as bars:
                 learned = fit_together(
@@ -248,10 +243,10 @@ def fit_runs(
                 model = fetch(detector.state)
                 if is_first():
                     detector.save(checkpoint / f"model{i}", model)
-                    written = _recipe(detector, train) | shared | recipe
+                    written = rundir.recipe(detector, train) | shared | recipe
                     artifact.write_json(checkpoint / f"model{i}" / "recipe.json", written)
         except BaseException:
-            if is_first() and not _saved(checkpoint):
+            if is_first() and not rundir.saved(checkpoint):
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 artifact.remove_empty(made)
             raise
@@ -373,7 +368,7 @@ def _evaluate(
         limits=limits,
     )
     save_examples(run_dir, examples)
-    recipe = read_recipe(run_dir) or _recipe(detector, test) | {"source": source}
+    recipe = rundir.read_recipe(run_dir) or rundir.recipe(detector, test) | {"source": source}
     recipe["seconds"] |= seconds
     recipe |= {
         "images_per_second": 1 / seconds["score_per_image"],
@@ -508,45 +503,6 @@ def shared_caches(detectors: Sequence[Detector]) -> list[EmbeddingCache | None]:
     return [caches.get(embed) for embed in embeds]
 
 
-def directory(output: Path, detector: Detector, train: Dataset) -> Path:
-    """Where the run of a detector on a category lies."""
-    return output / detector.method_name / segment(train.name) / segment(train.category)
-
-
-def segment(name: str) -> str:
-    """A name as one part of a path."""
-    return re.sub(r"[/\\:]+", "_", name).strip(". ") or "_"
-
-
-def find(paths: Sequence[Path], file: str) -> list[Path]:
-    """The run directories among or below the paths: those with a file of that name.
-
-    Raises:
-        ValueError: No path is given.
-        FileNotFoundError: A path has none.
-    """
-    if not paths:
-        raise ValueError("give one or more run directories, such as runs/patchcore/demo")
-    found: dict[Path, None] = {}
-    for path in paths:
-        hits = [hit.parent for hit in sorted(path.rglob(file)) if "checkpoint" not in hit.relative_to(path).parts]
-        below = [hit for hit in hits if not any(hit in other.parents for other in hits)]  # the parts of a unified model
-        if not below:
-            raise FileNotFoundError(f"no run in {path}: give a directory that `jaxad fit` wrote")
-        found |= dict.fromkeys(below)
-    return list(found)
-
-
-def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """recipe.json, empty where `Detector.save` wrote the model alone."""
-    path = run_dir / "recipe.json"
-    recipe = artifact.read_json(path) if path.is_file() else {}
-    missing = {"dataset", "category", "seconds", "peak_bytes"} - recipe.keys() if recipe else ()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: fit again or restore a copy")
-    return recipe
-
-
 def open_split(
     source: str,
     detector: Detector,
@@ -584,73 +540,3 @@ def _title(detector: Detector, datasets: Sequence[Dataset]) -> str:
     categories = dict.fromkeys(data.category for data in datasets)
     which = next(iter(categories)) if len(categories) == 1 else f"{len(categories)} categories"
     return f"{detector.method_name} {datasets[0].name}/{which}"
-
-
-@contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes from fitting into the same directory."""
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is fitting into {run_dir}: wait for it, or give another output"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _saved(checkpoint: Path) -> bool:
-    state = checkpoint / "state"
-    return any(entry.name.isdigit() for entry in (*state.glob("*"), *state.glob("classes_*/*")))
-
-
-def _resume(checkpoint: Path, fingerprint: str) -> None:
-    """Keeps the checkpoint of the very same fit, and deletes any other."""
-    mark = checkpoint / "fingerprint"
-    if mark.is_file() and mark.read_text() == fingerprint:
-        if _saved(checkpoint):
-            say(f"resuming from {checkpoint}")
-        return
-    if checkpoint.exists():
-        say(f"{checkpoint} is of other settings or data: deleted")
-        shutil.rmtree(checkpoint)
-    artifact.write_atomically(mark, fingerprint)
-
-
-def _fingerprint(detectors: Sequence[Detector], trains: Sequence[Dataset]) -> str:
-    """Of all that decides what a fit computes: settings, weights, images."""
-    decisive: list[Any] = [jaxad.__version__]
-    for detector, train in zip(detectors, trains, strict=True):
-        files = [record.image for record in train.records]
-        stats = [os.stat(file) if isinstance(file, Path) else None for file in files]
-        marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-        sources = [source["sha256"] for source in detector.sources()]
-        images = list(zip(train.paths, marks, strict=True))
-        decisive.append([detector.recipe(), detector.backbones, sources, train.mask_threshold, images])
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
-def _recipe(detector: Detector, data: Dataset) -> dict[str, Any]:
-    """What recipe.json says of a fitted detector."""
-    sources = detector.sources()
-    device = jax.devices()[0]
-    kind = (
-        f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
-    )
-    compile_and_fit = {"compile": None, "fit": None} | detector.seconds
-    return detector.recipe() | {
-        "backbone": ", ".join(source["name"] for source in sources),
-        "weights": {key: ", ".join(source[key] for source in sources) for key in ("path", "sha256")},
-        "dataset": data.name,
-        "category": data.category,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "python": platform.python_version()},
-        "device": kind,
-        "seconds": compile_and_fit,
-        "images_per_second": detector.n_train / detector.seconds["fit"] if detector.seconds else None,
-        "peak_bytes": peak_bytes(),
-        "n_train": detector.n_train,
-        "n_heldout": detector.n_heldout,
-    }

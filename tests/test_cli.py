@@ -18,7 +18,7 @@ import safetensors.numpy
 from PIL import Image
 
 import jaxad
-from jaxad import artifact, runs
+from jaxad import artifact, rundir, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
@@ -257,8 +257,8 @@ def test_one_model_for_all_categories(
     before = artifact.read_json(run_dir / "bolt" / "metrics.json")
     assert main(["evaluate", str(run_dir)]) == 0
     assert artifact.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
-    assert runs.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
-    assert runs.find([tmp_path], "model.json") == [run_dir]
+    assert rundir.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
+    assert rundir.find([tmp_path], "model.json") == [run_dir]
 
 
 @pytest.mark.parametrize(("name", "values"), [("coreset_sampling_ratio", ("0.1", "0.02")), ("num_neighbors", (1, 3))])
@@ -456,7 +456,7 @@ def test_two_processes_do_not_fit_into_one_directory(
     command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path)]
     run_dir = tmp_path / "patchcore" / "photos" / "photos"
     run_dir.mkdir(parents=True)
-    with runs._alone(run_dir):
+    with rundir.alone(run_dir):
         assert main(command) == 2
     assert f"another process is fitting into {run_dir}: wait for it" in capsys.readouterr().err
     assert main(command) == 0

@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "plan": DRIVER | {"fit", "memory"},
     "report": {"artifact", "data", "metrics"},
     "detector": BELOW_DETECTOR,
-    "runs": BELOW_DETECTOR | {"detector", "progress", "report", "jaxad"},
+    "rundir": {"artifact", "data", "detector", "progress", "jaxad"},
+    "runs": BELOW_DETECTOR | {"detector", "progress", "report", "rundir", "jaxad"},
     "distributed": set(),
-    "cli": BELOW_DETECTOR | {"distributed", "detector", "progress", "report", "runs", "jaxad"},
+    "cli": BELOW_DETECTOR | {"distributed", "detector", "progress", "report", "rundir", "runs", "jaxad"},
     "__main__": {"cli"},
     "__init__": {"detector", "mesh"},
 }
