@@ -91,7 +91,7 @@ class Data:
 
     Args:
         source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
-        category: One product class, or all of them, in one program.
+        category: One product class, or all of them: those of about as many images, of one size, in one program.
         mask_threshold: A mask pixel counts where it is above.
         unified: One model for all classes together: OUTPUT/METHOD/DATASET/unified.
         classes_per_step: Classes in memory at the same time; None: as many as fit.
@@ -157,7 +157,7 @@ class EstimateData:
     Args:
         method: A name in `jaxad list`, before all options; its own are shown below.
         data: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
-        category: One product class, or all of them, in one program.
+        category: One product class, or all of them: those of about as many images, of one size, in one program.
         unified: One model for all classes together.
         classes_per_step: Classes in memory at the same time; None: all.
         preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
@@ -532,7 +532,7 @@ def _fit(
     cache: Any = None,
     sweep: Any = None,
 ) -> list[Any]:
-    """Fits all categories and seeds: together where the images have one size."""
+    """Fits all categories and seeds: together where the images are about as many and of one size."""
     from jaxad import runs
 
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source

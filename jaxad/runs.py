@@ -42,6 +42,9 @@ from jaxad.report.tables import Row
 RESULTS = ("metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
 """What belongs to an older model as soon as a new one is there."""
 
+UNEVEN = 2
+"""The largest category of one program has at most so many times the images of the smallest: it pads the others."""
+
 UNIFIED = "unified"
 """The category of a model for all categories."""
 
@@ -71,7 +74,7 @@ def fit_all(
     cache: EmbeddingCache | None = None,
     sweep: Sweep | None = None,
 ) -> list[FittedRuns]:
-    """Fits a method to every category with every seed; all whose images have one size together.
+    """Fits a method to every category with every seed; all of about as many images, of one size, together.
 
     Args:
         detector: Says what to fit; its seed is the first.
@@ -109,7 +112,7 @@ def plan_all(
     devices: int | None = 1,
     classes_per_step: int | None = None,
 ) -> list[Plan]:
-    """The memory of what `fit_all` will fit, with the same arguments; one plan for every size of images.
+    """The memory of what `fit_all` will fit, with the same arguments; one plan for every program.
 
     Raises:
         ValueError: As for `fit_all`.
@@ -128,7 +131,7 @@ def _groups(
     devices: int | None,
     sweep: Sweep | None,
 ) -> Iterator[tuple[tuple[Detector, ...], tuple[str, ...], tuple[Dataset, ...], Mesh | None]]:
-    """What is fitted in one program: detectors, their categories and images, all of one size; and on which devices."""
+    """What is fitted in one program: detectors, their categories and images, and on which devices."""
     if devices is not None and not 1 <= devices <= jax.device_count():
         raise ValueError(f"devices must be within 1..{jax.device_count()} (those that JAX sees here), got {devices}")
     if unified and len(trains) > 1:
@@ -139,8 +142,15 @@ def _groups(
         own = copy.copy(variant)
         own.seed = detector.seed + seed
         fits.append((own, category, train))
-    for size in dict.fromkeys(train.image_size for train in trains.values()):
-        own, categories, chosen = zip(*(fit for fit in fits if fit[2].image_size == size), strict=True)
+    leaders: dict[str, str] = {}
+    leader = ""
+    for category, train in sorted(trains.items(), key=lambda item: (item[1].image_size, len(item[1]))):
+        first = trains.get(leader, train)
+        if not leader or train.image_size != first.image_size or len(train) > UNEVEN * len(first):
+            leader = category
+        leaders[category] = leader
+    for leader in dict.fromkeys(leaders[category] for category in trains):
+        own, categories, chosen = zip(*(fit for fit in fits if leaders[fit[1]] == leader), strict=True)
         mesh = None
         if devices != 1:
             mesh = make_mesh(shape=mesh_shape(devices or jax.device_count(), len(own)))

@@ -195,6 +195,15 @@ def test_benchmark_gives_what_fit_and_evaluate_give(
     assert benchmarked["metrics"] == pytest.approx(artifact.read_json(alone / "metrics.json")["metrics"], abs=1e-3)
 
 
+def test_categories_of_about_as_many_images_are_fitted_together() -> None:
+    """The rest would be padded."""
+    counts = {"a": 30, "b": 5, "c": 12, "d": 6, "e": 11, "f": 10}
+    opened = open_data({name: np.zeros((n, 64, 64, 3), np.uint8) for name, n in counts.items()})
+    trains = {name: opened[name].train for name in counts}
+    groups = runs._groups(jaxad.Detector("padim"), trains, 2, False, 1, None)
+    assert [categories for _, categories, _, _ in groups] == [("a",) * 2, ("b", "d", "f") * 2, ("c", "e") * 2]
+
+
 def test_detectors_with_the_same_features_share_them(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
