@@ -1,0 +1,37 @@
+"""Bijectors of normalizing flows, on those of distrax.
+
+Each takes its parameters as arrays, or functions of them, so that a flow is a pure function of its parameters:
+`flow(params)` is a `distrax.Bijector`, and `distrax.Transformed(base, distrax.Inverse(flow(params)))` its density.
+"""
+
+from jaxad.bijectors.coupling import (
+    CrossScaleCoupling,
+    clamped_affine,
+    coupling,
+    glow_coupling,
+    masked_coupling,
+    soft_clamp,
+)
+from jaxad.bijectors.image import MultiScale, Squeeze, channel_mask, checkerboard_mask
+from jaxad.bijectors.linear import ActNorm, Invertible1x1, Permutation, act_norm_init, random_orthogonal
+from jaxad.bijectors.scan import Scan, scan_init
+
+__all__ = [
+    "ActNorm",
+    "CrossScaleCoupling",
+    "Invertible1x1",
+    "MultiScale",
+    "Permutation",
+    "Scan",
+    "Squeeze",
+    "act_norm_init",
+    "channel_mask",
+    "checkerboard_mask",
+    "clamped_affine",
+    "coupling",
+    "glow_coupling",
+    "masked_coupling",
+    "random_orthogonal",
+    "scan_init",
+    "soft_clamp",
+]

@@ -1,0 +1,93 @@
+"""What flows on pixels do with positions: masks, squeezing, and leaving the flow at several scales."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+
+def checkerboard_mask(height: int, width: int, channels: int, odd: bool = False) -> Bool[np.ndarray, "h w c"]:
+    """True where row + column is even (or odd). Source: RealNVP, arXiv:1605.08803, figure 3."""
+    y, x = np.indices((height, width))
+    return np.repeat(((y + x) % 2 == int(odd))[..., None], channels, -1)
+
+
+def channel_mask(height: int, width: int, channels: int, second: bool = False) -> Bool[np.ndarray, "h w c"]:
+    """True for the first half of the channels (or the second). Source: RealNVP, arXiv:1605.08803, figure 3."""
+    half = (np.arange(channels) < channels - channels // 2) != second
+    return np.broadcast_to(half, (height, width, channels)).copy()
+
+
+class Squeeze(distrax.Bijector):
+    """Every 2 x 2 block of pixels becomes one pixel of four times the channels.
+
+    Source: RealNVP, arXiv:1605.08803, section 3.6.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(event_ndims_in=3, is_constant_jacobian=True)
+
+    def forward_and_log_det(self, x: Float[Array, "*b h w c"]) -> tuple[Array, Array]:
+        """Height and width must be even.
+
+        Raises:
+            ValueError: They are not.
+        """
+        *batch, h, w, c = x.shape
+        if h % 2 or w % 2:
+            raise ValueError(f"squeezing needs an even height and width, got {h} x {w}")
+        blocks = x.reshape(*batch, h // 2, 2, w // 2, 2, c)
+        return jnp.moveaxis(blocks, -4, -3).reshape(*batch, h // 2, w // 2, 4 * c), jnp.zeros(batch)
+
+    def inverse_and_log_det(self, y: Float[Array, "*b h w c4"]) -> tuple[Array, Array]:
+        """The other way round."""
+        *batch, h, w, c = y.shape
+        blocks = jnp.moveaxis(y.reshape(*batch, h, w, 2, 2, c // 4), -3, -4)
+        return blocks.reshape(*batch, 2 * h, 2 * w, c // 4), jnp.zeros(batch)
+
+
+class MultiScale(distrax.Bijector):
+    """After each level but the last, half of the channels leave the flow; all that have left are one vector.
+
+    Source: RealNVP, arXiv:1605.08803, section 3.6, Eq. 14-16.
+
+    Args:
+        levels: Bijectors of images, the finest first; each may change the shape, as `Squeeze` does.
+        shape: (h, w, c) that the first takes.
+    """
+
+    def __init__(self, levels: Sequence[distrax.Bijector], shape: tuple[int, int, int]) -> None:
+        super().__init__(event_ndims_in=3, event_ndims_out=1)
+        self._levels, self._shapes = tuple(levels), []
+        for number, level in enumerate(levels):
+            h, w, c = jax.eval_shape(level.forward, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+            leaving = c if number == len(levels) - 1 else c // 2
+            self._shapes.append((h, w, leaving))
+            shape = (h, w, c - leaving)
+
+    def forward_and_log_det(self, x: Float[Array, "*b h w c"]) -> tuple[Float[Array, "*b d"], Array]:
+        """Images to vectors."""
+        batch, left, total = x.shape[:-3], [], jnp.zeros(x.shape[:-3])
+        rest: Any = x
+        for level, (_, _, leaving) in zip(self._levels, self._shapes, strict=True):
+            rest, log_det = level.forward_and_log_det(rest)
+            total = total + log_det
+            left.append(rest[..., rest.shape[-1] - leaving :].reshape(*batch, -1))
+            rest = rest[..., : rest.shape[-1] - leaving]
+        return jnp.concatenate(left, -1), total
+
+    def inverse_and_log_det(self, y: Float[Array, "*b d"]) -> tuple[Float[Array, "*b h w c"], Array]:
+        """The other way round."""
+        batch, total = y.shape[:-1], jnp.zeros(y.shape[:-1])
+        ends = np.cumsum([np.prod(shape) for shape in self._shapes])[:-1]
+        parts = jnp.split(y, ends, -1)
+        x: Any = None
+        for level, shape, part in reversed(list(zip(self._levels, self._shapes, parts, strict=True))):
+            part = part.reshape(*batch, *shape)
+            x, log_det = level.inverse_and_log_det(part if x is None else jnp.concatenate([x, part], -1))
+            total = total + log_det
+        return x, total

@@ -1,0 +1,106 @@
+"""Linear bijectors on the channels of an event: fixed permutations, 1x1 convolutions, ActNorm."""
+
+import math
+
+import distrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxad.base import Key, PyTree
+
+
+class Permutation(distrax.Bijector):
+    """y[..., i] = x[..., index[i]]; of an event that is a tuple of images, each has an index of its own."""
+
+    def __init__(self, index: PyTree, event_ndims: int) -> None:
+        super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
+        self._index = index
+
+    def forward_and_log_det(self, x: PyTree) -> tuple[PyTree, Array]:
+        """Permutes; the log-determinant is 0."""
+        return self._take(x, self._index)
+
+    def inverse_and_log_det(self, y: PyTree) -> tuple[PyTree, Array]:
+        """The other way round."""
+        return self._take(y, jax.tree.map(jnp.argsort, self._index))
+
+    def _take(self, x: PyTree, index: PyTree) -> tuple[PyTree, Array]:
+        first = jax.tree.leaves(x)[0]
+        return jax.tree.map(lambda a, i: a[..., i], x, index), jnp.zeros(
+            first.shape[: first.ndim - self.event_ndims_in]
+        )
+
+
+def random_orthogonal(key: Key, channels: int) -> Float[Array, "c c"]:
+    """A rotation drawn evenly from all (the special orthogonal group)."""
+    matrix = jax.random.orthogonal(key, channels)
+    return matrix.at[0].multiply(jnp.sign(jnp.linalg.det(matrix)))
+
+
+class Invertible1x1(distrax.Bijector):
+    """y = x @ matrix on the channels, at every position.
+
+    Source: Glow, arXiv:1807.03039, section 3.2; with a fixed orthogonal matrix FrEIA's soft permutation.
+
+    Args:
+        matrix: Any invertible one.
+        event_ndims: 1 for vectors, 3 for images (h w c).
+        orthogonal: Whether the matrix is known to be; its determinant is then not computed.
+    """
+
+    def __init__(self, matrix: Float[Array, "c c"], event_ndims: int, *, orthogonal: bool = False) -> None:
+        super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
+        self._matrix, self._orthogonal = matrix, orthogonal
+
+    def forward_and_log_det(self, x: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
+        """Multiplies at every position."""
+        return jnp.matmul(x, self._matrix, precision=jax.lax.Precision.HIGHEST), self._log_det(x)
+
+    def inverse_and_log_det(self, y: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
+        """The other way round."""
+        if self._orthogonal:
+            return jnp.matmul(y, self._matrix.T, precision=jax.lax.Precision.HIGHEST), -self._log_det(y)
+        flat = jnp.linalg.solve(self._matrix.T, y.reshape(-1, y.shape[-1]).T).T
+        return flat.reshape(y.shape), -self._log_det(y)
+
+    def _log_det(self, x: Array) -> Array:
+        one = jnp.zeros(()) if self._orthogonal else jnp.linalg.slogdet(self._matrix)[1]
+        batch = x.ndim - self.event_ndims_in
+        return jnp.broadcast_to(one * math.prod(x.shape[batch:-1]), x.shape[:batch])
+
+
+class ActNorm(distrax.Bijector):
+    """y = x * exp(log_scale) + shift, one pair a channel.
+
+    Source: Glow, arXiv:1807.03039, section 3.1.
+    """
+
+    def __init__(self, log_scale: Float[Array, "c"], shift: Float[Array, "c"], event_ndims: int) -> None:
+        super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
+        self._log_scale, self._shift = log_scale, shift
+
+    def forward_and_log_det(self, x: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
+        """Scales and shifts."""
+        return x * jnp.exp(self._log_scale) + self._shift, self._log_det(x)
+
+    def inverse_and_log_det(self, y: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
+        """The other way round."""
+        return (y - self._shift) * jnp.exp(-self._log_scale), -self._log_det(y)
+
+    def _log_det(self, x: Array) -> Array:
+        batch = x.ndim - self.event_ndims_in
+        return jnp.broadcast_to(self._log_scale.sum() * math.prod(x.shape[batch:-1]), x.shape[:batch])
+
+
+def act_norm_init(
+    x: Float[Array, "b *s c"], valid: Bool[Array, "b"] | None = None
+) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+    """The log scale and shift of an `ActNorm` that gives the valid part of these data mean 0 and variance 1."""
+    valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+    counts = jnp.broadcast_to(valid.reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes, where=counts)
+    deviation = jnp.sqrt(jnp.mean((x - mean) ** 2, axes, where=counts))
+    log_scale = -jnp.log(deviation + 1e-6)
+    return log_scale, -mean * jnp.exp(log_scale)

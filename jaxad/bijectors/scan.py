@@ -1,0 +1,74 @@
+"""Many blocks of the same kind, compiled once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import distrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxad.base import Key, PyTree
+
+
+class Scan(distrax.Bijector):
+    """The chain of `block(params[0])`, `block(params[1])`, ..., the first of which is applied first.
+
+    One block is compiled, however many there are.
+
+    Args:
+        block: Parameters -> a bijector that keeps the shape of its event.
+        params: Stacked on a leading axis.
+        event_ndims: Of the block.
+        remat: Keep only what each block takes, and compute the rest again for the gradient.
+    """
+
+    def __init__(
+        self, block: Callable[[PyTree], distrax.Bijector], params: PyTree, event_ndims: int, *, remat: bool = False
+    ) -> None:
+        super().__init__(event_ndims_in=event_ndims)
+        self._block, self._params, self._remat = block, params, remat
+
+    def forward_and_log_det(self, x: PyTree) -> tuple[PyTree, Array]:
+        """All blocks."""
+        return self._run(x, lambda params, x: self._block(params).forward_and_log_det(x), False)
+
+    def inverse_and_log_det(self, y: PyTree) -> tuple[PyTree, Array]:
+        """The other way round."""
+        return self._run(y, lambda params, y: self._block(params).inverse_and_log_det(y), True)
+
+    def _run(self, x: PyTree, apply: Callable[[PyTree, PyTree], Any], reverse: bool) -> tuple:
+        apply = jax.checkpoint(apply) if self._remat else apply
+
+        def body(carry: tuple[PyTree, Array], params: PyTree) -> tuple[tuple[PyTree, Array], None]:
+            x, total = carry
+            x, log_det = apply(params, x)
+            return (x, total + log_det), None
+
+        first = jax.tree.leaves(x)[0]
+        start = x, jnp.zeros(first.shape[: first.ndim - self.event_ndims_in], first.dtype)
+        return jax.lax.scan(body, start, self._params, reverse=reverse)[0]
+
+
+def scan_init(
+    init: Callable[[Key, PyTree], PyTree], block: Callable[[PyTree], distrax.Bijector], key: Key, n: int, x: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Parameters of n blocks that depend on what the blocks before them make of data, as those of `ActNorm` do.
+
+    Args:
+        init: (key, data that reach the block) -> its parameters.
+        block: As for `Scan`.
+        key: Random key.
+        n: Blocks.
+        x: A batch of data.
+
+    Returns:
+        The stacked parameters, and what all blocks together make of the data.
+    """
+
+    def body(x: PyTree, key: Key) -> tuple[PyTree, PyTree]:
+        params = init(key, x)
+        return block(params).forward(x), params
+
+    end, params = jax.lax.scan(body, x, jax.random.split(key, n))
+    return params, end
