@@ -28,7 +28,12 @@ Progress = Callable[[str, int, int], None]
 """(what, images done, images in all), called after every batch; images in all is 0 where there is nothing to count."""
 
 CHUNK = 8
-"""Steps of one `lax.scan`, in stages that see images more than once."""
+"""Steps of one `lax.scan`, in stages that see images more than once; a CPU takes them one by one."""
+
+
+def chunk() -> int:
+    """How many steps one call of a compiled program takes."""
+    return 1 if jax.default_backend() == "cpu" else CHUNK
 
 
 class NonFiniteLoss(ValueError):
@@ -63,7 +68,8 @@ def _programs(method: Method, layout: Layout) -> _Programs:
                     new = jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, state)
                 return new, metrics
 
-            return jax.lax.scan(body, state, (steps, active, batches))
+            alone = steps.shape[0] == 1  # unrolled, since XLA's convolutions on a CPU are thirty times slower in loops
+            return jax.lax.scan(body, state, (steps, active, batches), unroll=2 if alone else 1)
 
         return layout.over_classes(run, (0, 0, 0, 0, None, None))
 
@@ -481,7 +487,7 @@ class _Schedule:
         self.steps = self.steps_per_epoch * stage.epochs
         self.total = int(self.steps.max())
         self.images = sum(n) * stage.epochs
-        self.chunk = CHUNK if stage.epochs > 1 else 1
+        self.chunk = chunk() if stage.epochs > 1 else 1
         self._order = functools.lru_cache(2 * len(n))(self._draw)
 
     def seen(self, steps: int) -> int:

@@ -42,6 +42,9 @@ class Case(NamedTuple):
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
+FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, batch_size=4)
+"""A step of gradient descent takes what fills a batch of the tests."""
+
 CASES = {
     "patchcore": Case("patchcore", PATCHCORE, random=True),
     "patchcore-paper": Case("patchcore", PATCHCORE | dict(scoring="paper", reweight_neighbors=4), random=True),
@@ -51,6 +54,7 @@ CASES = {
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(

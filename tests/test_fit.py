@@ -165,9 +165,10 @@ def test_equals_a_loop_over_shuffled_full_batches(chunks):
 
 
 def test_steps_in_chunks(chunks, monkeypatch):
+    monkeypatch.setattr(module, "chunk", lambda: 8)
     whole = fit(TOY, FROZEN, DATA, KEY).state
     assert [(step, len(batches.valid)) for step, batches in chunks] == [(0, 1), (1, 1), (0, 8), (8, 7)]
-    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "chunk", lambda: 2)
     chunks.clear()
     assert_equal(fit(TOY, FROZEN, DATA, KEY).state, whole)
     assert [(step, len(batches.valid)) for step, batches in chunks[2:5]] == [(0, 2), (2, 2), (4, 2)]
@@ -464,7 +465,7 @@ def test_resuming_does_not_start_over(tmp_path, decoded, uninterrupted):
 
 
 def test_resuming_in_the_middle_of_an_epoch(tmp_path, monkeypatch, uninterrupted):
-    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "chunk", lambda: 2)
     options = dict(batch_size=8, checkpoint_dir=tmp_path, checkpoint_seconds=0)
     for calls, saved in ((8, 4), (3, 8), (2, 10)):
         with pytest.raises(Stop):

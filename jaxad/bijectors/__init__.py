@@ -4,6 +4,7 @@ Each takes its parameters as arrays, or functions of them, so that a flow is a p
 `flow(params)` is a `distrax.Bijector`, and `distrax.Transformed(base, distrax.Inverse(flow(params)))` its density.
 """
 
+from jaxad.bijectors.blocks import BlockParams, affine_block, block_params
 from jaxad.bijectors.coupling import (
     CrossScaleCoupling,
     clamped_affine,
@@ -18,6 +19,7 @@ from jaxad.bijectors.scan import Scan, scan_init
 
 __all__ = [
     "ActNorm",
+    "BlockParams",
     "CrossScaleCoupling",
     "Invertible1x1",
     "MultiScale",
@@ -25,6 +27,8 @@ __all__ = [
     "Scan",
     "Squeeze",
     "act_norm_init",
+    "affine_block",
+    "block_params",
     "channel_mask",
     "checkerboard_mask",
     "clamped_affine",

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 from jaxad.base import Method
+from jaxad.methods.fastflow import fastflow
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
 from jaxad.methods.spade import spade
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "fastflow": fastflow,
     "mahalanobis_ad": mahalanobis_ad,
     "padim": padim,
     "patchcore": patchcore,

@@ -1,0 +1,46 @@
+"""Steps of gradient descent, as the `update` of a stage takes them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxad.base import Metrics, PyTree
+
+
+class Trained(NamedTuple):
+    """Parameters with the state of their optimizer."""
+
+    params: PyTree
+    optimizer: Any
+
+
+def begin(optimizer: optax.GradientTransformation, params: PyTree) -> Trained:
+    """Parameters before the first step."""
+    return Trained(params, optimizer.init(params))
+
+
+def descend(
+    optimizer: optax.GradientTransformation, trained: Trained, loss: Callable[[PyTree], Float[Array, ""]]
+) -> tuple[Trained, Metrics]:
+    """One step down the gradient of a loss, and the loss before it."""
+    value, gradient = jax.value_and_grad(loss)(trained.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers with floats
+        updates, state = optimizer.update(gradient, trained.optimizer, trained.params)
+    return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}
+
+
+def torch_adam(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, **options: Any
+) -> optax.GradientTransformation:
+    """Adam with weight decay added to the gradient, as `torch.optim.Adam` does; optax's `adamw` decouples it."""
+    adam = optax.adam(learning_rate, **options)
+    return optax.chain(optax.add_decayed_weights(weight_decay), adam) if weight_decay else adam
+
+
+def mean_of_valid(x: Float[Array, "b"], valid: Bool[Array, "b"]) -> Float[Array, ""]:
+    """The mean over what is no padding; 0 where all is."""
+    return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1).astype(x.dtype)
