@@ -60,7 +60,7 @@ def projected_patches(options: Options) -> tuple[np.ndarray, float]:
             jnp.arange(image.shape[0], dtype=jnp.int32),
         )
         found, _ = method.stages[0].update(key, method.init(key, frozen, spec), frozen, batch)
-        found = found.patches.reshape(-1, found.patches.shape[-1])
+        found = found.patches.swapaxes(0, 1).reshape(-1, found.patches.shape[-1])
         projection = jax.random.normal(key, (found.shape[1], options.projection_dim)) / options.projection_dim**0.5
         return jnp.matmul(found, projection, precision=jax.lax.Precision.HIGHEST)
 

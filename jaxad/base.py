@@ -22,7 +22,7 @@ Metrics = dict[str, Array]
 
 
 class Batch(NamedTuple):
-    """What `Stage.update` sees of the data. All leaves lead with the batch axis `b`."""
+    """What `Stage.update` sees of the data. All leaves but `progress` lead with the batch axis `b`."""
 
     x: PyTree
     """What `Method.embed` made of the images."""
@@ -34,6 +34,8 @@ class Batch(NamedTuple):
     """Defect pixels, or None where the data have no masks."""
     index: Int[Array, "b"]
     """Position of the image in the training set; smaller than the leading size of `spec`."""
+    progress: Any = None
+    """Float[Array, ""], always given by the driver: the share of the stage's steps that are done, in [0, 1)."""
 
 
 class Scores(NamedTuple):

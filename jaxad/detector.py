@@ -29,6 +29,8 @@ from jaxad.metrics import threshold as thresholds
 from jaxad.plan import Plan, estimate, shortage
 from jaxad.program import compile_seconds
 
+CURVE = 200
+"""Points of a curve of losses at most."""
 EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
 
@@ -118,6 +120,7 @@ class Detector:
         self.n_train = self.n_heldout = 0
         self.variant = ""
         self.seconds: dict[str, float] = {}
+        self.loss: list[float] = []
         self._built: tuple[tuple[int, int], Method] | None = None
         self._build(self.preprocess.output_size(self.preprocess.resize) if self.preprocess.resize else (224, 224))
 
@@ -442,10 +445,18 @@ def fit_together(
         detector.n_train, detector.n_heldout = len(chosen[i]), len(held[i])
         share = len(chosen[i]) / total
         detector.seconds = {"compile": (compiled + learned.compile_seconds) * share, "fit": learned.run_seconds * share}
+        losses = learned.metrics.get("loss", np.empty(0))
+        detector.loss = _curve(losses[i // len(values)] if several and losses.size else losses)
         detector._set_thresholds(found[i])
         if found[i]:
             detector.seconds["threshold"] = seconds * share
     return Together(method, learned.state, classes_per_step)
+
+
+def _curve(losses: np.ndarray) -> list[float]:
+    """The losses of all steps, those of several steps averaged where there are more than `CURVE`."""
+    finite = losses[np.isfinite(losses)]
+    return [float(part.mean()) for part in np.array_split(finite, min(len(finite), CURVE))] if len(finite) else []
 
 
 def _fitting(

@@ -291,7 +291,8 @@ def _fit(
             for step, block, x in reader.read(range(first, schedule.total, schedule.chunk), schedule.block):
                 steps = np.arange(step, step + block.index.shape[1], dtype=np.int32)
                 active = steps < schedule.steps[:, None]
-                batches, active_here = _batches(datasets, block, x, active, layout)
+                progressed = steps / schedule.steps[:, None]
+                batches, active_here = _batches(datasets, block, x, active, progressed, layout)
                 result = programs.updates[s](state, key, active_here, batches, placed.everywhere, steps)
                 state, metrics = jax.block_until_ready(result)  # else chunks pile up in memory ahead of the device
                 metrics = {k: np.asarray(v).reshape(active.shape) for k, v in metrics.items()}
@@ -516,7 +517,7 @@ class _Schedule:
 
 
 def _batches(
-    datasets: Sequence[Dataset], block: Block, x: PyTree, active: np.ndarray, layout: Layout
+    datasets: Sequence[Dataset], block: Block, x: PyTree, active: np.ndarray, progress: np.ndarray, layout: Layout
 ) -> tuple[Batch, jax.Array]:
     """The stacked batches of a block, and which of its steps count for each class; on the devices."""
     own, rows = layout.block(block.index.shape[0], block.index.shape[2])
@@ -540,6 +541,7 @@ def _batches(
         put(labels.astype(np.int32), (), None, axis),
         None if masks is None else put(masks, masks.shape[3:], None, axis),
         put(index.astype(np.int32), (), None, axis),
+        put(progress[own].astype(np.float32)),
     )
     return batch, put(active[own])
 

@@ -310,7 +310,7 @@ class _Estimate:
         masks = all(data.has_masks and data.split == "train" for data in self._datasets)
         valid, label, index = (self._put(lead, dtype, None, axis) for dtype in (bool, jnp.int32, jnp.int32))
         mask = self._put((*lead, *self._size), bool, None, axis) if masks else None
-        return Batch(x, valid, label, mask, index), self._put(lead[:-1], bool)
+        return Batch(x, valid, label, mask, index, self._put(lead[:-1], jnp.float32)), self._put(lead[:-1], bool)
 
     def _put(self, shape: tuple[int, ...], dtype: Any, *spec: str | None) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._layout.named(*spec))

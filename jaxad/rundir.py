@@ -128,4 +128,5 @@ def recipe(detector: Detector, data: Dataset) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "n_train": detector.n_train,
         "n_heldout": detector.n_heldout,
+        "loss": detector.loss,
     }

@@ -71,6 +71,7 @@ def stacked(x: PyTree, n: int, size: int, padding: float | None = None) -> Batch
         jnp.zeros(shape, jnp.int32),
         None,
         jnp.asarray(index.reshape(shape), jnp.int32),
+        jnp.arange(steps, dtype=jnp.float32) / steps,
     )
 
 

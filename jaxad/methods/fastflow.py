@@ -24,10 +24,8 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
-
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class FastflowTraining(NamedTuple):

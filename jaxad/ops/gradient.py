@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxad.base import Metrics, PyTree
 
+torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""How torch draws the weights of its layers."""
+
 
 class Trained(NamedTuple):
     """Parameters with the state of their optimizer."""
@@ -24,12 +27,16 @@ def begin(optimizer: optax.GradientTransformation, params: PyTree) -> Trained:
 
 
 def descend(
-    optimizer: optax.GradientTransformation, trained: Trained, loss: Callable[[PyTree], Float[Array, ""]]
+    optimizer: optax.GradientTransformation,
+    trained: Trained,
+    loss: Callable[[PyTree], Float[Array, ""]],
+    rate: Float[Array, ""] | float = 1.0,
 ) -> tuple[Trained, Metrics]:
-    """One step down the gradient of a loss, and the loss before it."""
+    """One step down the gradient of a loss, `rate` times as long as the optimizer's, and the loss before it."""
     value, gradient = jax.value_and_grad(loss)(trained.params)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers with floats
         updates, state = optimizer.update(gradient, trained.optimizer, trained.params)
+    updates = jax.tree.map(lambda leaf: rate * leaf, updates)
     return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}
 
 

@@ -83,19 +83,29 @@ def roc_svg(curve: Roc, at_threshold: tuple[float, float] | None) -> str:
     return plane.svg(body, "false positive rate", "true positive rate", f"ROC curve, AUROC {curve.area:.3f}")
 
 
+def loss_svg(losses: Sequence[float]) -> str:
+    """The loss of training from its first step to its last."""
+    low, high = min(losses), max(losses)
+    room = 0.08 * (high - low) or 0.5
+    plane = _Plane(440, 0.0, 100.0, high + room, low - room)
+    line = plane.points(np.linspace(0, 100, len(losses)), np.asarray(losses))
+    return plane.svg([f'<path class="curve" d="{line}"/>'], "steps of training, %", "loss", "Loss of training")
+
+
 class _Plane(NamedTuple):
-    """Data coordinates (`low`..`high` by 0..`top`) on a sheet of `width` by HEIGHT units."""
+    """Data coordinates (`low`..`high` by `bottom`..`top`) on a sheet of `width` by HEIGHT units."""
 
     width: int
     low: float
     high: float
     top: float
+    bottom: float = 0.0
 
     def x(self, value):
         return LEFT + (value - self.low) / (self.high - self.low) * (self.width - LEFT - RIGHT)
 
     def y(self, value):
-        return HEIGHT - BOTTOM - value / self.top * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (value - self.bottom) / (self.top - self.bottom) * (HEIGHT - TOP - BOTTOM)
 
     def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
         corners = zip(self.x(xs), self.y(ys), strict=True)
@@ -104,8 +114,8 @@ class _Plane(NamedTuple):
     def svg(self, body: Sequence[str], x_label: str, y_label: str, title: str) -> str:
         bottom, right = HEIGHT - BOTTOM, self.width - RIGHT
         parts = [f'<svg viewBox="0 0 {self.width} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-        for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, self.top):
-            if 0 <= tick <= self.top:
+        for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(self.bottom, self.top):
+            if self.bottom <= tick <= self.top:
                 parts.append(f'<path class="grid" d="M{LEFT},{self.y(tick):.1f}H{right}"/>')
                 parts.append(f'<text x="{LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
         for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high):

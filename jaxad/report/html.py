@@ -16,7 +16,7 @@ from PIL import Image
 
 from jaxad.artifact import replacing
 from jaxad.metrics.threshold import ORACLE, Threshold
-from jaxad.report.charts import Series, histogram_svg, roc, roc_svg
+from jaxad.report.charts import Series, histogram_svg, loss_svg, roc, roc_svg
 from jaxad.report.examples import Examples, flagged
 from jaxad.report.pictures import contour, overlay
 from jaxad.report.runs import Run, load_run
@@ -134,6 +134,10 @@ def _run(number: int, run: Run, unfolded: bool, seeds: bool) -> Iterator[str]:
     yield from _timings(run)
     if len(run.scores):
         yield from _scores(run)
+    losses = run.recipe.get("loss") or []
+    if len(losses) > 1:
+        yield '<div class="charts"><figure><figcaption><h3>Training</h3></figcaption>'
+        yield f"{loss_svg(losses)}</figure></div>"
     if run.examples is not None and len(run.examples.image):
         yield from _examples(run, run.examples)
     yield from _recipe(run)
