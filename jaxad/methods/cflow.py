@@ -190,7 +190,7 @@ def cflow(
     def finish(key: Key, state: CflowTraining, frozen: Frozen) -> CflowFlows:
         del key, frozen
         levels = {layer: Level(state.trained[layer].params, state.rotations[layer]) for layer in layers}
-        return CflowFlows(levels, {layer: jnp.full((), -jnp.inf) for layer in layers})
+        return CflowFlows(levels, {layer: jnp.full((), -jnp.inf, jnp.float32) for layer in layers})
 
     def likelihoods(state: CflowFlows, x: dict[str, Array]) -> dict[str, Float[Array, "b h w"]]:
         return {

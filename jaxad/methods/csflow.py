@@ -133,7 +133,7 @@ def csflow(
         first = c - c // 2
         return CrossConvolutions(kernel, hidden, 2 * first), CrossConvolutions(kernel, hidden, 2 * (c - first))
 
-    def init(key: Key, frozen: Frozen, spec: Maps) -> CsflowTraining:
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> CsflowTraining:
         del frozen
         c, sizes = spec[0].shape[-1], [scale.shape[1:3] for scale in spec]
         if any((2 * b[0], 2 * b[1]) != a for a, b in itertools.pairwise(sizes)):

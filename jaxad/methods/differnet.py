@@ -73,7 +73,7 @@ def rotate(image: Float[Array, "b h w c"], degrees: Float[Array, ""]) -> Float[A
     """Turned counterclockwise about the center, bilinear, black where nothing was."""
     b, h, w, c = image.shape
     angle = jnp.deg2rad(degrees)
-    y, x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+    y, x = jnp.meshgrid(jnp.arange(float(h)) - (h - 1) / 2, jnp.arange(float(w)) - (w - 1) / 2, indexing="ij")
     source_y = jnp.cos(angle) * y + jnp.sin(angle) * x + (h - 1) / 2
     source_x = jnp.cos(angle) * x - jnp.sin(angle) * y + (w - 1) / 2
     flat = jnp.moveaxis(image, -1, 1).reshape(b * c, h, w)
@@ -164,7 +164,7 @@ def differnet(
         first = c - c // 2
         return Subnet(hidden, 2 * first), Subnet(hidden, 2 * (c - first))
 
-    def init(key: Key, frozen: Frozen, spec: Embedded) -> DiffernetTraining:
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> DiffernetTraining:
         del frozen
         c = spec.feature.shape[-1]
 

@@ -218,8 +218,8 @@ def there_and_back(maker: Any, c: int, h: int, w: int) -> Any:
 
 
 @every_bijector
-@settings(deadline=None, max_examples=6)
-@given(seed=st.integers(0, 2**16), shape=st.sampled_from([(2, 1, 1), (3, 2, 1), (5, 1, 2)]))
+@settings(deadline=None, max_examples=5)
+@given(seed=st.integers(0, 2**16), shape=st.sampled_from([(3, 2, 1), (4, 1, 2)]))
 def test_the_inverse_and_the_log_determinant(maker, seed, shape):
     x, (back, inverse_log_det), log_det, jacobian = there_and_back(maker, *shape)(jax.random.key(seed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), back, x)

@@ -10,10 +10,11 @@ import pytest
 import scipy.ndimage
 from scipy.special import expit
 
+from jaxad.backbones import backbone
 from jaxad.base import Batch
 from jaxad.methods.cflow import cflow, position_code, schedule
 from jaxad.methods.csflow import csflow
-from jaxad.methods.differnet import angles, differnet, rotate
+from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate
 from jaxad.methods.fastflow import fastflow
 
 KEY = jax.random.key(0)
@@ -188,8 +189,6 @@ def test_differnet_scores_the_mean_over_rotations():
     method = differnet(
         backbone="pdn_small", image_size=(8, 8), coupling_blocks=2, hidden=4, rotations=3, train_rotations=2, epochs=1
     )
-    from jaxad.methods.differnet import Embedded
-
     x = Embedded(normal(0, 4, 3, 6), None)
     state, _ = train(method, x, 4, 2)
     state = method.stages[0].finalize(KEY, state, None)
@@ -197,6 +196,38 @@ def test_differnet_scores_the_mean_over_rotations():
     each = [method.score(state, None, Embedded(x.feature[:, i : i + 1], None)).image for i in range(3)]
     np.testing.assert_allclose(whole, np.mean(each, 0), rtol=1e-4)
     assert angles(4) == [0, 90, 180, 270]
+
+
+def test_differnet_heat_maps_are_gradients():
+    """Of the loss with respect to the pixels; by finite differences in a direction, for the image as it is."""
+    method = differnet(
+        backbone="pdn_small",
+        layer="layer1",
+        image_size=(32, 32),
+        coupling_blocks=1,
+        hidden=4,
+        rotations=1,
+        train_rotations=1,
+        localize=True,
+        sigma=0.0,
+    )
+    frozen = backbone("pdn_small").init(KEY)
+    image = jnp.asarray(np.random.default_rng(0).random((1, 32, 32, 3)), jnp.float32)
+    x = jax.jit(method.embed)(frozen, image)
+    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    flow = DiffernetFlow(jax.tree.map(lambda leaf: 2 * leaf, state.params), state.permutations)
+    gradient = np.sqrt(np.asarray(jax.jit(method.score)(flow, frozen, x).pixel))
+    assert gradient.shape == (1, 32, 32)
+
+    @jax.jit
+    def score(image: Any) -> Any:
+        return method.score(flow, frozen, method.embed(frozen, image)).image[0]
+
+    outside = jnp.zeros((32, 32), bool).at[0, 0].set(True)
+    assert gradient[0][np.asarray(outside)] < gradient.max()
+    brightest = np.unravel_index(gradient[0].argmax(), (32, 32))
+    there, elsewhere = (abs(float(score(image.at[0, y, x].add(0.3)) - score(image))) for y, x in (brightest, (0, 0)))
+    assert there > elsewhere
 
 
 @pytest.mark.parametrize(

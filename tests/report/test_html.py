@@ -59,6 +59,7 @@ def make_run(
         "peak_bytes": 1_500_000_000,
         "n_train": 40,
         "n_heldout": 10,
+        "loss": [] if method == "padim" else [3.0, 1.5, -0.25, -0.5],
     }
     (run_dir / "recipe.json").write_text(json.dumps(recipe))
     if not scored:
@@ -277,5 +278,5 @@ def test_in_a_browser(tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500  # photographs, not a blank or an error page
     assert (pixels[:1500].std((1, 2)) > 0).mean() > 0.5
     dom = Page(browse(page, tmp_path / "two", "--dump-dom"))
-    assert len(dom.all("svg")) == 4 and len(dom.all("figure", class_="example")) == 16
+    assert len(dom.all("svg")) == 5 and len(dom.all("figure", class_="example")) == 16
     assert "ORACLE: chosen on the test set" in dom.text and not dom.all("script")
