@@ -153,7 +153,7 @@ def csflow(
     def latent(params: PyTree, permutations: tuple, x: Maps) -> tuple[Maps, Any]:
         c, chain = x[0].shape[-1], []
         for kernel, own, index in zip(kernels, params, permutations, strict=True):
-            both = tuple(functools.partial(net.apply, p) for net, p in zip(networks(c, kernel), own, strict=True))
+            both: Any = tuple(functools.partial(net.apply, p) for net, p in zip(networks(c, kernel), own, strict=True))
             chain += [Permutation(index, 3), CrossScaleCoupling(both, c, clamp=clamp, kind="atan")]
         z: Any = x
         return distrax.Chain(chain[::-1]).forward_and_log_det(z)  # pyright: ignore[reportReturnType]
