@@ -147,8 +147,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     first = next(p for p in watch.points if p["images"] >= options.images / 10)
     last = watch.points[-1]
     peak = peak_bytes()
-    spec = jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
-    state = abstract_state(method, frozen, spec, 0)
+    spec, state = collected(method, len(data), options)
     sampled = data.subset(slice(None, None, max(1, len(data) // options.sample)))
     cache: EmbeddingCache = {}
     record = {
@@ -173,6 +172,14 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         record["covering"] = covering(method, fitted.state, project, frozen, sampled, key, cache, options)
         record["covering"]["levels_of_the_stream"] = state.count.shape[0]
     return record
+
+
+def collected(method: Method, images: int, options: Options) -> tuple[Any, Any]:
+    """Shapes of so many embedded images, and of the state that takes them."""
+    frozen = backbones.load(BACKBONE)
+    pixels = jax.ShapeDtypeStruct((images, options.size, options.size, 3), jnp.uint8)
+    spec = jax.eval_shape(method.embed, frozen, pixels)
+    return spec, abstract_state(method, frozen, spec, 0)
 
 
 def share(state: Any, devices: int) -> int:
@@ -297,6 +304,10 @@ def main(options: Options) -> None:
     path = options.results / "bench_stream.json"
     if options.table_only:
         record = read_json(path)
+        for name, measured in record["methods"].items():
+            method = method_of(name, options, **measured["hyperparameters"])
+            _, state = collected(method, measured["images"], options)
+            measured["state_bytes_on_a_device"] = {str(d): share(state, d) for d in DEVICES}
     else:
         run = measure if options.smoke else apart
         record = {
