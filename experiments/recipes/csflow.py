@@ -14,8 +14,8 @@ RECIPES = {
         "mvtec_bottle",
         backbone="resnet18.tv_in1k",
         image_size=256,
-        hyperparameters={"hidden": 128, "epochs": 40},
+        hyperparameters={"hidden": 128, "epochs": 12},
         published=published("anomalib, EfficientNet-B5, 256 px, mean of all classes", image_AUROC=0.972),
-        notes="128 hidden channels and 40 epochs instead of 1,024 and 240.",
+        notes="128 hidden channels and 12 epochs instead of 1,024 and 240.",
     ),
 }

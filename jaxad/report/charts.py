@@ -117,7 +117,8 @@ class _Plane(NamedTuple):
         for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(self.bottom, self.top):
             if self.bottom <= tick <= self.top:
                 parts.append(f'<path class="grid" d="M{LEFT},{self.y(tick):.1f}H{right}"/>')
-                parts.append(f'<text x="{LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+                label = f"{tick:.4g}".replace("e+0", "e").replace("e-0", "e-")
+                parts.append(f'<text x="{LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
         for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high):
             if self.low <= tick <= self.high:
                 parts.append(f'<path class="tick" d="M{self.x(tick):.1f},{bottom}v4"/>')
