@@ -12,11 +12,21 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import pytest
 
+from tests.cases import CASES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of one row of the conformance table run in one process, which fits it once."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if isinstance(name, str) and name in CASES:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_the_numbers_are_the_arrays_and_what_the_compiler_says():
     patches = 11 * x["layer1"].shape[1] * x["layer1"].shape[2] * sum(x[layer].shape[-1] for layer in x) * 4
     assert rows["start"].state == pytest.approx(patches, abs=200)
     assert rows["start"].state == pytest.approx(found.checkpoint, abs=200)
-    assert rows["collect"].batch == embedded + BATCH * (1 + 4 + 4)
+    assert rows["collect"].batch == embedded + BATCH * (1 + 4 + 4) + 4
     assert rows["embed for collect"].batch == pytest.approx(2 * embedded + BATCH * 64 * 64 * 3, abs=200)
     state = fit(method, frozen, DATA, KEY, batch_size=BATCH).state
     assert found.model == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
