@@ -68,7 +68,7 @@ def _programs(method: Method, layout: Layout) -> _Programs:
                     new = jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, state)
                 return new, metrics
 
-            alone = steps.shape[0] == 1  # unrolled, since XLA's convolutions on a CPU are thirty times slower in loops
+            alone = steps.shape[0] == 1  # unrolled, since XLA's convolutions on a CPU are far slower in loops
             return jax.lax.scan(body, state, (steps, active, batches), unroll=2 if alone else 1)
 
         return layout.over_classes(run, (0, 0, 0, 0, None, None))

@@ -2,8 +2,8 @@
 
     python experiments/run.py fastflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
 
-The published budget is 500 epochs of 32 images; those here are what two CPU cores can do (a step of 32 images at 256 px
-takes about 6 s there). The last epoch counts, whatever the test images say.
+The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes. The last epoch
+counts, whatever the test images say.
 """
 
 from recipes import Recipe, published

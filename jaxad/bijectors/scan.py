@@ -21,7 +21,7 @@ class Scan(distrax.Bijector):
         params: Stacked on a leading axis.
         event_ndims: Of the block.
         remat: Keep only what each block takes, and compute the rest again for the gradient.
-        unroll: Whether to unroll. None: images on a CPU, where XLA's convolutions are thirty times slower in loops.
+        unroll: Whether to unroll. None: images on a CPU, where XLA's convolutions are far slower in loops.
     """
 
     def __init__(
