@@ -144,7 +144,7 @@ def random_resnet18(folder: Path) -> Path:
 
 def test_classes_at_once_give_the_numbers_of_the_loop(tmp_path: Path) -> None:
     bench = script("bench_classes")
-    bench.main(bench.Options(methods=("patchcore",), results=tmp_path, smoke=True))
+    bench.main(bench.Options(methods=("patchcore", "padim"), results=tmp_path, smoke=True))
     result = json.loads((tmp_path / "bench_classes.json").read_text())
     assert len(result["classes"]) == 4 and 0 < result["padded_share"]["train"] < 1
     for measured in result["methods"].values():

@@ -22,7 +22,7 @@ from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_updat
 from jaxad.ops.knn import knn, sketch
 from jaxad.ops.sharding import shards, take_rows
 
-meshes = pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+meshes = pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (8, 1)])
 
 
 def mesh_of(shape):
