@@ -43,6 +43,13 @@ class Case(NamedTuple):
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
+CFLOW: dict[str, Any] = dict(
+    layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, batch_size=4
+)
+CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epochs=2, batch_size=4)
+DIFFERNET: dict[str, Any] = dict(
+    layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, batch_size=4
+)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
@@ -55,6 +62,9 @@ CASES = {
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "cflow": Case("cflow", CFLOW, random=True, streaming=True),
+    "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
+    "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 from jaxad.base import Method
+from jaxad.methods.cflow import cflow
+from jaxad.methods.csflow import csflow
+from jaxad.methods.differnet import differnet
 from jaxad.methods.fastflow import fastflow
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
 from jaxad.methods.padim import padim
@@ -10,6 +13,9 @@ from jaxad.methods.patchcore import patchcore
 from jaxad.methods.spade import spade
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "cflow": cflow,
+    "csflow": csflow,
+    "differnet": differnet,
     "fastflow": fastflow,
     "mahalanobis_ad": mahalanobis_ad,
     "padim": padim,

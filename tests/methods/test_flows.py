@@ -1,0 +1,247 @@
+"""The flow methods: what their scores are made of, against numpy and scipy."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from scipy.special import expit
+
+from jaxad.backbones import backbone
+from jaxad.base import Batch
+from jaxad.methods.cflow import cflow, position_code, schedule
+from jaxad.methods.csflow import csflow
+from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate
+from jaxad.methods.fastflow import fastflow
+
+KEY = jax.random.key(0)
+
+
+def normal(seed: int, *shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def spec_of(x: Any, n: int = 8) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), x)
+
+
+def batch_of(x: Any, n: int, progress: float = 0.5) -> Batch:
+    zeros = jnp.zeros(n, jnp.int32)
+    return Batch(x, jnp.ones(n, bool), zeros, None, jnp.arange(n, dtype=jnp.int32), jnp.float32(progress))
+
+
+def train(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
+    """The state after some steps of the first stage, with their losses."""
+    state = method.init(KEY, None, spec_of(x))
+    update, losses = jax.jit(method.stages[0].update), []
+    for step in range(steps):
+        state, metrics = update(jax.random.fold_in(KEY, step), state, None, batch_of(x, n, step / steps))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_fastflow_before_training():
+    """A flow near the identity: the loss and the likelihoods are those of the normalized features."""
+    method = fastflow(backbone="pdn_small", layers=("layer1",), image_size=(8, 8), flow_steps=2, epochs=1)
+    x = {"layer1": 3 * normal(0, 4, 4, 4, 6) + 1}
+    state = method.init(KEY, None, spec_of(x))
+    quiet = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if "subnet" in jax.tree_util.keystr(path) else leaf, state.trained.params
+    )
+    state = state._replace(trained=state.trained._replace(params=quiet))
+    found = np.asarray(x["layer1"], np.float64)
+    mean, std = (f(found, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.std))
+    found = (found - mean) / np.sqrt(std**2 + 1e-5)
+    _, metrics = jax.jit(method.stages[0].update)(KEY, state, None, batch_of(x, 4))
+    np.testing.assert_allclose(metrics["loss"], 0.5 * (found**2).sum((1, 2, 3)).mean(), rtol=1e-4)
+    scores = jax.jit(method.score)(method.stages[0].finalize(KEY, state, None), None, x)
+    likelihood = np.exp(-0.5 * (found**2).mean(-1))
+    corner = scores.pixel[:, 0, 0]  # bilinear upsampling repeats the border
+    np.testing.assert_allclose(corner, 1 - likelihood[:, 0, 0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(scores.image, scores.pixel.max((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("method", "x"),
+    [
+        (
+            fastflow(
+                backbone="pdn_small", layers=("layer1",), image_size=(8, 8), flow_steps=2, epochs=1, learning_rate=1e-2
+            ),
+            {"layer1": 3 * normal(1, 4, 4, 4, 6)},
+        ),
+        (
+            cflow(
+                backbone="pdn_small",
+                layers=("layer1",),
+                image_size=(8, 8),
+                coupling_blocks=2,
+                condition_size=8,
+                fiber_batch_size=16,
+                learning_rate=1e-2,
+            ),
+            {"layer1": 3 * normal(1, 4, 4, 4, 6)},
+        ),
+        (
+            csflow(backbone="pdn_small", image_size=(8, 8), coupling_blocks=2, hidden=8, learning_rate=1e-2),
+            tuple(3 * normal(i, 4, 8 // 2**i, 8 // 2**i, 6) for i in range(3)),
+        ),
+    ],
+)
+def test_training_raises_the_likelihood(method, x):
+    _, losses = train(method, x, 4, 12)
+    assert losses[-1] < losses[0] - 0.01 * abs(losses[0])
+
+
+def test_position_code_is_that_of_the_paper():
+    h, w, size = 3, 5, 8
+    code = np.asarray(position_code(h, w, size))
+    for y in range(h):
+        for x in range(w):
+            for i in range(size // 4):
+                rate = 10_000 ** (-2 * i / (size // 2))
+                own = [np.sin(x * rate), np.cos(x * rate)]
+                np.testing.assert_allclose(code[y, x, 2 * i : 2 * i + 2], own, atol=1e-5)
+                own = [np.sin(y * rate), np.cos(y * rate)]
+                np.testing.assert_allclose(code[y, x, size // 2 + 2 * i : size // 2 + 2 * i + 2], own, atol=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    rates = np.array([float(schedule(jnp.float32(p))) for p in np.linspace(0, 1, 101)])
+    assert rates[0] == pytest.approx(0.1) and rates.argmax() in (8, 9) and rates[-1] == pytest.approx(1e-3, rel=1e-3)
+    assert (np.diff(rates[9:]) < 0).all() and (np.diff(rates[:8]) > 0).all()
+
+
+def test_cflow_takes_the_largest_likelihood_from_the_training_images():
+    """So no training position is more likely than 1, and one of each level is."""
+    method = cflow(
+        backbone="pdn_small", layers=("layer1",), image_size=(4, 4), coupling_blocks=2, condition_size=8, epochs=1
+    )
+    x = {"layer1": normal(2, 6, 4, 4, 6)}
+    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    half = jax.tree.map(lambda leaf: leaf[:3], x), jax.tree.map(lambda leaf: leaf[3:], x)
+    for part in half:
+        state, _ = method.stages[1].update(KEY, state, None, batch_of(part, 3))
+    scores = method.score(state, None, x)
+    np.testing.assert_allclose(scores.pixel.min(), 0, atol=1e-5)
+    far = method.score(state, None, jax.tree.map(lambda leaf: leaf + 30, x))
+    np.testing.assert_allclose(far.image, 1, atol=1e-3)
+
+
+def test_cflow_loss_is_the_log_sigmoid_of_the_likelihood():
+    """With networks that say nothing the flow is a rotation."""
+    method = cflow(
+        backbone="pdn_small", layers=("layer1",), image_size=(4, 4), coupling_blocks=1, condition_size=8, epochs=1
+    )
+    x = {"layer1": normal(3, 2, 4, 4, 6)}
+    state = method.init(KEY, None, spec_of(x))
+    trained = state.trained["layer1"]
+    quiet = trained.params._replace(subnet=jax.tree.map(jnp.zeros_like, trained.params.subnet))
+    state = state._replace(trained={"layer1": trained._replace(params=quiet)})
+    _, metrics = method.stages[0].update(KEY, state, None, batch_of(x, 2))
+    log_p = -0.5 * (np.asarray(x["layer1"]) ** 2).mean(-1) - 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(metrics["loss"], -np.log(expit(log_p)).mean(), rtol=1e-4)
+
+
+def test_csflow_before_training():
+    """The networks begin with gain 0, so z is a permutation of x."""
+    method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=5, hidden=4)
+    x = tuple(normal(i, 3, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
+    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    scores = jax.jit(method.score)(state, None, x)
+    whole = np.concatenate([np.asarray(scale).reshape(3, -1) for scale in x], 1)
+    np.testing.assert_allclose(scores.image, (whole**2).mean(1) / 2, rtol=1e-5)
+    corner = (np.asarray(x[0][:, 0, 0]) ** 2).mean(-1) / 2
+    np.testing.assert_allclose(scores.pixel[:, 0, 0], corner, rtol=1e-4)
+
+
+def test_csflow_scales_tell_each_other():
+    """After training what changes in one scale moves the latents of the next."""
+    method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=1, hidden=4, learning_rate=0.1)
+    x = tuple(normal(i, 4, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
+    state, _ = train(method, x, 4, 3)
+    state = method.stages[0].finalize(KEY, state, None)
+    pixel = method.score(state, None, x).pixel
+    other = method.score(state, None, (x[0], x[1] + 1, x[2])).pixel
+    assert np.abs(pixel - other).max() > 1e-4
+
+
+def test_csflow_wants_scales_that_halve():
+    with pytest.raises(ValueError, match="multiple of four times the stride of layer3"):
+        csflow(backbone="pdn_small", image_size=(20, 20)).init(
+            KEY, None, tuple(jax.ShapeDtypeStruct((4, n, n, 6), jnp.float32) for n in (5, 3, 2))
+        )
+
+
+@pytest.mark.parametrize("degrees", [0.0, 30.0, 90.0, 217.0])
+def test_rotation_is_that_of_scipy(degrees):
+    image = np.random.default_rng(0).random((1, 12, 12, 3)).astype(np.float32)
+    wanted = scipy.ndimage.rotate(image[0], degrees, reshape=False, order=1, mode="constant")
+    inside = scipy.ndimage.rotate(np.ones((12, 12)), degrees, reshape=False, order=1, mode="constant") > 0.999
+    got = np.asarray(rotate(jnp.asarray(image), jnp.float32(degrees)))[0]
+    np.testing.assert_allclose(got[inside], wanted[inside], atol=1e-3)
+
+
+def test_differnet_scores_the_mean_over_rotations():
+    method = differnet(
+        backbone="pdn_small", image_size=(8, 8), coupling_blocks=2, hidden=4, rotations=3, train_rotations=2, epochs=1
+    )
+    x = Embedded(normal(0, 4, 3, 6), None)
+    state, _ = train(method, x, 4, 2)
+    state = method.stages[0].finalize(KEY, state, None)
+    whole = method.score(state, None, x).image
+    each = [method.score(state, None, Embedded(x.feature[:, i : i + 1], None)).image for i in range(3)]
+    np.testing.assert_allclose(whole, np.mean(each, 0), rtol=1e-4)
+    assert angles(4) == [0, 90, 180, 270]
+
+
+def test_differnet_heat_maps_are_gradients():
+    """Of the loss with respect to the pixels; by finite differences in a direction, for the image as it is."""
+    method = differnet(
+        backbone="pdn_small",
+        layer="layer1",
+        image_size=(32, 32),
+        coupling_blocks=1,
+        hidden=4,
+        rotations=1,
+        train_rotations=1,
+        localize=True,
+        sigma=0.0,
+    )
+    frozen = backbone("pdn_small").init(KEY)
+    image = jnp.asarray(np.random.default_rng(0).random((1, 32, 32, 3)), jnp.float32)
+    x = jax.jit(method.embed)(frozen, image)
+    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    flow = DiffernetFlow(jax.tree.map(lambda leaf: 2 * leaf, state.params), state.permutations)
+    gradient = np.sqrt(np.asarray(jax.jit(method.score)(flow, frozen, x).pixel))
+    assert gradient.shape == (1, 32, 32)
+
+    @jax.jit
+    def score(image: Any) -> Any:
+        return method.score(flow, frozen, method.embed(frozen, image)).image[0]
+
+    outside = jnp.zeros((32, 32), bool).at[0, 0].set(True)
+    assert gradient[0][np.asarray(outside)] < gradient.max()
+    brightest = np.unravel_index(gradient[0].argmax(), (32, 32))
+    there, elsewhere = (abs(float(score(image.at[0, y, x].add(0.3)) - score(image))) for y, x in (brightest, (0, 0)))
+    assert there > elsewhere
+
+
+@pytest.mark.parametrize(
+    ("factory", "hyperparameter", "rule"),
+    [
+        (fastflow, {"flow_steps": 3}, "flow_steps must be even, or conv3x3_only be set, got 3"),
+        (fastflow, {"clamp": 0.0}, "clamp must be above 0, got 0"),
+        (cflow, {"condition_size": 6}, "condition_size must be a multiple of 4, got 6"),
+        (cflow, {"fiber_batch_size": 0}, "fiber_batch_size must be 1 or more, got 0"),
+        (csflow, {"hidden": 0}, "hidden must be 1 or more, got 0"),
+        (differnet, {"train_rotations": 65}, "train_rotations must be within 1..64"),
+        (differnet, {"epochs": 0}, "epochs must be 1 or more, got 0"),
+    ],
+)
+def test_bad_hyperparameters(factory, hyperparameter, rule):
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(factory)(**{"backbone": "pdn_small"} | hyperparameter)
