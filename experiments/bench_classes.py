@@ -162,7 +162,7 @@ def measure(name: str, train: list[Dataset], test: list[Dataset], options: Optio
     for n in options.classes_per_step:
         contenders[f"one program, {n} classes a step"] = lambda classes, n=n: at_once(classes, n)
     classes = Classes(method, frozen, train, test, options.batch_size)
-    cache: EmbeddingCache = {}
+    cache = EmbeddingCache()
     cold = take_turns(contenders, classes, 1 if options.smoke else options.runs)
     embedded = classes._replace(cache=cache)
     in_turn(embedded)

@@ -149,7 +149,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     peak = peak_bytes()
     spec, state = collected(method, len(data), options)
     sampled = data.subset(slice(None, None, max(1, len(data) // options.sample)))
-    cache: EmbeddingCache = {}
+    cache = EmbeddingCache()
     record = {
         "hyperparameters": hyperparameters,
         "images": last["images"],

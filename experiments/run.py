@@ -59,7 +59,7 @@ def all_recipes() -> dict[str, recipes.Recipe]:
 
 def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     """Runs one recipe on all categories and seeds, and writes its result."""
-    cache: EmbeddingCache = {}
+    cache = EmbeddingCache()
     frozen: Any = None
     preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
     if options.smoke:

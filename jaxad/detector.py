@@ -20,7 +20,7 @@ from jaxad import artifact
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
-from jaxad.embedding import EmbeddingCache
+from jaxad.embedding import EmbeddingCache, Storage
 from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
 from jaxad.mesh import agreed
 from jaxad.methods import factory
@@ -64,6 +64,9 @@ class Detector:
             threshold.
         fpr: Wanted false-positive rate of the threshold.
         precision: What the backbone computes in; "bfloat16" is faster on GPUs and TPUs and halves its memory.
+        cache: Where embedded images are kept while a method sees them several times: in the host's memory, or on the
+            devices, which then wait for no copy.
+        cache_dtype: What they are kept in; "bfloat16" rounds them to half their size.
         seed: Seed of everything random.
         batch_size: Images at a time.
         hyperparameters: Those of the method's factory.
@@ -83,6 +86,8 @@ class Detector:
         holdout: float = 0.2,
         fpr: float = 0.05,
         precision: Literal["float32", "bfloat16"] = "float32",
+        cache: Literal["host", "device"] = "host",
+        cache_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
         batch_size: int = 16,
         **hyperparameters: Any,
@@ -111,6 +116,8 @@ class Detector:
         self.preprocess = Preprocess(_pair(image_size), _pair(center_crop))
         self.preprocess.check()
         self.holdout, self.fpr, self.precision = holdout, fpr, precision
+        self.storage = Storage(cache, cache_dtype)
+        self.storage.check()
         self.seed, self.batch_size = seed, batch_size
         self.frozen: Frozen = None
         self.state: State = None
@@ -245,6 +252,7 @@ class Detector:
             "holdout": self.holdout,
             "fpr": self.fpr,
             "precision": self.precision,
+            "cache_dtype": self.storage.dtype,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -412,6 +420,7 @@ def fit_together(
     parts = [detector._split(data) for detector, data in zip(detectors, datasets, strict=True)]
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     compiled = compile_seconds()
+    cache = EmbeddingCache(first.storage, shared=False) if cache is None else cache
     if progress:
         progress("compile", 0, 0)
     once = slice(None, None, len(values))
@@ -509,7 +518,7 @@ def plan_together(
         mesh=mesh,
         classes_per_step=classes_per_step,
         batch_size=first.batch_size,
-        cache=cache,
+        cache=EmbeddingCache(first.storage, shared=False) if cache is None else cache,
         scoring=any(map(len, held)),
     )
 

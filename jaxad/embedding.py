@@ -1,15 +1,16 @@
-"""Images to arrays on devices: decoded ahead of the device, embedded once, kept in host memory where that pays."""
+"""Images to arrays on devices: decoded ahead of the device, embedded once, kept where that pays."""
 
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from jaxad.base import EmbedFn, Frozen, PyTree
 from jaxad.data import Dataset
@@ -17,32 +18,37 @@ from jaxad.mesh import CLASS, Layout
 from jaxad.program import Program
 
 CACHE_BYTES = 4 << 30
-"""Embedded images kept in host memory at most; beyond, they are computed anew."""
+"""Embedded images kept at most; beyond, they are computed anew."""
 
 
 class Embedding:
-    """The embedded images of one data set: their shapes, and in host memory those that were kept.
+    """The embedded images of one data set: their shapes, and those that were kept.
 
     One instance serves all stages and epochs of a fit, and all methods whose `embed` is the same function.
     """
 
-    def __init__(self, embed: EmbedFn, frozen: Frozen, data: Dataset, most_bytes: float) -> None:
-        self.data = data
+    def __init__(
+        self, embed: EmbedFn, frozen: Frozen, data: Dataset, layout: Layout, most_bytes: float, storage: "Storage"
+    ) -> None:
+        self.data, self.on_device = data, storage.place == "device"
         self.spec = jax.eval_shape(embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
-        needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.spec))
+        rows = len(data) + -len(data) % layout.data_shards if self.on_device else len(data)
+        stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)
+        self._bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
         self._done = np.zeros(len(data), bool)
-        fits = needed <= most_bytes
-        self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self.spec) if fits else None
+        self._stored = stored if self._bytes <= most_bytes else None
+        self._kept: PyTree = None
+        self._sharding = layout.local()._replace(stacked=False).named(layout.rows(rows))
 
     @property
     def keeps(self) -> bool:
         """Whether there is room to keep them."""
-        return self._kept is not None
+        return self._stored is not None
 
     @property
     def room(self) -> tuple[int, int]:
-        """Bytes of host memory when all are kept, and those that are filled by now."""
-        full = sum(leaf.nbytes for leaf in jax.tree.leaves(self._kept))
+        """Bytes when all are kept, and those that are filled by now."""
+        full = self._bytes if self.keeps else 0
         return full, round(full * self._done.mean())
 
     def has(self, rows: np.ndarray) -> bool:
@@ -50,37 +56,95 @@ class Embedding:
         return bool(self._done[rows].all())
 
     def get(self, rows: np.ndarray) -> PyTree:
-        """The embedded images at `rows`."""
-        return jax.tree.map(lambda kept: kept[rows], self._kept)
+        """The embedded images at `rows`, in the type that they are kept in, where they are kept."""
+        return _take(self._kept, rows) if self.on_device else jax.tree.map(lambda kept: kept[rows], self._kept)
 
-    def keep(self, rows: np.ndarray, x: PyTree) -> None:
-        """Keeps embedded images."""
-        for kept, leaf in zip(jax.tree.leaves(self._kept), jax.tree.leaves(x), strict=True):
-            kept[rows] = leaf
-        self._done[rows] = True
+    def keep(self, rows: np.ndarray, valid: np.ndarray, x: PyTree) -> None:
+        """Keeps the valid ones of embedded images (of the process's devices)."""
+        if self.on_device:
+            if self._kept is None:
+                self._kept = jax.tree.map(
+                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=self._sharding), self._stored
+                )
+            self._kept = _set(self._kept, np.where(valid, rows, len(self.data)), x)
+        else:
+            if self._kept is None:
+                self._kept = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), self._stored)
+            for kept, leaf in zip(jax.tree.leaves(self._kept), jax.tree.leaves(x), strict=True):
+                kept[rows[valid]] = np.asarray(leaf)[valid]
+        self._done[rows[valid]] = True
+
+    def rounded(self, x: PyTree) -> PyTree:
+        """Embedded images as they will be when they have been kept."""
+        return jax.tree.map(lambda leaf, kept: leaf.astype(kept.dtype).astype(leaf.dtype), x, self._stored)
 
 
-EmbeddingCache = dict[Hashable, Embedding]
-"""Give the same dictionary to several calls of `fit` and `score` to compute shared features once."""
+@jax.jit
+def _take(kept: PyTree, rows: Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[rows], kept)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(kept: PyTree, rows: Array, x: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new.astype(leaf.dtype), mode="drop"), kept, x)
+
+
+class Storage(NamedTuple):
+    """How embedded images are kept."""
+
+    place: Literal["host", "device"] = "host"
+    """In the memory of the host, or on the devices (shared among those along "data"), which no copy then delays."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16" rounds floats to half their size."""
+
+    def check(self) -> None:
+        """Raises ValueError where a field is none of those above."""
+        for name, value, known in (
+            ("cache", self.place, ("host", "device")),
+            ("cache_dtype", self.dtype, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got "{value}"')
+
+    def stored(self, leaf: Any, rows: int) -> jax.ShapeDtypeStruct:
+        """What is kept of so many images."""
+        dtype = jnp.dtype(self.dtype) if leaf.dtype == jnp.float32 else leaf.dtype
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), dtype)
+
+
+class EmbeddingCache(dict[Hashable, Embedding]):
+    """Give the same one to several calls of `fit` and `score` to compute shared features once.
+
+    Args:
+        storage: How they are kept.
+        shared: Keep what one call needs once only, for the other calls.
+    """
+
+    def __init__(self, storage: Storage = Storage(), *, shared: bool = True) -> None:
+        super().__init__()
+        storage.check()
+        self.storage, self.shared = storage, shared
 
 
 def embeddings(
     embed: EmbedFn,
     frozen: Frozen,
     datasets: Sequence[Dataset],
+    layout: Layout,
     batch_size: int,
     cache: EmbeddingCache | None,
     keep: bool,
 ) -> list[Embedding]:
     """The embeddings of data sets, from the cache where they are there."""
-    made: EmbeddingCache = {} if cache is None else cache
-    most = CACHE_BYTES / len(datasets) if keep or cache is not None else -1
+    cache = EmbeddingCache(shared=False) if cache is None else cache
+    made: dict[Hashable, Embedding] = cache if cache.shared else {}
+    most = CACHE_BYTES / len(datasets) if keep or cache.shared else -1
     found = []
     for data in datasets:
         images = tuple(map(id, data.records))  # subsets of one data set share their records
-        key = (embed, id(frozen), images, data.preprocess, batch_size)
+        key = (embed, id(frozen), images, data.preprocess, batch_size, layout.local().mesh)
         if key not in made:
-            made[key] = Embedding(embed, frozen, data, most)
+            made[key] = Embedding(embed, frozen, data, layout, most, cache.storage)
         found.append(made[key])
     return found
 
@@ -178,16 +242,27 @@ class Reader:
         def unstacked(array: np.ndarray) -> np.ndarray:
             return array if layout.stacked else array[0]
 
+        local = layout.local().named(None, axis)
         if images is None:
             kept = [source.get(rows) for source, rows in zip(sources, index, strict=True)]
-            host = jax.tree.map(lambda *leaves: unstacked(np.stack(leaves)), *kept)
-            return jax.tree.map(lambda leaf: layout.put(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), host)
-        here = jax.device_put(unstacked(images), layout.local().named(None, axis))
-        x = embed_program(self._embed_fn, layout, axis)(self._frozen.local, here)
-        for c, source in enumerate(sources):
-            if source.keeps:
-                rows = jax.tree.map(lambda leaf, c=c: np.asarray(leaf[c] if layout.stacked else leaf)[valid[c]], x)
-                source.keep(index[c][valid[c]], rows)
+            if sources[0].on_device:
+                x = jax.tree.map(lambda *leaves: jnp.stack(leaves) if layout.stacked else leaves[0], *kept)
+                x = jax.device_put(x, local)
+            else:
+                host = jax.tree.map(lambda *leaves: unstacked(np.stack(leaves)), *kept)
+                x = jax.tree.map(lambda leaf: layout.put(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), host)
+            x = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), x, sources[0].spec)
+            if not sources[0].on_device:
+                return x
+        else:
+            here = jax.device_put(unstacked(images), local)
+            x = embed_program(self._embed_fn, layout, axis)(self._frozen.local, here)
+            for c, source in enumerate(sources):
+                if source.keeps:
+                    own = jax.tree.map(lambda leaf, c=c: leaf[c], x) if layout.stacked else x
+                    source.keep(index[c], valid[c], own)
+            if sources[0].keeps:
+                x = sources[0].rounded(x)
         return jax.tree.map(lambda leaf: layout.join(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), x)
 
 

@@ -251,7 +251,7 @@ def _fit(
     _check_images(datasets)
     started, compiled = time.perf_counter(), compile_seconds()
     several = sum(stage.epochs for stage in method.stages) > 1
-    sources = embeddings(method.embed, frozen, datasets, batch_size, cache, several)
+    sources = embeddings(method.embed, frozen, datasets, layout, batch_size, cache, several)
     room = _multiple(max(room, *map(len, datasets)), layout.data_shards)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((room, *leaf.shape[1:]), leaf.dtype), sources[0].spec)
     programs = _programs(method, layout)
@@ -397,7 +397,7 @@ def _score(
         state = jax.tree.map(lambda leaf: leaf[np.asarray(spread)], state)
     state = layout.spread(state)
     placed = place(frozen, layout)
-    sources = embeddings(method.embed, frozen, some, batch_size, cache, False)
+    sources = embeddings(method.embed, frozen, some, layout, batch_size, cache, False)
     program = _score_program(method, layout, classes_per_step)
     size = _multiple(batch_size, layout.data_shards)
 

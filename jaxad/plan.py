@@ -193,8 +193,11 @@ class _Estimate:
         self._size = datasets[0].image_size
         self._needs: list[Need] = []
         several = sum(stage.epochs for stage in method.stages) > 1
-        sources = {id(one): one for one in embeddings(method.embed, frozen, datasets, batch_size, cache, several)}
+        found = embeddings(method.embed, frozen, datasets, layout, batch_size, cache, several)
+        sources = {id(one): one for one in found}
         self._kept, filled = (sum(column) for column in zip(*(one.room for one in sources.values()), strict=True))
+        self._kept_there = math.ceil(self._kept / layout.data_shards) if found[0].on_device else 0
+        self._kept_here = 0 if found[0].on_device else self._kept
         self._loaded += filled
         height, width = datasets[0].original_size(0)
         self._decoding = (os.cpu_count() or 1) * 2 * 3 * height * width  # each thread: an image and what becomes of it
@@ -231,7 +234,8 @@ class _Estimate:
         if groups > 1:  # the models of the groups before, and in the end all of them side by side
             self._needs = [need._replace(state=need.state + (groups - 1) * model) for need in self._needs]
             model *= groups
-            self._needs.append(Need("join classes", _bytes(self._frozen), 2 * model, 0, 0, self._kept))
+            held = 2 * model + self._kept_there
+            self._needs.append(Need("join classes", _bytes(self._frozen), held, 0, 0, self._kept_here))
         if scoring:
             self._score(state, model)
         needs: dict[str, Need] = {}
@@ -276,7 +280,7 @@ class _Estimate:
         weights, temporaries = _bytes(self._frozen), told.temp_size_in_bytes
         if self._devices[0].platform == "cpu":
             host += len(self._devices) * _scratch(executable.as_text()) + RECYCLED
-        self._needs.append(Need(name, weights, state, batch, temporaries, self._kept + host))
+        self._needs.append(Need(name, weights, state + self._kept_there, batch, temporaries, self._kept_here + host))
         return executable.out_info
 
     def _embed(self, name: str, cube: "Cube", blocks: int, state: int, before: int = 0) -> PyTree:

@@ -509,7 +509,8 @@ def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[
 def shared_caches(detectors: Sequence[Detector]) -> list[EmbeddingCache | None]:
     """For each detector: the cache of all whose frozen part is the same function, None for a loner."""
     embeds = [detector.method.embed for detector in detectors]
-    caches: dict[Any, EmbeddingCache] = {embed: {} for embed in embeds if embeds.count(embed) > 1}
+    storage = detectors[0].storage
+    caches = {embed: EmbeddingCache(storage) for embed in embeds if embeds.count(embed) > 1}
     return [caches.get(embed) for embed in embeds]
 
 

@@ -20,6 +20,7 @@ from jaxad import fit as module
 from jaxad.base import Method, Scores, Stage
 from jaxad.checkpoint import Saver
 from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.embedding import EmbeddingCache, Storage
 from jaxad.fit import NonFiniteLoss, class_state, fit, fit_classes, score, score_all, score_classes
 from jaxad.mesh import mesh_shape
 from jaxad.methods import padim
@@ -204,7 +205,7 @@ def test_images_are_decoded_once_for_all_stages_and_epochs(decoded):
 
 
 def test_images_are_decoded_once_for_all_methods_of_a_cache(decoded):
-    cache = {}
+    cache = EmbeddingCache()
     state = fit(TOY, FROZEN, DATA, KEY, cache=cache).state
     fit(LONG, FROZEN, DATA.subset(range(N)), KEY, cache=cache)
     score_all(TOY, state, FROZEN, DATA, cache=cache)
@@ -214,10 +215,41 @@ def test_images_are_decoded_once_for_all_methods_of_a_cache(decoded):
 
 
 def test_a_cache_tells_weights_apart():
-    cache = {}
+    cache = EmbeddingCache()
     fit(TOY, FROZEN, DATA, KEY, cache=cache)
     other = jnp.float32(0.5)
     assert_equal(fit(TOY, other, DATA, KEY, cache=cache).state, fit(TOY, other, DATA, KEY).state)
+
+
+@pytest.mark.parametrize("axes", [None, (3, 2)])
+def test_embeddings_kept_on_the_device_are_those_of_the_host(axes, decoded):
+    mesh = None if axes is None else jaxad.make_mesh(shape=axes)
+    cache = EmbeddingCache(Storage("device"))
+    there = fit_classes(TOY, FROZEN, CLASSES, KEY, mesh=mesh, cache=cache).state
+    assert len(decoded) == 21 + 9 + 3
+    assert all(isinstance(leaf, jax.Array) for one in cache.values() for leaf in jax.tree.leaves(one.get(np.arange(2))))
+    assert_equal(there, fit_classes(TOY, FROZEN, CLASSES, KEY, mesh=mesh).state)
+    for c, index, scores in score_classes(TOY, there, FROZEN, CLASSES, mesh=mesh, cache=cache):
+        state = jax.tree.map(lambda leaf, c=c: leaf[c], there)
+        np.testing.assert_allclose(scores.image, score_all(TOY, state, FROZEN, CLASSES[c]).image[index], rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_embeddings_kept_in_bfloat16_are_rounded_from_the_first_epoch_on(place):
+    def rounded(frozen, image):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), mean_color(frozen, image))
+
+    cache = EmbeddingCache(Storage(place, "bfloat16"))
+    half = fit(TOY, FROZEN, DATA, KEY, cache=cache).state
+    assert_equal(half, fit(TOY._replace(embed=rounded), FROZEN, DATA, KEY).state)
+    assert next(iter(cache.values())).room == (N * 3 * 2, N * 3 * 2)
+    assert next(iter(cache.values())).get(np.arange(2))["color"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("storage", [Storage("disk"), Storage(dtype="int8")])  # pyright: ignore[reportArgumentType]
+def test_embeddings_are_kept_where_and_as_one_can(storage):
+    with pytest.raises(ValueError, match=r'^cache(_dtype)? must be "\w+" or "\w+", got "\w+"$'):
+        EmbeddingCache(storage)
 
 
 def test_embeddings_that_do_not_fit_are_computed_anew(decoded, monkeypatch):
@@ -345,7 +377,7 @@ def test_a_key_for_each_class_is_a_sweep_over_seeds():
 
 
 def test_classes_are_decoded_once(decoded):
-    cache = {}
+    cache = EmbeddingCache()
     state = fit_classes(TOY, FROZEN, CLASSES, KEY, cache=cache).state
     list(score_classes(TOY, state, FROZEN, CLASSES, cache=cache))
     assert len(decoded) == 21 + 9 + 3

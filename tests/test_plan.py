@@ -16,6 +16,7 @@ from jaxad import mesh as meshes
 from jaxad.cli import main
 from jaxad.data import Preprocess, open_data
 from jaxad.detector import plan_together
+from jaxad.embedding import EmbeddingCache
 from jaxad.fit import fit, fit_classes, score_all, score_classes
 from jaxad.memory import Memory, available
 from jaxad.methods import padim, patchcore
@@ -82,7 +83,7 @@ def test_several_epochs_keep_embedded_images_in_host_memory():
 
 
 def test_a_filled_cache_counts_as_there():
-    method, frozen, cache = CASES["padim"].make(), frozen_of(("pdn_small",), 0), {}
+    method, frozen, cache = CASES["padim"].make(), frozen_of(("pdn_small",), 0), EmbeddingCache()
     empty = estimate(method, frozen, DATA, batch_size=BATCH, cache=cache)
     fit(method, frozen, DATA, KEY, batch_size=BATCH, cache=cache)
     filled = estimate(method, frozen, DATA, batch_size=BATCH, cache=cache)

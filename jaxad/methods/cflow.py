@@ -29,6 +29,7 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, block_params, random_orthogonal
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.lapack import key_after
 
 WARM_UP, LEAST_RATE = 0.08, 1e-3
 """The learning rate begins at a tenth, rises for this share of the training, and falls to this share of it (cosine)."""
@@ -139,8 +140,11 @@ def cflow(
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> CflowTraining:
         del frozen
-        keys = jax.random.split(key, len(layers))
-        made = {layer: init_level(own, spec[layer].shape[-1]) for layer, own in zip(layers, keys, strict=True)}
+        made: dict[str, tuple[BlockParams, Float[Array, "k c c"]]] = {}
+        for layer, own in zip(layers, jax.random.split(key, len(layers)), strict=True):
+            for _, rotations in list(made.values())[-1:]:
+                own = key_after(own, rotations)
+            made[layer] = init_level(own, spec[layer].shape[-1])
         return CflowTraining(
             {layer: begin(optimizer, blocks) for layer, (blocks, _) in made.items()},
             {layer: rotations for layer, (_, rotations) in made.items()},

@@ -22,6 +22,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.gaussian import HIGHEST, ledoit_wolf, mahalanobis
+from jaxad.ops.lapack import after
 
 
 class PooledFeatures(NamedTuple):
@@ -81,10 +82,10 @@ def mahalanobis_ad(
         made: dict[str, StageGaussian] = {}
         for layer in layers:
             x = state.features[layer]
-            for before in list(made.values())[-1:]:  # each waits for the last: see below
-                x = jnp.where(jnp.isnan(before.factor[0, 0]), jnp.nan, x)
+            for before in list(made.values())[-1:]:
+                x = after(x, before.factor)
             made[layer] = gaussian(x, state.seen)
-        return made  # jaxlib 0.10: two LAPACK calls on several classes at once can take all threads of a CPU and hang
+        return made
 
     def gaussian(x: Float[Array, "n c"], seen: Bool[Array, "n"]) -> StageGaussian:
         if reduction is None:
@@ -109,7 +110,7 @@ def mahalanobis_ad(
         total = jnp.zeros(x[layers[0]].shape[0])
         for layer in layers:
             center, basis, mean, factor = state[layer]
-            z = jnp.where(jnp.isnan(total)[:, None], jnp.nan, x[layer] - center)  # one LAPACK call after the other
+            z = after(x[layer] - center, total)
             z = z if basis is None else jnp.matmul(z, basis, precision=HIGHEST)
             total = total + mahalanobis(z, mean, factor)
         return Scores(total, None)
