@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet
+from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet, transformer
 from jaxad.base import EmbedFn, Frozen, Key
 
 
@@ -26,12 +26,15 @@ class Backbone(NamedTuple):
     patch_layers: tuple[str, ...]
     """The stages that describe patches best (strides 8 and 16), the finest first."""
     pyramid_layers: tuple[str, ...]
-    """The stages of a feature pyramid from stride 4 on, the finest first."""
+    """The stages of a feature pyramid from stride 4 on, the finest first; of a transformer, one stage of stride 16."""
+    normalized: bool
+    """Whether the maps have passed a layer norm of the network's own."""
     init: Callable[[Key], Frozen]
     """Random weights."""
     apply: Callable[[Frozen, Array, tuple[str, ...]], dict[str, Float[Array, "b _ _ _"]]]
-    """(frozen, image, layers) -> the float32 feature maps of those stages; image b h w 3 of any size, uint8 or float in
-    [0, 1]. Nothing past the deepest of them is computed. The network computes in the type of the weights."""
+    """(frozen, image, layers) -> the float32 feature maps of those stages; image b h w 3 of any size (for a
+    transformer a multiple of 16), uint8 or float in [0, 1]. Nothing past the deepest of them is computed. The network
+    computes in the type of the weights."""
     fold: Callable[[Mapping[str, np.ndarray]], Frozen]
     """The tensors of a torch checkpoint -> frozen, batch norm folded into the convolutions. Stages past the deepest
     that the checkpoint holds may be missing, and are then missing from `frozen`; a tensor that is missing before it, or
@@ -44,26 +47,48 @@ def normalize(frozen: Frozen, image: Array, dtype: DTypeLike) -> Float[Array, "b
     return ((image.astype(jnp.float32) * scale - frozen["mean"]) / frozen["std"]).astype(dtype)
 
 
-def _network(entry: registry.Entry) -> tuple[nn.Module, Any]:
-    """The network of an entry and the module with its `STAGES`, `PATCH_LAYERS` and `PYRAMID_LAYERS`."""
-    if entry.architecture == "pdn_small":
-        return pdn.PatchDescriptionNetwork(), pdn
-    if entry.architecture in resnet.BLOCKS:
-        return resnet.ResNet(entry.architecture, entry.stride_in_1x1), resnet
-    return efficientnet.EfficientNet(entry.architecture), efficientnet
+class _Network(NamedTuple):
+    """The module of an architecture, and what `Backbone` says of it."""
+
+    module: nn.Module
+    stages: tuple[str, ...]
+    patch_layers: tuple[str, ...]
+    pyramid_layers: tuple[str, ...]
+    normalized: bool = False
 
 
+def _is_transformer(entry: registry.Entry) -> bool:
+    return transformer.member(entry.architecture) in transformer.MEMBERS
+
+
+def _network(entry: registry.Entry) -> _Network:
+    name = entry.architecture
+    if _is_transformer(entry):
+        layers = transformer.default_layers(name)
+        return _Network(transformer.Transformer(name), transformer.stages(name), layers, layers, normalized=True)
+    if name == "pdn_small":
+        module, family = pdn.PatchDescriptionNetwork(), pdn
+    elif name in resnet.BLOCKS:
+        module, family = resnet.ResNet(name, entry.stride_in_1x1), resnet
+    else:
+        module, family = efficientnet.EfficientNet(name), efficientnet
+    return _Network(module, family.STAGES, family.PATCH_LAYERS, family.PYRAMID_LAYERS)
+
+
+@functools.lru_cache
 def shapes(name: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of a backbone's parameters: for every convolution those of its `kernel` (HWIO) and `bias`."""
-    network, family = _network(registry.lookup(name))
-    stages = family.STAGES
+    """The shapes of a backbone's parameters by layer, as of a convolution's `kernel` (HWIO) and `bias`."""
+    network = _network(registry.lookup(name))
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    variables = jax.eval_shape(lambda key, image: network.init(key, image, stages), jax.random.key(0), image)
+    init = functools.partial(network.module.init, layers=network.stages)
+    variables = jax.eval_shape(init, jax.random.key(0), image)
     return jax.tree.map(lambda leaf: leaf.shape, variables["params"])
 
 
 def _fold(entry: registry.Entry, stages: tuple[str, ...], tensors: Mapping[str, np.ndarray]) -> convolution.Params:
     modules = shapes(entry.name)
+    if _is_transformer(entry):
+        return transformer.fold(entry.architecture, modules, tensors)
     if entry.architecture == "pdn_small":
         wanted = {m: {f"{m}.{leaf}": shape for leaf, shape in leaves.items()} for m, leaves in modules.items()}
         convolution.held(stages, wanted, tensors)
@@ -80,14 +105,15 @@ def backbone(name: str) -> Backbone:
 
     Args:
         name: `resnet18/34/50/101/152`, `wide_resnet50_2`, `wide_resnet101_2`, `efficientnet_b0..b7`,
-            `tf_efficientnet_b0..b7`, `pdn_small`, or one of them with a training recipe (`resnet50.caffe_in1k`).
+            `tf_efficientnet_b0..b7`, a DeiT (`deit_base_distilled_patch16_384`), a CaiT (`cait_m48_448`), `pdn_small`,
+            or one of them with a training recipe (`resnet50.caffe_in1k`).
 
     Raises:
         ValueError: There is no such backbone.
     """
     entry = registry.lookup(name)
-    network, family = _network(entry)
-    stages = family.STAGES
+    network = _network(entry)
+    stages = network.stages
 
     def freeze(params) -> Frozen:
         mean, std = (np.asarray(values, np.float32) for values in entry.normalization)
@@ -100,15 +126,15 @@ def backbone(name: str) -> Backbone:
         params = {module: {} for module, _ in leaves}
         draws = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
         for ((module, leaf), shape), values in zip(leaves.items(), draws, strict=True):
-            scale = 0.0 if leaf == "bias" else math.sqrt(2 / math.prod(shape[:-1]))
-            params[module][leaf] = values.reshape(shape) * scale
+            deviation = 0.0 if leaf in ("bias", "scale") else math.sqrt(2 / math.prod(shape[:-1]))
+            params[module][leaf] = values.reshape(shape) * deviation + float(leaf == "scale")
         return freeze(params)
 
     def apply(frozen: Frozen, image: Array, layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
         _check(name, stages, layers)
         try:
             normalized = normalize(frozen, image, jax.tree.leaves(frozen["params"])[0].dtype)
-            maps: Any = network.apply({"params": frozen["params"]}, normalized, tuple(layers))
+            maps: Any = network.module.apply({"params": frozen["params"]}, normalized, tuple(layers))
         except flax.errors.ScopeParamNotFoundError:
             held = [stage for stage in stages if any(f"{m}.".startswith(f"{stage}.") for m in frozen["params"])]
             raise ValueError(
@@ -123,7 +149,7 @@ def backbone(name: str) -> Backbone:
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
 
-    return Backbone(name, stages, family.PATCH_LAYERS, family.PYRAMID_LAYERS, init, apply, fold)
+    return Backbone(name, *network[1:], init, apply, fold)
 
 
 def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:

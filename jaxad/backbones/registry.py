@@ -63,6 +63,13 @@ ENTRIES = {
         Entry("tf_efficientnet_b2.aa_in1k", sha256="08d7bd5d858873cb1a829f51c01811c75117665b1de91c215acbcf836a23a5c9"),
         *(Entry(f"tf_efficientnet_b{i}.aa_in1k") for i in range(3, 8)),
         *(Entry(f"tf_efficientnet_b{i}.ns_jft_in1k") for i in range(8)),
+        *(Entry(f"deit_{size}_patch16_224.fb_in1k") for size in ("tiny", "small", "base")),
+        *(Entry(f"deit_{size}_distilled_patch16_224.fb_in1k") for size in ("tiny", "small", "base")),
+        Entry("deit_base_patch16_384.fb_in1k"),
+        Entry("deit_base_distilled_patch16_384.fb_in1k"),
+        *(Entry(f"cait_{size}_224.fb_dist_in1k") for size in ("xxs24", "xxs36", "s24")),
+        *(Entry(f"cait_{size}_384.fb_dist_in1k") for size in ("xxs24", "xxs36", "xs24", "s24", "s36", "m36")),
+        Entry("cait_m48_448.fb_dist_in1k"),
     )
 }
 """By full name. The first of an architecture is what its plain name means."""

@@ -16,15 +16,20 @@ import numpy as np
 GOLDEN = Path(__file__).with_name("golden")
 SIZES = ((64, 64), (65, 97), (78, 51))
 """Heights and widths of the images: even, odd, and neither a multiple of anything."""
+PATCHED = ((32, 48), (224, 224), (256, 240))
+"""Those for transformers: fewer patches than in training, as many, and more."""
 KEPT = 192
 """Entries of a feature map that are stored."""
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
+TRANSFORMERS = ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "cait_xxs24_224")
 
 
 def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 tensor of that name in a checkpoint: random, but of a size that keeps activations in range."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if len(shape) == 3:  # a transformer's tokens and their positions
+        return rng.standard_normal(shape, np.float32) / 2
     if len(shape) != 1:
         return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
     low, high = {"weight": (0.4, 0.9), "running_var": (0.2, 1.2)}.get(name.rpartition(".")[2], (-0.3, 0.3))
@@ -34,6 +39,11 @@ def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def image(size: tuple[int, int]) -> np.ndarray:
     """A random RGB image b h w 3, normalized already."""
     return np.random.default_rng(size).standard_normal((1, *size, 3), np.float32)
+
+
+def sizes(name: str) -> tuple[tuple[int, int], ...]:
+    """The sizes of the images for a golden file of that name."""
+    return PATCHED if name in TRANSFORMERS else SIZES
 
 
 def kept(maps: np.ndarray) -> np.ndarray:
@@ -69,19 +79,50 @@ def original(name: str):
     return module.eval(), stages
 
 
-def make(name: str) -> None:
-    """Writes the golden file of that name."""
-    import torch
-
+def convolutional(name: str):
+    """The function from an image b 3 h w to the feature maps of all stages."""
     module, stages = original(name)
     found = {}
     for stage, submodule in stages.items():
         submodule.register_forward_hook(lambda _module, _inputs, out, stage=stage: found.update({stage: out}))
+
+    def stages_of(x):
+        module(x)
+        return [found[stage] for stage in stages]
+
+    return stages_of
+
+
+def transformer(name: str):
+    """The same for a transformer, built for the size of the image, its position embedding resampled to that."""
+    import timm
+    import torch
+    from timm.layers import resample_abs_pos_embed
+
+    shapes = {k: v.shape for k, v in timm.create_model(name).state_dict().items()}
+
+    def stages_of(x):
+        module = timm.create_model(name, img_size=tuple(x.shape[2:])).eval()
+        state = {k: torch.from_numpy(synthetic(k, shape)) for k, shape in shapes.items()}
+        tokens = 0 if name.startswith("cait") else module.num_prefix_tokens
+        grid = module.patch_embed.grid_size
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=tokens)
+        module.load_state_dict(state)
+        return module.forward_intermediates(x, norm=True, intermediates_only=True)
+
+    return stages_of
+
+
+def make(name: str) -> None:
+    """Writes the golden file of that name."""
+    import torch
+
+    stages_of = transformer(name) if name in TRANSFORMERS else convolutional(name)
     arrays = {}
-    for size in SIZES:
+    for size in sizes(name):
         with torch.no_grad():
-            module(torch.from_numpy(image(size)).permute(0, 3, 1, 2))
-        maps = [found[stage].permute(0, 2, 3, 1).contiguous().numpy() for stage in stages]
+            found = stages_of(torch.from_numpy(image(size)).permute(0, 3, 1, 2))
+        maps = [m.permute(0, 2, 3, 1).contiguous().numpy() for m in found]
         prefix = f"{size[0]}x{size[1]}"
         arrays[f"{prefix}/shape"] = np.array([m.shape for m in maps])
         arrays[f"{prefix}/peak"] = np.array([np.abs(m).max() for m in maps])
@@ -97,6 +138,7 @@ if __name__ == "__main__":
         *EFFICIENTNETS,
         *(f"tf_{name}" for name in EFFICIENTNETS),
         *(f"{name}.torchvision" for name in EFFICIENTNETS),
+        *TRANSFORMERS,
     )
     for name in sys.argv[1:] or everything:
         make(name)

@@ -28,6 +28,21 @@ PARAMETERS = {
     "efficientnet_b6": 43_040_704,
     "efficientnet_b7": 66_347_960,
 }
+# with classifiers and CaiT's class attention, as timm counts them
+TRANSFORMERS = {
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_base_distilled_patch16_384": 87_630_032,
+    "cait_xxs24_224": 11_956_264,
+    "cait_xxs36_224": 17_299_720,
+    "cait_xs24_384": 26_670_088,
+    "cait_s24_384": 47_062_120,
+    "cait_s36_384": 68_366_632,
+    "cait_m36_384": 271_221_352,
+    "cait_m48_448": 356_460_520,
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +85,17 @@ def test_parameter_count_is_the_published_one(name):
     assert sum(map(math.prod, learned.values())) + 1000 * width + 1000 == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_parameter_count_of_a_transformer_is_the_published_one(name):
+    shapes = networks.shapes(name)
+    width, heads = shapes["norm"]["bias"][0], 2 if "distilled" in name else 1
+    beyond = heads * 1000 * (width + 1)
+    if name.startswith("cait"):
+        beyond += 2 * (12 * width**2 + 15 * width) + width
+    own = sum(math.prod(shape) for leaves in shapes.values() for shape in leaves.values())
+    assert own + beyond == TRANSFORMERS[name]
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "count"),
     [
@@ -79,13 +105,15 @@ def test_parameter_count_is_the_published_one(name):
         ("efficientnet_b0", ("stem",), 1),
         ("efficientnet_b0", ("blocks.0",), 4),
         ("pdn_small", ("layer1",), 2),
+        ("deit_tiny_patch16_224", ("blocks.0",), 1 + 6),
+        ("cait_xxs24_224", ("blocks.0", "blocks.2"), 1 + 3 * 8),
     ],
 )
 def test_nothing_past_the_last_wanted_stage_is_computed(name, layers, count):
     assert len(convolutions(name, layers)) == count
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_b0", "cait_xxs24_224"])
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
     stages = backbone(name).stages
     assert {e.invars[0].aval.dtype for e in convolutions(name, stages, jnp.bfloat16)} == {jnp.dtype(jnp.bfloat16)}
@@ -93,7 +121,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
     maps = jax.eval_shape(
         lambda frozen, image: network.apply(frozen, image, stages),
         in_type(jax.eval_shape(network.init, jax.random.key(0)), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, 33, 47, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.float32),
     )
     assert {m.dtype for m in maps.values()} == {jnp.dtype(jnp.float32)}
 
@@ -156,7 +184,7 @@ def test_unknown_layers_are_refused(layers):
 def test_unknown_names_are_refused_with_the_near_ones():
     with pytest.raises(ValueError, match=r"'wide_resnet50'.*did you mean wide_resnet50_2"):
         backbone("wide_resnet50")
-    with pytest.raises(ValueError, match="known are efficientnet_b0"):
+    with pytest.raises(ValueError, match="known are cait_m36_384"):
         backbone("zzz")
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, efficientnet, networks, resnet
+from jaxad.backbones import backbone, efficientnet, networks, resnet, transformer
 
-from .make_golden import GOLDEN, SIZES, image, kept, synthetic
+from .make_golden import GOLDEN, PATCHED, SIZES, TRANSFORMERS, image, kept, sizes, synthetic
 
 TOLERANCE = 1e-4
 SMALL = (
@@ -22,12 +22,18 @@ SMALL = (
     ("efficientnet_b0", SIZES[2:]),
     ("tf_efficientnet_b0", SIZES[:2]),
     ("efficientnet_b0.torchvision", SIZES[:1]),
+    ("deit_tiny_distilled_patch16_224", PATCHED[:2]),
+    ("deit_tiny_patch16_224", PATCHED[:1]),
+    ("cait_xxs24_224", PATCHED[::2]),
 )
 
 
 def checkpoint(name: str) -> dict[str, np.ndarray]:
     """The random checkpoint that `make_golden` gave the original of that name."""
     plain = name.removesuffix(".torchvision")
+    if name in TRANSFORMERS:
+        groups = transformer.wanted(networks.shapes(name)).values()
+        return {key: synthetic(key, shape) for group in groups for key, shape in group.items()}
     source = resnet.source
     if "efficientnet" in name:
         keys = ("features.0.0.weight",) if plain != name else ()
@@ -62,12 +68,12 @@ def test_golden_files_are_small_and_complete():
     files = list(GOLDEN.glob("*.npz"))
     assert {file.stem.removesuffix(".torchvision") for file in files} >= {*resnet.BLOCKS, "resnet50.caffe_in1k"} | {
         f"{prefix}efficientnet_b{i}" for prefix in ("", "tf_") for i in range(8)
-    }
+    } | {*TRANSFORMERS}
     assert sum(file.stat().st_size for file in files) < 1.5e6
 
 
 if __name__ == "__main__":
     for file in sorted(GOLDEN.glob("*.npz")):
-        worst = differences(file.stem, SIZES)
+        worst = differences(file.stem, sizes(file.stem))
         print(f"{file.stem:30} {max(worst.values()):.1e} at {max(worst, key=worst.__getitem__)}", flush=True)
         jax.clear_caches()

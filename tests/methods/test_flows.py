@@ -245,3 +245,27 @@ def test_differnet_heat_maps_are_gradients():
 def test_bad_hyperparameters(factory, hyperparameter, rule):
     with pytest.raises(ValueError, match=rule):
         inspect.unwrap(factory)(**{"backbone": "pdn_small"} | hyperparameter)
+
+
+def test_fastflow_learns_no_norm_for_a_transformer():
+    """Its features have passed the network's own: before training the loss is that of the features as they are."""
+    name, layer = "deit_tiny_distilled_patch16_224", "blocks.0"
+    method = fastflow(backbone=name, layers=(layer,), image_size=(32, 32), flow_steps=2, hidden_ratio=0.16)
+    image = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    frozen = jax.tree.map(lambda leaf: normal(1, *leaf.shape), jax.eval_shape(backbone(name).init, KEY))
+    x = jax.jit(method.embed)(frozen, image)
+    state = method.init(KEY, None, spec_of(x))
+    assert set(state.trained.params[layer]) == {"blocks"}
+    quiet = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if "subnet" in jax.tree_util.keystr(path) else leaf, state.trained.params
+    )
+    state = state._replace(trained=state.trained._replace(params=quiet))
+    _, metrics = jax.jit(method.stages[0].update)(KEY, state, None, batch_of(x, 4))
+    found = np.asarray(x[layer], np.float64)
+    np.testing.assert_allclose(metrics["loss"], 0.5 * (found**2).sum((1, 2, 3)).mean(), rtol=1e-4)
+
+    state, losses = train(method, x, 4, 8)
+    assert losses[-1] < losses[0]
+    scores = jax.jit(method.score)(method.stages[0].finalize(KEY, state, None), None, x)
+    assert scores.pixel.shape == (4, 32, 32)
+    assert jnp.isfinite(scores.image).all() and jnp.isfinite(scores.pixel).all()
