@@ -51,6 +51,7 @@ DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, batch_size=4
 )
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, batch_size=4)
+NF: dict[str, Any] = dict(couplings=2, hidden=4, blocks=1, epochs=2, batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {
@@ -66,6 +67,15 @@ CASES = {
     "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
+    "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
+    "nf-pixels": Case(
+        "nf",
+        NF | dict(on="pixels", scales=1, couplings=1),
+        pixel=False,
+        random=True,
+        streaming=True,
+        determined=False,
+    ),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(

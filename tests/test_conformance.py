@@ -52,16 +52,21 @@ def rows(x: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[np.asarray(index)], x)
 
 
-def stacked(x: PyTree, n: int, size: int, padding: float | None = None) -> Batch:
-    """Batches of `size` from n embedded images; padding rows repeat the first index and hold images or `padding`."""
+def nonsense(dtype: Any) -> Any:
+    """NaN, or of integers the largest."""
+    return jnp.asarray(math.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
+
+
+def stacked(x: PyTree, n: int, size: int, padding: bool = False) -> Batch:
+    """Batches of `size` from n embedded images; padding rows repeat the first index and hold images or nonsense."""
     steps = math.ceil(n / size)
     valid = np.arange(steps * size) < n
     index = np.where(valid, np.arange(steps * size), 0)
 
     def cut(leaf):
         leaf = leaf[index]
-        if padding is not None:
-            leaf = jnp.where(valid.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.asarray(padding, leaf.dtype))
+        if padding:
+            leaf = jnp.where(valid.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, nonsense(leaf.dtype))
         return leaf.reshape(steps, size, *leaf.shape[1:])
 
     shape = (steps, size)
@@ -207,7 +212,7 @@ def test_tracers_do_not_leak_and_nothing_is_captured(name):
 def test_padding_never_changes_anything(name):
     """Rows that are not valid may hold NaN or another image, and carry the index of a valid one."""
     f = fitted(name)
-    assert_equal(f.learn(KEY, f.frozen, stacked(f.train, N, B, math.nan)), f.state)
+    assert_equal(f.learn(KEY, f.frozen, stacked(f.train, N, B, padding=True)), f.state)
 
 
 def test_batch_size_and_room_for_more_images_do_not_change_the_scores(name):
@@ -235,7 +240,7 @@ def test_scores_are_per_image(name):
     scores = f.score(f.state, f.frozen, f.test)
     order = np.array([2, 0, 3, 1])
     assert_close(f.score(f.state, f.frozen, rows(f.test, order)), rows(scores, order), 1e-6)
-    poisoned = jax.tree.map(lambda leaf: leaf.at[1:].set(jnp.asarray(jnp.nan, leaf.dtype)), f.test)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[1:].set(nonsense(leaf.dtype)), f.test)
     assert_close(rows(f.score(f.state, f.frozen, poisoned), [0]), rows(scores, [0]), 1e-6)
     assert_close(f.score(f.state, f.frozen, rows(f.test, [2])), rows(scores, [2]), 1e-5)
 

@@ -1,12 +1,13 @@
 """CFLOW-AD, arXiv:2107.12571: 8 couplings a level, 256 positions a step, cosine learning rate from 2e-4.
 
     python experiments/run.py cflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python experiments/run.py cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 200 epochs; those here are what two CPU cores can do. The last epoch counts, whatever the test
 images say.
 """
 
-from recipes import Recipe, published
+from recipes import MTD, RESNET50, Recipe, published
 
 RECIPES = {
     "cflow_bottle": Recipe(
@@ -18,5 +19,14 @@ RECIPES = {
         published=published("official, ResNet-18, per-class image size, mean of all classes", image_AUROC=0.9675)
         | published("official, ResNet-18, mean of all classes", pixel_AUROC=0.9806),
         notes="Layers 2 and 3 (the deepest of the weights at hand) and 8 epochs instead of layers 2 to 4 and 200.",
+    ),
+    "cflow_mtd": Recipe(
+        "cflow",
+        backbone=RESNET50,
+        image_size=160,
+        hyperparameters={"layers": ("layer3",), "coupling_blocks": 4, "epochs": 4},
+        seeds=(0, 1, 2),
+        notes="160 px, layer 3 alone, 4 couplings and 4 epochs instead of 256 px and more, 3 layers, 8 and 200.",
+        **MTD,
     ),
 }

@@ -13,8 +13,17 @@ from jaxad.bijectors.coupling import (
     masked_coupling,
     soft_clamp,
 )
-from jaxad.bijectors.image import MultiScale, Squeeze, channel_mask, checkerboard_mask
-from jaxad.bijectors.linear import ActNorm, Invertible1x1, Permutation, act_norm_init, random_orthogonal
+from jaxad.bijectors.image import MultiScale, Squeeze, channel_mask, checkerboard_mask, half_mask, quadrant_mask
+from jaxad.bijectors.linear import (
+    ActNorm,
+    Invertible1x1,
+    LuFactors,
+    Permutation,
+    act_norm_init,
+    lu_identity,
+    lu_matrix,
+    random_orthogonal,
+)
 from jaxad.bijectors.scan import Scan, scan_init
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "BlockParams",
     "CrossScaleCoupling",
     "Invertible1x1",
+    "LuFactors",
     "MultiScale",
     "Permutation",
     "Scan",
@@ -34,7 +44,11 @@ __all__ = [
     "clamped_affine",
     "coupling",
     "glow_coupling",
+    "half_mask",
+    "lu_identity",
+    "lu_matrix",
     "masked_coupling",
+    "quadrant_mask",
     "random_orthogonal",
     "scan_init",
     "soft_clamp",

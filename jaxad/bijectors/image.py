@@ -22,6 +22,22 @@ def channel_mask(height: int, width: int, channels: int, second: bool = False) -
     return np.broadcast_to(half, (height, width, channels)).copy()
 
 
+def half_mask(height: int, width: int, channels: int, lower: bool = False) -> Bool[np.ndarray, "h w c"]:
+    """True for the upper half of the rows (or the lower). Source: Kirichenko et al., arXiv:2006.08545, figure 5."""
+    half = (np.arange(height) < height // 2) != lower
+    return np.broadcast_to(half[:, None, None], (height, width, channels)).copy()
+
+
+def quadrant_mask(height: int, width: int, channels: int, number: int) -> Bool[np.ndarray, "h w c"]:
+    """True for a quarter of the image, counted clockwise from the upper left: the parts of the cycle mask.
+
+    Source: Kirichenko et al., arXiv:2006.08545, section 6.1 and figure 5.
+    """
+    lower, right = number % 4 in (2, 3), number % 4 in (1, 2)
+    across = (np.arange(width) < width // 2) != right
+    return half_mask(height, width, channels, lower) & across[None, :, None]
+
+
 class Squeeze(distrax.Bijector):
     """Every 2 x 2 block of pixels becomes one pixel of four times the channels.
 

@@ -1,11 +1,12 @@
 """Linear bijectors on the channels of an event: fixed permutations, 1x1 convolutions, ActNorm."""
 
 import math
+from typing import NamedTuple
 
 import distrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.base import Key, PyTree
 
@@ -38,6 +39,31 @@ def random_orthogonal(key: Key, channels: int) -> Float[Array, "c c"]:
     return matrix.at[0].multiply(jnp.sign(jnp.linalg.det(matrix)))
 
 
+class LuFactors(NamedTuple):
+    """What is learned of an invertible matrix given by its LU decomposition, whose determinant costs nothing."""
+
+    triangles: Float[Array, "*n c c"]
+    """The entries below the diagonal of the lower factor, and those above it of the upper one."""
+    log_diagonal: Float[Array, "*n c"]
+    """Of the upper factor."""
+
+
+def lu_identity(channels: int) -> LuFactors:
+    """The factors of the identity."""
+    return LuFactors(jnp.zeros((channels, channels)), jnp.zeros(channels))
+
+
+def lu_matrix(factors: LuFactors, permutation: Int[Array, "c"]) -> tuple[Float[Array, "c c"], Float[Array, ""]]:
+    """The matrix, whose rows are permuted, and the logarithm of its determinant's absolute value.
+
+    Source: Glow, arXiv:1807.03039, section 3.2, Eq. 10-11.
+    """
+    triangles, log_diagonal = factors
+    lower = jnp.tril(triangles, -1) + jnp.eye(len(log_diagonal))
+    upper = jnp.triu(triangles, 1) + jnp.diag(jnp.exp(log_diagonal))
+    return jnp.matmul(lower, upper, precision=jax.lax.Precision.HIGHEST)[permutation], log_diagonal.sum()
+
+
 class Invertible1x1(distrax.Bijector):
     """y = x @ matrix on the channels, at every position.
 
@@ -47,11 +73,20 @@ class Invertible1x1(distrax.Bijector):
         matrix: Any invertible one.
         event_ndims: 1 for vectors, 3 for images (h w c).
         orthogonal: Whether the matrix is known to be; its determinant is then not computed.
+        log_det: The logarithm of its determinant's absolute value, where that is known.
     """
 
-    def __init__(self, matrix: Float[Array, "c c"], event_ndims: int, *, orthogonal: bool = False) -> None:
+    def __init__(
+        self,
+        matrix: Float[Array, "c c"],
+        event_ndims: int,
+        *,
+        orthogonal: bool = False,
+        log_det: Float[Array, ""] | None = None,
+    ) -> None:
         super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
         self._matrix, self._orthogonal = matrix, orthogonal
+        self._known = jnp.zeros(()) if orthogonal else log_det
 
     def forward_and_log_det(self, x: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
         """Multiplies at every position."""
@@ -65,7 +100,7 @@ class Invertible1x1(distrax.Bijector):
         return flat.reshape(y.shape), -self._log_det(y)
 
     def _log_det(self, x: Array) -> Array:
-        one = jnp.zeros(()) if self._orthogonal else jnp.linalg.slogdet(self._matrix)[1]
+        one = jnp.linalg.slogdet(self._matrix)[1] if self._known is None else self._known
         batch = x.ndim - self.event_ndims_in
         return jnp.broadcast_to(one * math.prod(x.shape[batch:-1]), x.shape[:batch])
 

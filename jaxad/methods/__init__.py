@@ -8,6 +8,7 @@ from jaxad.methods.csflow import csflow
 from jaxad.methods.differnet import differnet
 from jaxad.methods.fastflow import fastflow
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+from jaxad.methods.nf import nf
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
 from jaxad.methods.spade import spade
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "differnet": differnet,
     "fastflow": fastflow,
     "mahalanobis_ad": mahalanobis_ad,
+    "nf": nf,
     "padim": padim,
     "patchcore": patchcore,
     "spade": spade,

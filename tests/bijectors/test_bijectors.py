@@ -17,6 +17,7 @@ from jaxad.bijectors import (
     ActNorm,
     CrossScaleCoupling,
     Invertible1x1,
+    LuFactors,
     MultiScale,
     Permutation,
     Scan,
@@ -26,7 +27,10 @@ from jaxad.bijectors import (
     checkerboard_mask,
     coupling,
     glow_coupling,
+    half_mask,
+    lu_matrix,
     masked_coupling,
+    quadrant_mask,
     random_orthogonal,
     scan_init,
     soft_clamp,
@@ -130,6 +134,17 @@ def invertible(key: Any, c: int, h: int, w: int) -> Made:
     return Made(matrix, lambda p: Invertible1x1(p, 1), (c,))
 
 
+def by_lu(key: Any, c: int, h: int, w: int) -> Made:
+    order = jax.random.permutation(key, c)
+    params = LuFactors(0.3 * weights(key, c, c), jnp.linspace(-0.5, 0.5, c))
+
+    def flow(p: LuFactors) -> distrax.Bijector:
+        matrix, log_det = lu_matrix(p, order)
+        return Invertible1x1(matrix, 3, log_det=log_det)
+
+    return Made(params, flow, (h, w, c))
+
+
 def act_norm(key: Any, c: int, h: int, w: int) -> Made:
     params = act_norm_init(jax.random.normal(key, (9, h, w, c)) * 3 + 1)
     return Made(params, lambda p: ActNorm(*p, 3), (h, w, c))
@@ -182,6 +197,7 @@ MAKERS = {
     "permutation": permutation,
     "orthogonal 1x1": orthogonal,
     "invertible 1x1": invertible,
+    "invertible 1x1 by its LU factors": by_lu,
     "ActNorm": act_norm,
     "squeeze": squeeze,
     "scan of Glow blocks": chain_of_blocks,
@@ -327,10 +343,13 @@ def test_soft_clamp(kind):
 
 
 def test_masks_split_every_image_in_halves():
-    for mask in (checkerboard_mask, channel_mask):
+    for mask in (checkerboard_mask, channel_mask, half_mask):
         one, other = mask(4, 6, 2), mask(4, 6, 2, True)
         assert (one ^ other).all() and one.sum() == other.sum()
     assert checkerboard_mask(2, 2, 1)[..., 0].tolist() == [[True, False], [False, True]]
+    assert half_mask(2, 2, 1)[..., 0].tolist() == [[True, True], [False, False]]
+    corners = [np.argwhere(quadrant_mask(2, 2, 1, i)[..., 0]).tolist() for i in range(5)]
+    assert corners == [[[0, 0]], [[0, 1]], [[1, 1]], [[1, 0]], [[0, 0]]]
 
 
 def test_squeeze_puts_blocks_into_channels():

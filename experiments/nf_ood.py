@@ -1,0 +1,238 @@
+"""Whether flows know foreign images: likelihoods of CIFAR-10 against those of simpler images; writes nf_ood.json.
+
+    python experiments/nf_ood.py --cifar TFDS_FOLDER --embeddings CV_BY_RESNET18_FOLDER --photos MT_FREE_FOLDER
+        --textures DTD_FOLDER --weights resnet18.tv_in1k.safetensors
+
+Every flow is trained on images of CIFAR-10 of all classes; the AUROC is that of its scores for foreign images (higher
+is more anomalous) against CIFAR-10's test images: below 0.5 the flow takes the foreign images for the likelier ones.
+Source: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, arXiv:2006.08545. Foreign are images of one
+color; digits rendered in the manner of SVHN, which is not at hand as images; photographs of magnetic tiles and of
+textures. On embeddings: those of the given ResNet-18 for the same images, and ADBench's of CIFAR-10's first class and
+of SVHN. `--smoke` is the small variant that the tests run, on noise.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+import tyro
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+import jaxad
+from jaxad.artifact import write_json
+from jaxad.backbones import backbone, load, of_file
+from jaxad.base import Batch, Method
+from jaxad.data import Dataset, open_data
+from jaxad.fit import fit, score_all
+from jaxad.methods import nf
+from jaxad.metrics import auroc
+
+SIZE = 32
+
+
+@dataclasses.dataclass
+class Options:
+    """Likelihoods of foreign images."""
+
+    cifar: Path = Path("tensorflow_datasets")
+    """Folder of TensorFlow Datasets that holds CIFAR-10 as array_record."""
+    photos: Path = Path("mtd/MT_Free")
+    """Folder of photographs of plain surfaces (MTD's defect-free tiles)."""
+    textures: Path = Path("dtd")
+    """Folder of photographs of textures (DTD)."""
+    embeddings: Path = Path("CV_by_ResNet18")
+    """ADBench's folder."""
+    weights: Path = Path("resnet18.tv_in1k.safetensors")
+    """A ResNet-18's."""
+    train: int = 20_000
+    """Training images."""
+    test: int = 1_000
+    """Test images, and foreign images of each kind at most."""
+    hidden: int = 32
+    """Width of the networks of flows on pixels."""
+    epochs: int = 1
+    """Of flows on pixels."""
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    results: Path = Path(__file__).parent / "results"
+    smoke: bool = False
+    """Few images of noise."""
+
+
+def flows(options: Options) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters by name."""
+    pixels = dict(
+        on="pixels",
+        hidden=options.hidden,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+    )
+    one_scale = pixels | dict(scales=1, couplings=8)
+    return {
+        "RealNVP, 3 scales": pixels | dict(scales=3, couplings=4),
+        "Glow, 3 scales": pixels | dict(flow="glow", scales=3, couplings=8),
+        "RealNVP, checkerboard": one_scale,
+        "RealNVP, horizontal mask": one_scale | dict(mask="horizontal"),
+        "RealNVP, cycle mask": one_scale | dict(mask="cycle"),
+        "RealNVP on embeddings": dict(
+            layers=("layer1", "layer2", "layer3"), epochs=4 * options.epochs, learning_rate=options.learning_rate
+        ),
+    }
+
+
+def cifar(options: Options, split: str, n: int) -> np.ndarray:
+    """The first images of a split."""
+    if options.smoke:
+        return np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    source = tfds.data_source("cifar10", split=split, data_dir=str(options.cifar), download=False)
+    return np.stack([source[i]["image"] for i in range(min(n, len(source)))])
+
+
+def resized(options: Options, folder: Path, n: int) -> np.ndarray:
+    """Photographs of a folder and those below it, at CIFAR's size."""
+    if options.smoke:
+        return digits(n)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
+    opened = (Image.open(path).convert("RGB") for path in paths)
+    return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
+
+
+def vectors_of(options: Options, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and labels of ADBench."""
+    if options.smoke:
+        return np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32), np.arange(80) % 2
+    with np.load(options.embeddings / f"{name}.npz") as file:
+        return file["X"].astype(np.float32), file["y"]
+
+
+def digits(n: int) -> np.ndarray:
+    """House numbers: blurred digits of one color on another, with neighbors that are cut off."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(n):
+        back, front = (tuple(int(v) for v in rng.integers(0, 256, 3)) for _ in range(2))
+        image = Image.new("RGB", (SIZE, SIZE), back)
+        font = ImageFont.load_default(size=int(rng.integers(22, 32)))
+        word = " ".join(str(d) for d in rng.integers(0, 10, 3))
+        ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), word, fill=front, font=font, anchor="mm")
+        images.append(np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))))
+    return np.stack(images)
+
+
+def data_of(images: np.ndarray) -> Dataset:
+    """A data set of arrays."""
+    train = open_data(images)["arrays"].train
+    assert train is not None
+    return train
+
+
+def against(scores: np.ndarray, foreign: np.ndarray) -> float:
+    """The AUROC of foreign images."""
+    labels = np.r_[np.zeros(len(scores), int), np.ones(len(foreign), int)]
+    return auroc(np.r_[scores, foreign], labels)
+
+
+def on_vectors(method: Method, train: np.ndarray, seed: int, epochs: int, batch_size: int) -> Any:
+    """A flow fitted to embeddings that are there already."""
+    spec = {"layer3": jax.ShapeDtypeStruct(train.shape, jnp.float32)}
+    state = method.init(jax.random.key(seed), None, spec)
+    order = np.random.default_rng(seed)
+    for stage in method.stages:
+        update = jax.jit(stage.update)
+        for epoch in range(epochs if stage.shuffle else 1):
+            shuffled = order.permutation(len(train))
+            for step in range(len(train) // batch_size):
+                rows = shuffled[step * batch_size : (step + 1) * batch_size]
+                whole = jnp.ones(len(rows), bool)
+                batch = Batch(
+                    {"layer3": train[rows]}, whole, np.zeros(len(rows), np.int32), None, rows.astype(np.int32)
+                )
+                state, _ = update(jax.random.key(epoch * len(train) + step), state, None, batch)
+        state = stage.finalize(jax.random.key(seed), state, None)
+    return state
+
+
+def progress(name: str) -> Any:
+    """One line, rewritten, with a rate and the time left."""
+    started = time.perf_counter()
+
+    def show(what: str, done: int, total: int) -> None:
+        seconds = time.perf_counter() - started
+        rate = done / seconds if seconds else 0
+        left = f"{(total - done) / rate:.0f} s left" if rate else ""
+        print(f"\r{name}: {what} {done}/{total} images, {rate:.0f}/s, {left}   ", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def main(options: Options) -> None:
+    """Trains all flows."""
+    train, test = data_of(cifar(options, "train", options.train)), cifar(options, "test", options.test)
+    colors = np.random.default_rng(0).integers(0, 256, (options.test, 1, 1, 3), np.uint8)
+    foreign = {
+        "one color": np.tile(colors, (1, SIZE, SIZE, 1)),
+        "digits": digits(options.test),
+        "tiles": resized(options, options.photos, options.test),
+        "textures": resized(options, options.textures, options.test),
+    }
+    name = of_file(options.weights)
+    frozen = backbone(name).init(jax.random.key(0)) if options.smoke else load(name, options.weights)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def scored(method: Method, state: Any, images: np.ndarray) -> np.ndarray:
+        return np.asarray(score_all(method, state, frozen, data_of(images), batch_size=64).image)
+
+    for flow, hyperparameters in flows(options).items():
+        method = nf(backbone=name, **hyperparameters)
+        fitted = fit(method, frozen, train, jax.random.key(0), progress=progress(flow))
+        own = scored(method, fitted.state, test)
+        rows[flow] = {
+            "hyperparameters": hyperparameters,
+            "bits_per_dimension": float(own.mean()) if hyperparameters.get("on") == "pixels" else None,
+            "auroc": {k: against(own, scored(method, fitted.state, v)) for k, v in foreign.items()},
+            "seconds": fitted.run_seconds,
+        }
+        print(f"\n{flow}", {k: v for k, v in rows[flow].items() if k != "hyperparameters"}, flush=True)
+    x, y = vectors_of(options, "CIFAR10_0")
+    normal, other = x[y == 0], x[y == 1]
+    held_out = len(normal) // 5
+    rate: dict[str, Any] = dict(batch_size=options.batch_size, learning_rate=options.learning_rate)
+    method = nf(backbone=name, layers=("layer3",), **rate)
+    started = time.perf_counter()
+    state = on_vectors(method, normal[held_out:], 0, 5 * options.epochs, options.batch_size)
+    seconds = time.perf_counter() - started
+
+    def score(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(method.score)(state, None, {"layer3": x}).image)
+
+    own = score(normal[:held_out])
+    rows["RealNVP on ADBench's embeddings"] = {
+        "auroc": {
+            "SVHN": against(own, score(vectors_of(options, "SVHN_0")[0])),
+            "other classes of CIFAR-10": against(own, score(other)),
+        },
+        "seconds": seconds,
+    }
+    print(rows["RealNVP on ADBench's embeddings"])
+    record = {
+        "experiment": "nf_ood",
+        "train_images": len(train),
+        "test_images": len(test),
+        "foreign_images": {k: len(v) for k, v in foreign.items()},
+        "flows": rows,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    write_json(options.results / "nf_ood.json", record)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,40 @@
+"""NF on embeddings, arXiv:2006.08545: a RealNVP of 8 couplings on pooled features; no published number is for defects.
+
+    python experiments/run.py nf_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python experiments/run.py nf_mtd nf_pillqc --data FOLDER --weights resnet50.caffe_in1k.safetensors
+
+The paper's own question, foreign images and flows on pixels, is that of experiments/nf_ood.py.
+"""
+
+from recipes import MTD, RESNET50, Recipe
+
+LAYERS = {"layers": ("layer1", "layer2", "layer3")}
+NOTES = "A flow on the pooled features that Mahalanobis AD models by a Gaussian."
+
+RECIPES = {
+    "nf_bottle": Recipe(
+        "nf",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters={**LAYERS, "epochs": 60, "learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+        notes=NOTES,
+    ),
+    "nf_mtd": Recipe(
+        "nf",
+        backbone=RESNET50,
+        hyperparameters={**LAYERS, "epochs": 20, "learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+        notes=NOTES,
+        **MTD,
+    ),
+    "nf_pillqc": Recipe(
+        "nf",
+        "pillqc",
+        RESNET50,
+        hyperparameters={**LAYERS, "epochs": 100, "learning_rate": 1e-3},
+        seeds=(0, 1, 2),
+        notes=NOTES,
+    ),
+}

@@ -1,0 +1,340 @@
+"""NF: the likelihood of an image, or of its embedding, under a normalizing flow, and why that of pixels misleads.
+
+Stored: a RealNVP or Glow, which maps training images to a standard normal; what it sees are pixels (dequantized by
+noise, as logits) or the pooled features of a backbone. An image scores its negative log-likelihood in bits a
+dimension. Flows on pixels learn what neighboring pixels have in common, of whatever images, so that simple foreign
+images score as more normal than those of the training set; couplings whose masks leave no neighbor in sight ("cycle",
+"horizontal") are the remedy for pixels, and embeddings the better one (sections 4-6).
+
+Paper: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, NeurIPS 2020, arXiv:2006.08545. Flows: RealNVP,
+    arXiv:1605.08803; Glow, arXiv:1807.03039.
+Reference: https://github.com/PolinaKirichenko/flows_ood
+Differences: all couplings have residual networks without normalization, which end in zeros, instead of ResNets with
+    batch norm or highway networks; channels are standardized once, before the flow (with networks that begin as zeros
+    that is what Glow's data-dependent initialization of all its ActNorms comes to); Adam for both flows.
+Results: experiments/recipes/nf.py, and experiments/nf_ood.py for the paper's own question.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, UInt8
+
+from jaxad.backbones import backbone as architecture
+from jaxad.backbones import features
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.bijectors import (
+    ActNorm,
+    Invertible1x1,
+    LuFactors,
+    MultiScale,
+    Scan,
+    Squeeze,
+    channel_mask,
+    checkerboard_mask,
+    glow_coupling,
+    half_mask,
+    lu_identity,
+    lu_matrix,
+    masked_coupling,
+    quadrant_mask,
+)
+from jaxad.bijectors import coupling as half_coupling
+from jaxad.ops.gaussian import Moments, moments_init, moments_update
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+
+Mask = Literal["checkerboard", "horizontal", "cycle"]
+BOUND = 0.05
+"""Logits are taken of pixels that have been moved this far away from black and white."""
+PAIR = 3
+"""Couplings with masks of pixels, and then with masks of channels, at every scale but the last (RealNVP)."""
+
+
+class NfTraining(NamedTuple):
+    """The flow while it is trained."""
+
+    trained: Trained
+    moments: Moments
+    """Of every channel."""
+
+
+class NfFlow(NamedTuple):
+    """The fitted flow."""
+
+    params: PyTree
+
+
+class GlowStep(NamedTuple):
+    """What is learned in a step of Glow."""
+
+    log_scale: Float[Array, "*n c"]
+    shift: Float[Array, "*n c"]
+    mix: LuFactors
+    network: PyTree
+
+
+class Residual(nn.Module):
+    """A residual network, of 3x3 convolutions for images, whose last layer begins as zeros."""
+
+    hidden: int
+    blocks: int
+    out: int
+    image: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s d"]:
+        """Raw log scales and shifts."""
+
+        def layer(x: Array) -> Array:
+            return (nn.Conv(self.hidden, (3, 3)) if self.image else nn.Dense(self.hidden))(x)
+
+        x = layer(x)
+        for _ in range(self.blocks):
+            x = x + layer(nn.relu(layer(nn.relu(x))))
+        return nn.Dense(self.out, kernel_init=nn.initializers.zeros)(nn.relu(x))
+
+
+def pixels(frozen: Frozen, image: Array) -> UInt8[Array, "b h w 3"]:
+    """The `embed` of flows on pixels: the image itself, in 256 levels."""
+    del frozen
+    return image if image.dtype == jnp.uint8 else jnp.round(image * 255).astype(jnp.uint8)
+
+
+def dequantize(
+    image: UInt8[Array, "b h w c"], noise: Float[Array, "*b h w c"]
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b"]]:
+    """Logits of pixels with noise in [0, 1), and the log-determinant in units of pixel levels.
+
+    Source: RealNVP, arXiv:1605.08803, section 4.1.
+    """
+    inside = BOUND + (1 - 2 * BOUND) * (image.astype(jnp.float32) + noise) / 256
+    low, high = jnp.log(inside), jnp.log1p(-inside)
+    return low - high, jnp.sum(math.log((1 - 2 * BOUND) / 256) - low - high, (1, 2, 3))
+
+
+def spatial_masks(kind: Mask, n: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """For n couplings in turn, the entries that stay as they are, and those of them that the network sees."""
+    if kind == "checkerboard":
+        keep = np.stack([checkerboard_mask(*shape, odd=i % 2 == 1) for i in range(n)])
+        return keep, keep
+    if kind == "horizontal":
+        keep = np.stack([half_mask(*shape, lower=i % 2 == 1) for i in range(n)])
+        return keep, keep
+    quadrants = np.stack([quadrant_mask(*shape, i) for i in range(n + 1)])
+    return ~quadrants[1:], quadrants[:-1]
+
+
+def nf(
+    *,
+    backbone: str = "wide_resnet50_2",
+    layers: tuple[str, ...] | None = None,
+    on: Literal["embedding", "pixels"] = "embedding",
+    flow: Literal["realnvp", "glow"] = "realnvp",
+    mask: Mask = "checkerboard",
+    scales: int = 3,
+    couplings: int = 8,
+    hidden: int = 256,
+    blocks: int = 2,
+    clamp: float = 2.0,
+    epochs: int = 100,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    weight_decay: float = 5e-5,
+) -> Method:
+    """NF.
+
+    Args:
+        backbone: The network whose features are embeddings.
+        layers: Its stages, pooled and put side by side; None for the deepest.
+        on: What the flow sees. Pixels: of images whose height and width 2^scales divides.
+        flow: Its kind; "glow" for pixels only.
+        mask: Of RealNVP's couplings of pixels. The published RealNVP is "checkerboard" with 3 scales and 4 couplings;
+            the remedies "horizontal" and "cycle" have 1 scale and 8 couplings.
+        scales: Of a flow on pixels.
+        couplings: Of an embedding, or of pixels at the last scale (RealNVP; 3 and 3 at those before), or at each scale
+            (Glow).
+        hidden: Width of the couplings' networks (RealNVP: at the finest scale, doubled wherever resolution is halved).
+        blocks: Residual blocks of each.
+        clamp: Bound of the couplings' log scales.
+        epochs: Passes over the training images.
+        batch_size: Images of a step.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam, added to the gradient.
+
+    Raises:
+        ValueError: A hyper-parameter is out of its range.
+    """
+    counts = dict(scales=scales, couplings=couplings, hidden=hidden, blocks=blocks, epochs=epochs)
+    for name, value in (counts | dict(batch_size=batch_size)).items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    for name, value in (("clamp", clamp), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    for name, value, known in (
+        ("on", on, ("embedding", "pixels")),
+        ("flow", flow, ("realnvp", "glow")),
+        ("mask", mask, ("checkerboard", "horizontal", "cycle")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+    if on == "embedding" and (flow == "glow" or couplings % 2):
+        raise ValueError(f"a flow on embeddings must be a realnvp with even couplings, got {flow} with {couplings}")
+    layers = architecture(backbone).stages[-1:] if layers is None else tuple(layers)
+    optimizer = torch_adam(learning_rate, weight_decay)
+    image = on == "pixels"
+    clamped: dict[str, Any] = dict(clamp=clamp, kind="tanh")
+
+    def network(width: int, out: int) -> Residual:
+        return Residual(width, blocks, out, image)
+
+    def stack(init: Callable[[Key], PyTree], key: Key, n: int) -> PyTree:
+        return jax.vmap(init)(jax.random.split(key, n))
+
+    def masked(masks: tuple[np.ndarray, np.ndarray], width: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+        """Couplings with masks: parameters from a key, and the bijector from parameters."""
+        net, (keep, seen) = network(width, 2 * shape[-1]), (jnp.asarray(m) for m in masks)
+
+        def block(given: tuple) -> distrax.Bijector:
+            params, keep, seen = given
+            return masked_coupling(keep, lambda x: net.apply(params, jnp.where(seen, x, 0)), **clamped)
+
+        init = lambda key: stack(lambda own: net.init(own, jnp.zeros((1, *shape))), key, len(keep))  # noqa: E731
+        return init, lambda params: Scan(block, (params, keep, seen), 3)
+
+    def glow_steps(width: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+        c = shape[-1]
+        net = network(width, 2 * (c // 2))
+
+        orders = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(c), (couplings, 1)), axis=1))
+
+        def one(key: Key) -> GlowStep:
+            given = jnp.zeros((1, *shape[:2], c - c // 2))
+            return GlowStep(jnp.zeros(c), jnp.zeros(c), lu_identity(c), net.init(key, given))
+
+        def block(given: tuple) -> distrax.Bijector:
+            step, order = given
+            matrix, log_det = lu_matrix(step.mix, order)
+            moved: Any = half_coupling(lambda x: net.apply(step.network, x), c, event_ndims=3, **clamped)
+            mix = Invertible1x1(matrix, 3, log_det=log_det)
+            return distrax.Chain([moved, mix, ActNorm(step.log_scale, step.shift, 3)])
+
+        return lambda key: stack(one, key, couplings), lambda params: Scan(block, (params, orders), 3)
+
+    def parts(shape: Any) -> list[list[tuple[Callable, Callable] | distrax.Bijector]]:
+        """What happens at every scale, in turn."""
+        (h, w, c), width, levels = shape, hidden, []
+        for scale in range(scales):
+            last = scale == scales - 1
+            squeezed = h // 2, w // 2, 4 * c
+            if flow == "glow":
+                levels.append([Squeeze(), glow_steps(width, squeezed)])
+            else:
+                levels.append([masked(spatial_masks(mask, couplings if last else PAIR, (h, w, c)), width, (h, w, c))])
+                if not last:
+                    width *= 2
+                    by_channel = np.stack([channel_mask(*squeezed, second=i % 2 == 1) for i in range(PAIR)])
+                    levels[-1] += [Squeeze(), masked((by_channel, by_channel), width, squeezed)]
+            h, w, c = *squeezed[:2], squeezed[2] // 2
+        return levels
+
+    def pairs(c: int) -> tuple[Callable, Callable]:
+        """The couplings of an embedding, two by two."""
+        first = c - c // 2
+        both = network(hidden, 2 * first), network(hidden, 2 * (c - first))
+
+        def one(key: Key) -> tuple:
+            given = zip(both, jax.random.split(key), (c - first, first), strict=True)
+            return tuple(net.init(own, jnp.zeros((1, size))) for net, own, size in given)
+
+        def block(params: tuple) -> distrax.Bijector:
+            f, g = (lambda x, net=net, own=own: net.apply(own, x) for net, own in zip(both, params, strict=True))
+            return glow_coupling((f, g), c, event_ndims=1, **clamped)
+
+        return lambda key: stack(one, key, couplings // 2), lambda params: Scan(block, params, 1)
+
+    def flatten(x: PyTree) -> Array:
+        return x if image else jnp.concatenate([x[layer] for layer in layers], -1)
+
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> NfTraining:
+        del frozen
+        shape = jax.eval_shape(flatten, spec).shape[1:]
+        if image and (shape[0] % 2**scales or shape[1] % 2**scales):
+            raise ValueError(
+                f"height and width must be multiples of {2**scales} (2^scales), got {shape[0]} x {shape[1]}"
+            )
+        c = shape[-1]
+        params: dict[str, Any] = {"log_scale": jnp.zeros(c), "shift": jnp.zeros(c)}
+        if image:
+            learned = [p[0] for level in parts(shape) for p in level if isinstance(p, tuple)]
+            params["flow"] = [make(own) for make, own in zip(learned, jax.random.split(key, len(learned)), strict=True)]
+        else:
+            params["flow"] = pairs(c)[0](key)
+        return NfTraining(begin(optimizer, params), moments_init((c, 1)))
+
+    def bijector(params: PyTree, shape: Any) -> distrax.Bijector:
+        standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
+        if not image:
+            return distrax.Chain([pairs(shape[-1])[1](params["flow"]), standardize])
+        given, levels = iter(params["flow"]), []
+        for level in parts(shape):
+            chain = [p[1](next(given)) if isinstance(p, tuple) else p for p in level]
+            levels.append(distrax.Chain(chain[::-1]))
+        return distrax.Chain([MultiScale(levels, shape), standardize])
+
+    def bits(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
+        """Negative log-likelihood in bits a dimension."""
+        dimensions = math.prod(x.shape[1:])
+        z, more = bijector(params, x.shape[1:]).forward_and_log_det(x)
+        nats = 0.5 * jnp.sum(z**2, -1) + 0.5 * dimensions * math.log(2 * math.pi) - more - log_det
+        return nats / (dimensions * math.log(2))
+
+    def seen(x: PyTree, noise: Callable[[tuple[int, ...]], Array]) -> tuple[Array, Array]:
+        """What the flow sees, and the log-determinant of the way there."""
+        x = flatten(x)
+        return dequantize(x, noise(x.shape)) if image else (x, jnp.zeros(x.shape[0]))
+
+    def measure(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
+        del key, frozen
+        x, _ = seen(batch.x, lambda shape: jnp.full(shape, 0.5))
+        rows = x.reshape(-1, x.shape[-1], 1)
+        valid = jnp.repeat(batch.valid, len(rows) // len(x))
+        return state._replace(moments=moments_update(state.moments, rows, valid)), {}
+
+    def standardize(key: Key, state: NfTraining, frozen: Frozen) -> NfTraining:
+        del key, frozen
+        variance = state.moments.scatter[:, 0, 0] / jnp.maximum(state.moments.count, 1)
+        log_scale = -0.5 * jnp.log(jnp.where(variance > 0, variance, 1))
+        shift = -state.moments.mean[:, 0] * jnp.exp(log_scale)
+        params = state.trained.params | {"log_scale": log_scale, "shift": shift}
+        return state._replace(trained=state.trained._replace(params=params))
+
+    def train(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
+        del frozen
+        x, log_det = seen(batch.x, lambda shape: jax.random.uniform(key, shape))
+        x = jnp.where(batch.valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+        trained, metrics = descend(
+            optimizer, state.trained, lambda params: mean_of_valid(bits(params, x, log_det), batch.valid)
+        )
+        return state._replace(trained=trained), metrics
+
+    def finish(key: Key, state: NfTraining, frozen: Frozen) -> NfFlow:
+        del key, frozen
+        return NfFlow(state.trained.params)
+
+    def score(state: NfFlow, frozen: Frozen, x: PyTree) -> Scores:
+        del frozen  # the noise is the same for all images
+        x, log_det = seen(x, lambda shape: jax.random.uniform(jax.random.key(0), shape[1:]))
+        return Scores(bits(state.params, x, log_det), None)
+
+    stages = (
+        Stage("measure", measure, standardize),
+        Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True),
+    )
+    return Method(pixels if image else features(backbone, layers, pool=True), init, stages, score)
