@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxad.base import Key, PyTree
+from jaxad.ops.loops import unroll
 
 
 class Scan(distrax.Bijector):
@@ -21,7 +22,7 @@ class Scan(distrax.Bijector):
         params: Stacked on a leading axis.
         event_ndims: Of the block.
         remat: Keep only what each block takes, and compute the rest again for the gradient.
-        unroll: Whether to unroll. None: images on a CPU, where XLA's convolutions are far slower in loops.
+        unrolled: Whether to unroll. None: images on a CPU (see `jaxad.ops.loops`).
     """
 
     def __init__(
@@ -31,12 +32,12 @@ class Scan(distrax.Bijector):
         event_ndims: int,
         *,
         remat: bool = False,
-        unroll: bool | None = None,
+        unrolled: bool | None = None,
     ) -> None:
         super().__init__(event_ndims_in=event_ndims)
         self._block, self._params, self._remat = block, params, remat
-        unroll = event_ndims > 1 and jax.default_backend() == "cpu" if unroll is None else unroll
-        self._unroll = 2 * jax.tree.leaves(params)[0].shape[0] if unroll else 1  # as many would still be a loop of one
+        n = jax.tree.leaves(params)[0].shape[0]
+        self._unroll = 2 * n if unrolled else unroll(n) if unrolled is None and event_ndims > 1 else 1
 
     def forward_and_log_det(self, x: PyTree) -> tuple[PyTree, Array]:
         """All blocks."""

@@ -28,6 +28,7 @@ from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Sco
 from jaxad.bijectors import Permutation, Scan, glow_coupling
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import blur_matrix
+from jaxad.ops.loops import unroll
 
 SCALES = 3
 
@@ -104,8 +105,12 @@ def rotations_of(backbone: str, layer: str, n: int, keep_image: bool) -> EmbedFn
 
     def embed(frozen: Frozen, image: Array) -> Embedded:
         pixels = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-        turned = [one(frozen, rotate(pixels, jnp.float32(degrees))) for degrees in angles(n)]
-        return Embedded(jnp.stack(turned, 1), pixels if keep_image else None)
+
+        def turned(_: None, degrees: Float[Array, ""]) -> tuple[None, Float[Array, "b c"]]:
+            return None, one(frozen, rotate(pixels, degrees))
+
+        _, found = jax.lax.scan(turned, None, jnp.asarray(angles(n)), unroll=unroll(n))
+        return Embedded(jnp.moveaxis(found, 0, 1), pixels if keep_image else None)
 
     return embed
 
@@ -214,11 +219,12 @@ def differnet(
         def loss(turned: Array) -> Float[Array, ""]:
             return negative_log_likelihood(*state, describe(backbone, layer)(frozen, turned)).sum()
 
-        total = jnp.zeros(image.shape)
-        for degrees in angles(rotations):
-            gradient = jax.grad(loss)(rotate(image, jnp.float32(degrees)))
-            back = rotate(gradient, jnp.float32(-degrees))
-            total = total + jnp.abs(jnp.einsum("Hh,bhwc,Ww->bHWc", smooth[0], back, smooth[1]))
+        def turned(total: Array, degrees: Float[Array, ""]) -> tuple[Array, None]:
+            back = rotate(jax.grad(loss)(rotate(image, degrees)), -degrees)
+            return total + jnp.abs(jnp.einsum("Hh,bhwc,Ww->bHWc", smooth[0], back, smooth[1])), None
+
+        turns = jnp.asarray(angles(rotations))
+        total, _ = jax.lax.scan(turned, jnp.zeros(image.shape), turns, unroll=unroll(rotations))
         return jnp.mean(total / rotations, -1) ** 2
 
     def score(state: DiffernetFlow, frozen: Frozen, x: Embedded) -> Scores:

@@ -287,13 +287,13 @@ def test_a_scan_is_the_chain_of_its_blocks_and_compiles_one_of_them():
     wanted = distrax.Chain(blocks[::-1]).forward_and_log_det(x)
     for remat in (False, True):
         block = functools.partial(glow_block, c=4, apply=apply)
-        got = Scan(block, made.params, 3, remat=remat, unroll=remat).forward_and_log_det(x)
+        got = Scan(block, made.params, 3, remat=remat, unrolled=remat).forward_and_log_det(x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)
     length = {}
     for n in (2, 8):
         params = jax.tree.map(lambda leaf, n=n: jnp.concatenate([leaf] * n)[:n], made.params)
         length[n] = len(
-            jax.jit(lambda p, x: Scan(block, p, 3, unroll=False).forward(x)).lower(params, x).as_text().splitlines()
+            jax.jit(lambda p, x: Scan(block, p, 3, unrolled=False).forward(x)).lower(params, x).as_text().splitlines()
         )
     assert length[2] == length[8]
 
@@ -305,7 +305,7 @@ def test_remat_keeps_less_for_the_gradient():
     x = jax.ShapeDtypeStruct((4, 64, 64, 8), jnp.float32)
     needed = []
     for remat in (False, True):
-        loss = jax.grad(lambda p, x, remat=remat: jnp.sum(Scan(block, p, 3, remat=remat, unroll=False).forward(x) ** 2))
+        loss = jax.grad(lambda p, x, remat=remat: jnp.sum(Scan(block, p, 3, remat=remat, unrolled=False).forward(x) ** 2))
         needed.append(jax.jit(loss).lower(params, x).compile().memory_analysis().temp_size_in_bytes)
     assert needed[1] < 0.6 * needed[0]
 
