@@ -305,7 +305,9 @@ def test_remat_keeps_less_for_the_gradient():
     x = jax.ShapeDtypeStruct((4, 64, 64, 8), jnp.float32)
     needed = []
     for remat in (False, True):
-        loss = jax.grad(lambda p, x, remat=remat: jnp.sum(Scan(block, p, 3, remat=remat, unrolled=False).forward(x) ** 2))
+        loss = jax.grad(
+            lambda p, x, remat=remat: jnp.sum(Scan(block, p, 3, remat=remat, unrolled=False).forward(x) ** 2)
+        )
         needed.append(jax.jit(loss).lower(params, x).compile().memory_analysis().temp_size_in_bytes)
     assert needed[1] < 0.6 * needed[0]
 

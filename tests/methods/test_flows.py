@@ -1,6 +1,7 @@
 """The flow methods: what their scores are made of, against numpy and scipy."""
 
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from scipy.special import expit
 
 from jaxad.backbones import backbone
 from jaxad.base import Batch
+from jaxad.data import Preprocess, open_data
+from jaxad.fit import NonFiniteLoss, fit
 from jaxad.methods.cflow import cflow, position_code, schedule
 from jaxad.methods.csflow import csflow
 from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate
@@ -269,3 +272,14 @@ def test_fastflow_learns_no_norm_for_a_transformer():
     scores = jax.jit(method.score)(method.stages[0].finalize(KEY, state, None), None, x)
     assert scores.pixel.shape == (4, 32, 32)
     assert jnp.isfinite(scores.image).all() and jnp.isfinite(scores.pixel).all()
+
+
+def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    data, frozen = open_data(images, preprocess=Preprocess(None))["arrays"].train, backbone("pdn_small").init(KEY)
+    size: Any = dict(layers=("layer2",), image_size=(64, 64), flow_steps=8, conv3x3_only=True, epochs=20, batch_size=4)
+    method = fastflow(backbone="pdn_small", learning_rate=100 * 1e-3, **size)
+    with pytest.raises(NonFiniteLoss, match=r"got (inf|nan) in stage train, epoch \d+, step \d+: lower") as raised:
+        fit(method, frozen, data, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    step = int(re.search(r"step (\d+)", str(raised.value))[1])
+    assert [int(path.name) for path in tmp_path.iterdir()] == [step - 1]
