@@ -2,12 +2,16 @@
 
     python experiments/run.py cflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python experiments/run.py cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py cflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 200 epochs; those here are what two CPU cores can do. The last epoch counts, whatever the test
 images say.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
+
+SMALL = {"layers": ("layer3",), "coupling_blocks": 4, "epochs": 20, "batch_size": 8}
+NOTES = "160 px, layer 3 alone, 4 couplings and 20 epochs of 8 images a step."
 
 RECIPES = {
     "cflow_bottle": Recipe(
@@ -29,4 +33,6 @@ RECIPES = {
         notes="160 px, layer 3 alone, 4 couplings and 4 epochs instead of 256 px and more, 3 layers, 8 and 200.",
         **MTD,
     ),
+    "cflow_pillqc": Recipe("cflow", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
+    "cflow_demo": Recipe("cflow", "demo", RESNET50, SMALL, image_size=160, notes=NOTES),
 }

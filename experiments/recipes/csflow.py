@@ -2,6 +2,7 @@
 
     python experiments/run.py csflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python experiments/run.py csflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py csflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published recipe is an EfficientNet-B5 at 768 px, 1,024 hidden channels, and 240 epochs of 16 images a step with
 Adam at 2e-4; what is here is what two CPU cores can do. The couplings' networks begin with a gain of zero that a step
@@ -12,6 +13,8 @@ counts, whatever the test images say.
 from recipes import MTD, RESNET50, Recipe, published
 
 SHORT = {"batch_size": 4, "learning_rate": 1e-3}
+SMALL = {"layer": "layer3", "hidden": 32, "epochs": 30, **SHORT}
+NOTES = "128 px, 32 hidden channels, 30 epochs of 4 images a step at 1e-3."
 
 RECIPES = {
     "csflow_bottle": Recipe(
@@ -33,4 +36,6 @@ RECIPES = {
         notes="128 px, 32 hidden channels, 4 epochs of 4 images a step at 1e-3.",
         **MTD,
     ),
+    "csflow_pillqc": Recipe("csflow", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
+    "csflow_demo": Recipe("csflow", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }

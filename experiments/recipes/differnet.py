@@ -2,12 +2,24 @@
 
     python experiments/run.py differnet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python experiments/run.py differnet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py differnet_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published recipe is an AlexNet at 448 px, 64 rotations, 2,048 hidden units and 192 epochs; what is here is what two
 CPU cores can do. The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
+
+SMALL = {
+    "layer": "layer3",
+    "rotations": 4,
+    "train_rotations": 2,
+    "hidden": 256,
+    "epochs": 60,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+}
+NOTES = "128 px, 4 rotations, 256 hidden units, 60 epochs of 8 images a step at 1e-3."
 
 RECIPES = {
     "differnet_bottle": Recipe(
@@ -28,4 +40,6 @@ RECIPES = {
         notes="224 px, 4 rotations, 256 hidden units and 20 epochs instead of 448 px, 64, 2,048 and 192.",
         **MTD,
     ),
+    "differnet_pillqc": Recipe("differnet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
+    "differnet_demo": Recipe("differnet", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }

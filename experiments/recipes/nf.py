@@ -37,4 +37,5 @@ RECIPES = {
         seeds=(0, 1, 2),
         notes=NOTES,
     ),
+    "nf_demo": Recipe("nf", "demo", RESNET50, {**LAYERS, "epochs": 100, "learning_rate": 1e-3}, notes=NOTES),
 }
