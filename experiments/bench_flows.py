@@ -60,6 +60,9 @@ class Options:
     images: int = 48
     batch_size: int = 16
     methods: tuple[str, ...] = tuple(FLOWS)
+    """Beside a plain loop; DifferNet and NF also on all classes."""
+    peers: tuple[str, ...] = ("fastflow", "cflow")
+    """Beside FrEIA."""
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     smoke: bool = False
     """Few small images."""
@@ -186,12 +189,14 @@ def main(options: Options) -> None:
     for name in options.methods:
         rows[name] = beside_a_plain_loop(name, backbone, frozen, train, options)
         print(name, rows[name], flush=True)
+    side, channels = (2, 16) if options.smoke else (16, 256)
     peers = {}
-    side = 2 if options.smoke else 16
-    for name, batch_size in (("fastflow", 2 if options.smoke else 16), ("cflow", 2 if options.smoke else 256)):
-        peers[name] = beside_freia(name, (side, side, 16 if options.smoke else 256), batch_size, options)
+    for name in options.peers:
+        size = 2 if options.smoke else 16 if name == "fastflow" else 256
+        peers[name] = beside_freia(name, (side, side, channels), size, options)
         print(name, peers[name], flush=True)
-    together = {name: classes_at_once(name, backbone, frozen, options) for name in ("differnet", "nf")}
+    cheap = [name for name in ("differnet", "nf") if name in options.methods]
+    together = {name: classes_at_once(name, backbone, frozen, options) for name in cheap}
     print(together, flush=True)
     record = {
         "benchmark": "bench_flows",

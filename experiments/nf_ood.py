@@ -60,6 +60,8 @@ class Options:
     """Of flows on pixels."""
     batch_size: int = 32
     learning_rate: float = 1e-3
+    flows: tuple[str, ...] = ()
+    """By name; none: all."""
     results: Path = Path(__file__).parent / "results"
     smoke: bool = False
     """Few images of noise."""
@@ -74,8 +76,8 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
     )
-    one_scale = pixels | dict(scales=1, couplings=8)
-    return {
+    one_scale = pixels | (dict(scales=1, couplings=2, blocks=1) if options.smoke else dict(scales=1, couplings=8))
+    known = {
         "RealNVP, 3 scales": pixels | dict(scales=3, couplings=4),
         "Glow, 3 scales": pixels | dict(flow="glow", scales=3, couplings=8),
         "RealNVP, checkerboard": one_scale,
@@ -85,13 +87,14 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
             layers=("layer1", "layer2", "layer3"), epochs=4 * options.epochs, learning_rate=options.learning_rate
         ),
     }
+    return {name: known[name] for name in options.flows or known}
 
 
 def cifar(options: Options, split: str, n: int) -> np.ndarray:
     """The first images of a split."""
     if options.smoke:
         return np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
-    source = tfds.data_source("cifar10", split=split, data_dir=str(options.cifar), download=False)
+    source: Any = tfds.data_source("cifar10", split=split, data_dir=str(options.cifar), download=False)
     return np.stack([source[i]["image"] for i in range(min(n, len(source)))])
 
 
@@ -150,10 +153,9 @@ def on_vectors(method: Method, train: np.ndarray, seed: int, epochs: int, batch_
             shuffled = order.permutation(len(train))
             for step in range(len(train) // batch_size):
                 rows = shuffled[step * batch_size : (step + 1) * batch_size]
-                whole = jnp.ones(len(rows), bool)
-                batch = Batch(
-                    {"layer3": train[rows]}, whole, np.zeros(len(rows), np.int32), None, rows.astype(np.int32)
-                )
+                n, index = len(rows), jnp.asarray(rows, jnp.int32)
+                x = {"layer3": jnp.asarray(train[rows])}
+                batch = Batch(x, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index)
                 state, _ = update(jax.random.key(epoch * len(train) + step), state, None, batch)
         state = stage.finalize(jax.random.key(seed), state, None)
     return state

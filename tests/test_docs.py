@@ -78,18 +78,21 @@ def test_update_readme(tmp_path):
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
     readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    options = update_readme.Options(readme, results)
+    options = update_readme.Options((readme,), results)
     update_readme.main(options)
     assert readme.read_text() == f"before\n<!-- results -->\n{update_readme.NONE}<!-- /results -->\nafter\n"
     result = {"recipe": "padim_mtd", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
     (results / "padim_mtd.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="out of date"):
-        update_readme.main(update_readme.Options(readme, results, check=True))
+        update_readme.main(update_readme.Options((readme,), results, check=True))
     update_readme.main(options)
-    update_readme.main(update_readme.Options(readme, results, check=True))
+    update_readme.main(update_readme.Options((readme,), results, check=True))
     text = readme.read_text()
     assert re.search(r"^\| `padim_mtd` \|.* 0\.93[78] \|", text, re.MULTILINE)
     assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
+    readme.write_text("<!-- results pillqc -->\n<!-- /results -->\n")
+    update_readme.main(options)
+    assert readme.read_text() == f"<!-- results pillqc -->\n{update_readme.NONE}<!-- /results -->\n"
     readme.write_text("no markers\n")
     with pytest.raises(SystemExit, match="one pair"):
         update_readme.main(options)

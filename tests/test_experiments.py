@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxad.report.tables import APART
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METRICS = {"image_AUROC", "image_AP", "image_F1max"}
 
@@ -59,7 +61,7 @@ def test_an_unknown_recipe_names_those_there_are(runner: ModuleType) -> None:
 def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: ModuleType) -> None:
     known = runner.all_recipes()
     for path in (EXPERIMENTS / "results").glob("*.json"):
-        if path.stem.startswith(("bench_", "distill_")):
+        if path.stem.startswith(APART):
             continue
         result, recipe = json.loads(path.read_text()), known[path.stem]
         assert result["hyperparameters"] == json.loads(json.dumps(dict(recipe.hyperparameters))), path.name
@@ -197,3 +199,25 @@ def test_a_stream_is_covered_within_its_bounds(tmp_path: Path) -> None:
     sample = covering["sample"]
     assert sample["true"] <= sample["proven"] * 1.001 and sample["proven_over_at_once"] <= sample["a_priori"]
     assert {row["devices"] for row in result["table"]} == set(bench.DEVICES) and len(result["assumptions"]) > 3
+
+
+@pytest.mark.usefixtures("_standard_promotion")
+def test_the_benchmark_of_flows(tmp_path: Path) -> None:
+    bench = script("bench_flows")
+    bench.main(bench.Options(methods=("nf",), peers=("cflow",), results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_flows.json").read_text())
+    assert set(result["flows"]["nf"]["seconds_a_step"]) == {"cached", "plain_loop", "backbone"}
+    assert result["flows"]["nf"]["plain_loop_over_cached"] > 0 and result["freia"]["cflow"]["seconds_a_step"] > 0
+    assert result["classes_at_once"]["nf"]["classes"] == 4
+
+
+@pytest.mark.usefixtures("_standard_promotion")
+def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
+    experiment = script("nf_ood")
+    names = ("RealNVP, cycle mask", "RealNVP on embeddings")
+    experiment.main(experiment.Options(flows=names, train=64, test=8, hidden=2, results=tmp_path, smoke=True))
+    flows = json.loads((tmp_path / "nf_ood.json").read_text())["flows"]
+    assert list(flows) == [*names, "RealNVP on ADBench's embeddings"]
+    assert flows[names[0]]["bits_per_dimension"] > 7 and flows[names[1]]["bits_per_dimension"] is None
+    assert set(flows[names[0]]["auroc"]) == {"one color", "digits", "tiles", "textures"}
+    assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())

@@ -113,10 +113,14 @@ def metrics_table(rows: Sequence[Row]) -> Table:
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 
 
-def results_markdown(results_dir: Path) -> str:
-    """The README's table of measured and published numbers, from the `*.json` of `experiments/results`.
+APART = ("bench_", "distill_", "nf_ood")
+"""Files among the results that are not of a recipe."""
 
-    Those of benchmarks (`bench_*`) and of the distillation (`distill_*`) have no place in it.
+
+def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
+    """A table of measured and published numbers, of all data sets or of one, from `experiments/results/*.json`.
+
+    Those of benchmarks (`bench_*`), of the distillation (`distill_*`) and on foreign images (`nf_ood`) are not in it.
 
     One line per recipe, ordered by data set, method and backbone; means over seeds with their standard deviation where
     there were several; the sources of the published numbers as a list below.
@@ -124,8 +128,8 @@ def results_markdown(results_dir: Path) -> str:
     Raises:
         ValueError: a file that is not a result; the message names it.
     """
-    paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(("bench_", "distill_")))
-    results = [_read_result(path) for path in paths]
+    paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(APART))
+    results = [result for result in map(_read_result, paths) if dataset in (None, result.get("dataset"))]
     results.sort(key=lambda result: tuple(str(result.get(key)) for key in ("dataset", "method", "backbone", "recipe")))
     headings = ["recipe", "backbone"]
     for name in MARKDOWN_METRICS:
