@@ -79,6 +79,14 @@ class GlowStep(NamedTuple):
     network: PyTree
 
 
+class Part(NamedTuple):
+    """Some couplings of a flow."""
+
+    init: Callable[[Key], PyTree]
+    """Their parameters."""
+    bijector: Callable[[PyTree], distrax.Bijector]
+
+
 class Residual(nn.Module):
     """A residual network, of 3x3 convolutions for images, whose last layer begins as zeros."""
 
@@ -197,8 +205,7 @@ def nf(
     def stack(init: Callable[[Key], PyTree], key: Key, n: int) -> PyTree:
         return jax.vmap(init)(jax.random.split(key, n))
 
-    def masked(masks: tuple[np.ndarray, np.ndarray], width: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-        """Couplings with masks: parameters from a key, and the bijector from parameters."""
+    def masked(masks: tuple[np.ndarray, np.ndarray], width: int, shape: tuple[int, ...]) -> Part:
         net, (keep, seen) = network(width, 2 * shape[-1]), (jnp.asarray(m) for m in masks)
 
         def block(given: tuple) -> distrax.Bijector:
@@ -206,12 +213,11 @@ def nf(
             return masked_coupling(keep, lambda x: net.apply(params, jnp.where(seen, x, 0)), **clamped)
 
         init = lambda key: stack(lambda own: net.init(own, jnp.zeros((1, *shape))), key, len(keep))  # noqa: E731
-        return init, lambda params: Scan(block, (params, keep, seen), 3)
+        return Part(init, lambda params: Scan(block, (params, keep, seen), 3))
 
-    def glow_steps(width: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+    def glow_steps(width: int, shape: tuple[int, ...]) -> Part:
         c = shape[-1]
         net = network(width, 2 * (c // 2))
-
         orders = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(c), (couplings, 1)), axis=1))
 
         def one(key: Key) -> GlowStep:
@@ -225,10 +231,27 @@ def nf(
             mix = Invertible1x1(matrix, 3, log_det=log_det)
             return distrax.Chain([moved, mix, ActNorm(step.log_scale, step.shift, 3)])
 
-        return lambda key: stack(one, key, couplings), lambda params: Scan(block, (params, orders), 3)
+        return Part(lambda key: stack(one, key, couplings), lambda params: Scan(block, (params, orders), 3))
 
-    def parts(shape: Any) -> list[list[tuple[Callable, Callable] | distrax.Bijector]]:
+    def pairs(c: int) -> Part:
+        """The couplings of an embedding, two by two."""
+        first = c - c // 2
+        both = network(hidden, 2 * first), network(hidden, 2 * (c - first))
+
+        def one(key: Key) -> tuple:
+            given = zip(both, jax.random.split(key), (c - first, first), strict=True)
+            return tuple(net.init(own, jnp.zeros((1, size))) for net, own, size in given)
+
+        def block(params: tuple) -> distrax.Bijector:
+            f, g = (lambda x, net=net, own=own: net.apply(own, x) for net, own in zip(both, params, strict=True))
+            return glow_coupling((f, g), c, event_ndims=1, **clamped)
+
+        return Part(lambda key: stack(one, key, couplings // 2), lambda params: Scan(block, params, 1))
+
+    def parts(shape: Any) -> list[list[Part | distrax.Bijector]]:
         """What happens at every scale, in turn."""
+        if not image:
+            return [[pairs(shape[-1])]]
         (h, w, c), width, levels = shape, hidden, []
         for scale in range(scales):
             last = scale == scales - 1
@@ -244,21 +267,6 @@ def nf(
             h, w, c = *squeezed[:2], squeezed[2] // 2
         return levels
 
-    def pairs(c: int) -> tuple[Callable, Callable]:
-        """The couplings of an embedding, two by two."""
-        first = c - c // 2
-        both = network(hidden, 2 * first), network(hidden, 2 * (c - first))
-
-        def one(key: Key) -> tuple:
-            given = zip(both, jax.random.split(key), (c - first, first), strict=True)
-            return tuple(net.init(own, jnp.zeros((1, size))) for net, own, size in given)
-
-        def block(params: tuple) -> distrax.Bijector:
-            f, g = (lambda x, net=net, own=own: net.apply(own, x) for net, own in zip(both, params, strict=True))
-            return glow_coupling((f, g), c, event_ndims=1, **clamped)
-
-        return lambda key: stack(one, key, couplings // 2), lambda params: Scan(block, params, 1)
-
     def flatten(x: PyTree) -> Array:
         return x if image else jnp.concatenate([x[layer] for layer in layers], -1)
 
@@ -270,23 +278,18 @@ def nf(
                 f"height and width must be multiples of {2**scales} (2^scales), got {shape[0]} x {shape[1]}"
             )
         c = shape[-1]
-        params: dict[str, Any] = {"log_scale": jnp.zeros(c), "shift": jnp.zeros(c)}
-        if image:
-            learned = [p[0] for level in parts(shape) for p in level if isinstance(p, tuple)]
-            params["flow"] = [make(own) for make, own in zip(learned, jax.random.split(key, len(learned)), strict=True)]
-        else:
-            params["flow"] = pairs(c)[0](key)
+        learned = [part.init for level in parts(shape) for part in level if isinstance(part, Part)]
+        flows = [make(own) for make, own in zip(learned, jax.random.split(key, len(learned)), strict=True)]
+        params = {"log_scale": jnp.zeros(c), "shift": jnp.zeros(c), "flow": flows}
         return NfTraining(begin(optimizer, params), moments_init((c, 1)))
 
     def bijector(params: PyTree, shape: Any) -> distrax.Bijector:
-        standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
-        if not image:
-            return distrax.Chain([pairs(shape[-1])[1](params["flow"]), standardize])
         given, levels = iter(params["flow"]), []
         for level in parts(shape):
-            chain = [p[1](next(given)) if isinstance(p, tuple) else p for p in level]
+            chain = [part.bijector(next(given)) if isinstance(part, Part) else part for part in level]
             levels.append(distrax.Chain(chain[::-1]))
-        return distrax.Chain([MultiScale(levels, shape), standardize])
+        standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
+        return distrax.Chain([MultiScale(levels, shape) if image else levels[0], standardize])
 
     def bits(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
         """Negative log-likelihood in bits a dimension."""
