@@ -34,11 +34,10 @@ RECIPES = {
     "differnet_mtd": Recipe(
         "differnet",
         backbone=RESNET50,
-        hyperparameters=SMALL | {"epochs": 20, "learning_rate": 5e-4},
+        hyperparameters={"layer": "layer3", "rotations": 4, "train_rotations": 2, "hidden": 256, "epochs": 20},
         seeds=(0, 1, 2),
         published=published("paper, AlexNet, 448 px", image_AUROC=0.977),
-        notes="224 px, 4 rotations, 256 hidden units and 20 epochs of 8 images a step at 5e-4 instead of 448 px, 64, "
-        "2,048 and 192 of 24 at 2e-4.",
+        notes="224 px, 4 rotations, 256 hidden units and 20 epochs instead of 448 px, 64, 2,048 and 192.",
         **MTD,
     ),
     "differnet_pillqc": Recipe("differnet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
