@@ -238,24 +238,14 @@ class Reader:
         axis = layout.rows(block.index.shape[2])
         sharding = layout.named(None, axis)
         lead = block.index.shape if layout.stacked else block.index.shape[1:]
-
-        def unstacked(array: np.ndarray) -> np.ndarray:
-            return array if layout.stacked else array[0]
-
         local = layout.local().named(None, axis)
         if images is None:
             kept = [source.get(rows) for source, rows in zip(sources, index, strict=True)]
-            if sources[0].on_device:
-                x = jax.tree.map(lambda *leaves: jnp.stack(leaves) if layout.stacked else leaves[0], *kept)
-                x = jax.device_put(x, local)
-            else:
-                host = jax.tree.map(lambda *leaves: unstacked(np.stack(leaves)), *kept)
-                x = jax.tree.map(lambda leaf: layout.put(leaf, sharding, (*lead, *leaf.shape[len(lead) :])), host)
-            x = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), x, sources[0].spec)
-            if not sources[0].on_device:
-                return x
+            stack = jnp.stack if sources[0].on_device else np.stack
+            x = jax.tree.map(lambda *leaves: stack(leaves) if layout.stacked else leaves[0], *kept)
+            x = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), jax.device_put(x, local), sources[0].spec)
         else:
-            here = jax.device_put(unstacked(images), local)
+            here = jax.device_put(images if layout.stacked else images[0], local)
             x = embed_program(self._embed_fn, layout, axis)(self._frozen.local, here)
             for c, source in enumerate(sources):
                 if source.keeps:
