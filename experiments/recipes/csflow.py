@@ -37,7 +37,5 @@ RECIPES = {
         **MTD,
     ),
     "csflow_pillqc": Recipe("csflow", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
-    "csflow_demo": Recipe(
-        "csflow", "demo", RESNET50, SMALL | {"epochs": 10}, image_size=128, notes="As on pillQC, but 10 epochs."
-    ),
+    "csflow_demo": Recipe("csflow", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }

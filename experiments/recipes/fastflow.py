@@ -40,14 +40,7 @@ RECIPES = {
         **MTD,
     ),
     "fastflow_pillqc": Recipe("fastflow", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
-    "fastflow_demo": Recipe(
-        "fastflow",
-        "demo",
-        RESNET50,
-        SMALL | {"epochs": 10},
-        image_size=160,
-        notes="As on pillQC, but 10 epochs.",
-    ),
+    "fastflow_demo": Recipe("fastflow", "demo", RESNET50, SMALL, image_size=160, notes=NOTES),
     **{
         f"fastflow_bottle_{short}": Recipe(
             "fastflow",
