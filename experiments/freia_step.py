@@ -7,10 +7,10 @@ import json
 import sys
 import time
 
-import torch
-from FrEIA.framework import SequenceINN
-from FrEIA.modules import AllInOneBlock
-from torch import nn
+import torch  # pyright: ignore[reportMissingImports]
+from FrEIA.framework import SequenceINN  # pyright: ignore[reportMissingImports]
+from FrEIA.modules import AllInOneBlock  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
 
 
 def fastflow(shape, batch_size):
