@@ -51,7 +51,7 @@ DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, batch_size=4
 )
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, batch_size=4)
-NF: dict[str, Any] = dict(couplings=2, hidden=4, blocks=1, epochs=2, batch_size=4)
+NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {
