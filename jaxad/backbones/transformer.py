@@ -5,7 +5,7 @@ tokens take part in its attention and are then dropped; CaiT's class token enter
 never computed. An image of another size than the training's gets a resampled position embedding.
 
 Paper: Training data-efficient image transformers & distillation through attention, ICML 2021, arXiv:2012.12877,
-    Table 1; Going deeper with Image Transformers, ICCV 2021, arXiv:2103.17239, Sections 2 and 3 and Table 3;
+    Table 1; Going deeper with Image Transformers, ICCV 2021, arXiv:2103.17239, Sections 2 and 3;
     Talking-Heads Attention, 2020, arXiv:2003.02436.
 Reference: timm.models.deit and timm.models.cait (parameter names, resampling).
 """

@@ -30,6 +30,7 @@ from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, bloc
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.lapack import key_after
+from jaxad.ops.rules import above_zero, at_least_one
 
 WARM_UP, LEAST_RATE = 0.08, 1e-3
 """The learning rate begins at a tenth, rises for this share of the training, and falls to this share of it (cosine)."""
@@ -118,15 +119,12 @@ def cflow(
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    counts = dict(coupling_blocks=coupling_blocks, fiber_batch_size=fiber_batch_size, epochs=epochs)
-    for name, value in (counts | dict(batch_size=batch_size)).items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    at_least_one(
+        coupling_blocks=coupling_blocks, fiber_batch_size=fiber_batch_size, epochs=epochs, batch_size=batch_size
+    )
     if condition_size < 4 or condition_size % 4:
         raise ValueError(f"condition_size must be a multiple of 4, got {condition_size}")
-    for name, value in (("clamp", clamp), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    above_zero(clamp=clamp, learning_rate=learning_rate)
     layers = architecture(backbone).stages[-3:] if layers is None else tuple(layers)
     optimizer = torch_adam(learning_rate)
 

@@ -28,6 +28,7 @@ from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Sco
 from jaxad.bijectors import CrossScaleCoupling, Permutation
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.rules import above_zero, at_least_one
 
 SCALES = 3
 KERNELS = (3, 3, 3, 5)
@@ -118,13 +119,8 @@ def csflow(
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    counts = dict(coupling_blocks=coupling_blocks, hidden=hidden, epochs=epochs, batch_size=batch_size)
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
-    for name, value in (("clamp", clamp), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    at_least_one(coupling_blocks=coupling_blocks, hidden=hidden, epochs=epochs, batch_size=batch_size)
+    above_zero(clamp=clamp, learning_rate=learning_rate)
     layer = architecture(backbone).patch_layers[-1] if layer is None else layer
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), torch_adam(learning_rate, weight_decay, eps=1e-4))
     kernels = (KERNELS + KERNELS[-1:] * coupling_blocks)[:coupling_blocks]

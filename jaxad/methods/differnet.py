@@ -29,6 +29,7 @@ from jaxad.bijectors import Permutation, Scan, glow_coupling
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import blur_matrix
 from jaxad.ops.loops import unroll
+from jaxad.ops.rules import above_zero, at_least_one
 
 SCALES = 3
 
@@ -153,15 +154,12 @@ def differnet(
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    counts = dict(coupling_blocks=coupling_blocks, hidden=hidden, rotations=rotations, epochs=epochs)
-    for name, value in (counts | dict(batch_size=batch_size)).items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    at_least_one(
+        coupling_blocks=coupling_blocks, hidden=hidden, rotations=rotations, epochs=epochs, batch_size=batch_size
+    )
     if not 1 <= train_rotations <= rotations:
         raise ValueError(f"train_rotations must be within 1..{rotations} (rotations), got {train_rotations}")
-    for name, value in (("clamp", clamp), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    above_zero(clamp=clamp, learning_rate=learning_rate)
     layer = architecture(backbone).stages[-1] if layer is None else layer
     optimizer = torch_adam(learning_rate, weight_decay, b1=0.8, b2=0.8, eps=1e-4)
 

@@ -28,6 +28,7 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.rules import above_zero, at_least_one
 
 
 class FastflowTraining(NamedTuple):
@@ -95,14 +96,10 @@ def fastflow(
         ValueError: A hyper-parameter is out of its range.
     """
     kernels = (3,) if conv3x3_only else (3, 1)
-    for name, value in (("flow_steps", flow_steps), ("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    at_least_one(flow_steps=flow_steps, epochs=epochs, batch_size=batch_size)
     if flow_steps % len(kernels):
         raise ValueError(f"flow_steps must be even, or conv3x3_only be set, got {flow_steps}")
-    for name, value in (("hidden_ratio", hidden_ratio), ("clamp", clamp), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    above_zero(hidden_ratio=hidden_ratio, clamp=clamp, learning_rate=learning_rate)
     network = architecture(backbone)
     layers = network.pyramid_layers if layers is None else tuple(layers)
     optimizer = torch_adam(learning_rate, weight_decay)

@@ -48,6 +48,7 @@ from jaxad.bijectors import (
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, moments_init, moments_update
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.rules import above_zero, at_least_one
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
 BOUND = 0.05
@@ -178,13 +179,8 @@ def nf(
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    counts = dict(scales=scales, couplings=couplings, hidden=hidden, blocks=blocks, epochs=epochs)
-    for name, value in (counts | dict(batch_size=batch_size)).items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
-    for name, value in (("clamp", clamp), ("learning_rate", learning_rate)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    at_least_one(scales=scales, couplings=couplings, hidden=hidden, blocks=blocks, epochs=epochs, batch_size=batch_size)
+    above_zero(clamp=clamp, learning_rate=learning_rate)
     for name, value, known in (
         ("on", on, ("embedding", "pixels")),
         ("flow", flow, ("realnvp", "glow")),

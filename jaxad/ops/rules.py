@@ -1,0 +1,15 @@
+"""Rules that hyper-parameters of several methods share."""
+
+
+def at_least_one(**counts: int) -> None:
+    """Raises ValueError for the first count below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+def above_zero(**values: float) -> None:
+    """Raises ValueError for the first number that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
