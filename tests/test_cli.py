@@ -22,6 +22,7 @@ from jaxad import artifact, rundir, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
+from jaxad.methods import METHODS
 from jaxad.report.runs import load_run
 
 SMALL = ("--image-size", "64", "--batch-size", "4")
@@ -564,3 +565,10 @@ def test_a_killed_fit_leaves_nothing_half_written(
         assert not any((run_dir / name).exists() for name in MODEL)
     assert main(command) == 0
     assert files_below(run_dir) == MODEL
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_help_page(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "demo", "--method", name, "--help"])
+    assert raised.value.code == 0 and "--batch-size" in capsys.readouterr().out
