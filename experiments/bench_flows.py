@@ -71,7 +71,7 @@ class Options:
 def make(name: str, backbone: str, options: Options, **more: Any) -> Method:
     """A flow."""
     size = {} if name == "nf" else {"image_size": (options.image_size, options.image_size)}
-    return METHODS[name](backbone=backbone, batch_size=options.batch_size, **size, **FLOWS[name], **more)
+    return METHODS[name](backbone=backbone, train_batch_size=options.batch_size, **size, **FLOWS[name], **more)
 
 
 def batch_of(x: PyTree, n: int) -> Batch:

@@ -73,7 +73,7 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
         on="pixels",
         hidden=options.hidden,
         epochs=options.epochs,
-        batch_size=options.batch_size,
+        train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
     )
     one_scale = pixels | (dict(scales=1, couplings=2, blocks=1) if options.smoke else dict(scales=1, couplings=8))
@@ -205,7 +205,7 @@ def main(options: Options) -> None:
     x, y = vectors_of(options, "CIFAR10_0")
     normal, other = x[y == 0], x[y == 1]
     held_out = len(normal) // 5
-    rate: dict[str, Any] = dict(batch_size=options.batch_size, learning_rate=options.learning_rate)
+    rate: dict[str, Any] = dict(train_batch_size=options.batch_size, learning_rate=options.learning_rate)
     method = nf(backbone=name, layers=("layer3",), **rate)
     started = time.perf_counter()
     state = on_vectors(method, normal[held_out:], 0, 5 * options.epochs, options.batch_size)

@@ -490,7 +490,7 @@ def _detector_options() -> type:
 def _method_options(name: str) -> type:
     from jaxad.methods import factory
 
-    return _from_signature(factory(name), factory(name).__doc__, ("backbone", "image_size", "batch_size"))
+    return _from_signature(factory(name), factory(name).__doc__, ("backbone", "image_size"))
 
 
 def _detector(name: str, data: Data | EstimateData, options: dict[str, Any]) -> Any:

@@ -44,14 +44,14 @@ class Case(NamedTuple):
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
 CFLOW: dict[str, Any] = dict(
-    layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, batch_size=4
+    layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
 )
-CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epochs=2, batch_size=4)
+CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epochs=2, train_batch_size=4)
 DIFFERNET: dict[str, Any] = dict(
-    layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, batch_size=4
+    layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
-FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, batch_size=4)
-NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, batch_size=4)
+FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
+NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {

@@ -10,7 +10,7 @@ images say.
 
 from recipes import MTD, RESNET50, Recipe, published
 
-SMALL = {"layers": ("layer3",), "coupling_blocks": 4, "epochs": 20, "batch_size": 8}
+SMALL = {"layers": ("layer3",), "coupling_blocks": 4, "epochs": 20, "train_batch_size": 8}
 NOTES = "160 px, layer 3 alone, 4 couplings and 20 epochs of 8 images a step."
 
 RECIPES = {

@@ -12,7 +12,7 @@ counts, whatever the test images say.
 
 from recipes import MTD, RESNET50, Recipe, published
 
-SHORT = {"batch_size": 4, "learning_rate": 1e-3}
+SHORT = {"train_batch_size": 4, "learning_rate": 1e-3}
 SMALL = {"layer": "layer3", "hidden": 32, "epochs": 30, **SHORT}
 NOTES = "128 px, 32 hidden channels, 30 epochs of 4 images a step at 1e-3."
 

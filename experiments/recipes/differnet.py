@@ -16,7 +16,7 @@ SMALL = {
     "train_rotations": 2,
     "hidden": 256,
     "epochs": 60,
-    "batch_size": 8,
+    "train_batch_size": 8,
     "learning_rate": 1e-3,
 }
 NOTES = "128 px, 4 rotations, 256 hidden units, 60 epochs of 8 images a step at 1e-3."

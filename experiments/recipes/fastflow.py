@@ -11,7 +11,7 @@ published budget, which have not been run.
 
 from recipes import MTD, RESNET50, Recipe, published
 
-FEW = {"layers": ("layer2", "layer3"), "flow_steps": 4, "hidden_ratio": 0.16, "batch_size": 8}
+FEW = {"layers": ("layer2", "layer3"), "flow_steps": 4, "hidden_ratio": 0.16, "train_batch_size": 8}
 SMALL = FEW | {"epochs": 40}
 NOTES = "160 px, layers 2 and 3, 4 couplings a sixth as wide, 40 epochs of 8 images a step."
 
@@ -23,7 +23,7 @@ RECIPES = {
         "mvtec_bottle",
         backbone="resnet18.tv_in1k",
         image_size=256,
-        hyperparameters={"conv3x3_only": True, "epochs": 12, "batch_size": 16},
+        hyperparameters={"conv3x3_only": True, "epochs": 12, "train_batch_size": 16},
         published=published("anomalib, ResNet-18, 256 px", image_AUROC=1.0, pixel_AUROC=0.983),
         notes="12 epochs of 16 images a step (156 steps) instead of 500 of 32.",
     ),
@@ -31,7 +31,7 @@ RECIPES = {
         "fastflow",
         backbone=RESNET50,
         image_size=160,
-        hyperparameters=FEW | {"batch_size": 4, "epochs": 8},
+        hyperparameters=FEW | {"train_batch_size": 4, "epochs": 8},
         seeds=(0, 1, 2),
         published=published(
             "IM-IAD, ResNet-18, 256 px", image_AUROC=0.891, pixel_AUROC=0.71, pixel_AP=0.172, pixel_AUPRO=0.568

@@ -97,7 +97,7 @@ def cflow(
     clamp: float = 1.9,
     fiber_batch_size: int = 256,
     epochs: int = 200,
-    batch_size: int = 32,
+    train_batch_size: int = 32,
     learning_rate: float = 2e-4,
     sigma: float = 0.0,
 ) -> Method:
@@ -112,7 +112,7 @@ def cflow(
         clamp: Bound of the couplings' log scales.
         fiber_batch_size: Positions of a step of gradient descent.
         epochs: Passes over the training images.
-        batch_size: Images whose positions are mixed.
+        train_batch_size: Images whose positions are mixed.
         learning_rate: Of Adam, at its largest.
         sigma: Smoothing of the heat map in pixels.
 
@@ -120,7 +120,10 @@ def cflow(
         ValueError: A hyper-parameter is out of its range.
     """
     at_least_one(
-        coupling_blocks=coupling_blocks, fiber_batch_size=fiber_batch_size, epochs=epochs, batch_size=batch_size
+        coupling_blocks=coupling_blocks,
+        fiber_batch_size=fiber_batch_size,
+        epochs=epochs,
+        train_batch_size=train_batch_size,
     )
     if condition_size < 4 or condition_size % 4:
         raise ValueError(f"condition_size must be a multiple of 4, got {condition_size}")
@@ -216,7 +219,7 @@ def cflow(
         return Scores(pixel.max((1, 2)), pixel)
 
     stages = (
-        Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True),
+        Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True),
         Stage("calibrate", look),
     )
     return Method(features(backbone, layers), init, stages, score)

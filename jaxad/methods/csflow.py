@@ -98,7 +98,7 @@ def csflow(
     hidden: int = 1024,
     clamp: float = 3.0,
     epochs: int = 240,
-    batch_size: int = 16,
+    train_batch_size: int = 16,
     learning_rate: float = 2e-4,
     weight_decay: float = 1e-5,
 ) -> Method:
@@ -112,14 +112,14 @@ def csflow(
         hidden: Channels within the couplings' networks.
         clamp: Bound of the couplings' log scales.
         epochs: Passes over the training images.
-        batch_size: Images of a step.
+        train_batch_size: Images of a step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
 
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    at_least_one(coupling_blocks=coupling_blocks, hidden=hidden, epochs=epochs, batch_size=batch_size)
+    at_least_one(coupling_blocks=coupling_blocks, hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(clamp=clamp, learning_rate=learning_rate)
     layer = architecture(backbone).patch_layers[-1] if layer is None else layer
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), torch_adam(learning_rate, weight_decay, eps=1e-4))
@@ -181,5 +181,5 @@ def csflow(
         pixel = upsample_blur(jnp.mean(z[0] ** 2, -1) / 2, image_size, 0.0)
         return Scores(squares(z) / (2 * entries(z)), pixel)
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True)
+    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
     return Method(scales_of(backbone, layer), init, (stage,), score)

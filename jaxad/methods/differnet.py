@@ -128,7 +128,7 @@ def differnet(
     train_rotations: int = 4,
     localize: bool = False,
     epochs: int = 192,
-    batch_size: int = 24,
+    train_batch_size: int = 24,
     learning_rate: float = 2e-4,
     weight_decay: float = 1e-5,
     sigma: float = 3.0,
@@ -146,7 +146,7 @@ def differnet(
         train_rotations: So many of them, drawn anew, in every step of training.
         localize: Make heat maps, which takes a pass through the backbone and back for every rotation.
         epochs: Passes over the training images.
-        batch_size: Images of a step.
+        train_batch_size: Images of a step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
         sigma: Smoothing of the gradients in pixels.
@@ -155,7 +155,11 @@ def differnet(
         ValueError: A hyper-parameter is out of its range.
     """
     at_least_one(
-        coupling_blocks=coupling_blocks, hidden=hidden, rotations=rotations, epochs=epochs, batch_size=batch_size
+        coupling_blocks=coupling_blocks,
+        hidden=hidden,
+        rotations=rotations,
+        epochs=epochs,
+        train_batch_size=train_batch_size,
     )
     if not 1 <= train_rotations <= rotations:
         raise ValueError(f"train_rotations must be within 1..{rotations} (rotations), got {train_rotations}")
@@ -230,5 +234,5 @@ def differnet(
         pixel = None if x.image is None else gradient_map(state, frozen, x.image)
         return Scores(jnp.mean(z**2, (1, 2)), pixel)
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True)
+    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
     return Method(rotations_of(backbone, layer, rotations, localize), init, (stage,), score)

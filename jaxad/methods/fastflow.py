@@ -71,7 +71,7 @@ def fastflow(
     hidden_ratio: float = 1.0,
     clamp: float = 2.0,
     epochs: int = 500,
-    batch_size: int = 32,
+    train_batch_size: int = 32,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-5,
 ) -> Method:
@@ -88,7 +88,7 @@ def fastflow(
         hidden_ratio: Width of the networks over that of their input.
         clamp: Bound of the couplings' log scales.
         epochs: Passes over the training images.
-        batch_size: Images of a step.
+        train_batch_size: Images of a step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
 
@@ -96,7 +96,7 @@ def fastflow(
         ValueError: A hyper-parameter is out of its range.
     """
     kernels = (3,) if conv3x3_only else (3, 1)
-    at_least_one(flow_steps=flow_steps, epochs=epochs, batch_size=batch_size)
+    at_least_one(flow_steps=flow_steps, epochs=epochs, train_batch_size=train_batch_size)
     if flow_steps % len(kernels):
         raise ValueError(f"flow_steps must be even, or conv3x3_only be set, got {flow_steps}")
     above_zero(hidden_ratio=hidden_ratio, clamp=clamp, learning_rate=learning_rate)
@@ -180,5 +180,5 @@ def fastflow(
         pixel = 1 - sum(likelihoods[1:], likelihoods[0]) / len(layers)
         return Scores(pixel.max((1, 2)), pixel)
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True)
+    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
     return Method(features(backbone, layers), init, (stage,), score)

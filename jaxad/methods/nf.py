@@ -152,7 +152,7 @@ def nf(
     blocks: int = 2,
     clamp: float = 2.0,
     epochs: int = 100,
-    batch_size: int = 32,
+    train_batch_size: int = 32,
     learning_rate: float = 1e-4,
     weight_decay: float = 5e-5,
 ) -> Method:
@@ -172,14 +172,21 @@ def nf(
         blocks: Residual blocks of each.
         clamp: Bound of the couplings' log scales.
         epochs: Passes over the training images.
-        batch_size: Images of a step.
+        train_batch_size: Images of a step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
 
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    at_least_one(scales=scales, couplings=couplings, hidden=hidden, blocks=blocks, epochs=epochs, batch_size=batch_size)
+    at_least_one(
+        scales=scales,
+        couplings=couplings,
+        hidden=hidden,
+        blocks=blocks,
+        epochs=epochs,
+        train_batch_size=train_batch_size,
+    )
     above_zero(clamp=clamp, learning_rate=learning_rate)
     for name, value, known in (
         ("on", on, ("embedding", "pixels")),
@@ -334,6 +341,6 @@ def nf(
 
     stages = (
         Stage("measure", measure, standardize),
-        Stage("train", train, finish, epochs=epochs, batch_size=batch_size, shuffle=True),
+        Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True),
     )
     return Method(pixels if image else features(backbone, layers, pool=True), init, stages, score)

@@ -277,7 +277,9 @@ def test_fastflow_learns_no_norm_for_a_transformer():
 def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     data, frozen = open_data(images, preprocess=Preprocess(None))["arrays"].train, backbone("pdn_small").init(KEY)
-    size: Any = dict(layers=("layer2",), image_size=(64, 64), flow_steps=8, conv3x3_only=True, epochs=20, batch_size=4)
+    size: Any = dict(
+        layers=("layer2",), image_size=(64, 64), flow_steps=8, conv3x3_only=True, epochs=20, train_batch_size=4
+    )
     method = fastflow(backbone="pdn_small", learning_rate=100 * 1e-3, **size)
     with pytest.raises(NonFiniteLoss, match=r"got (inf|nan) in stage train, epoch \d+, step \d+: lower") as raised:
         fit(method, frozen, data, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=0)
