@@ -76,16 +76,17 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
         train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
     )
-    one_scale = pixels | (dict(scales=1, couplings=2, blocks=1) if options.smoke else dict(scales=1, couplings=8))
+    small: dict[str, Any] = dict(couplings=2, blocks=1) if options.smoke else {}
+    one_scale = pixels | dict(scales=1, couplings=8) | small
     known = {
         "RealNVP, 3 scales": pixels | dict(scales=3, couplings=4),
         "Glow, 3 scales": pixels | dict(flow="glow", scales=3, couplings=8),
         "RealNVP, checkerboard": one_scale,
         "RealNVP, horizontal mask": one_scale | dict(mask="horizontal"),
         "RealNVP, cycle mask": one_scale | dict(mask="cycle"),
-        "RealNVP on embeddings": dict(
-            layers=("layer1", "layer2", "layer3"), epochs=4 * options.epochs, learning_rate=options.learning_rate
-        ),
+        "RealNVP on embeddings": dict(layers=("layer1", "layer2", "layer3"), epochs=4 * options.epochs)
+        | dict(learning_rate=options.learning_rate)
+        | small,
     }
     return {name: known[name] for name in options.flows or known}
 
@@ -189,7 +190,8 @@ def main(options: Options) -> None:
     rows: dict[str, dict[str, Any]] = {}
 
     def scored(method: Method, state: Any, images: np.ndarray) -> np.ndarray:
-        return np.asarray(score_all(method, state, frozen, data_of(images), batch_size=64).image)
+        size = min(64, options.test)
+        return np.asarray(score_all(method, state, frozen, data_of(images), batch_size=size).image)
 
     for flow, hyperparameters in flows(options).items():
         method = nf(backbone=name, **hyperparameters)
