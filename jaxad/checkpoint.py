@@ -1,4 +1,4 @@
-"""What a killed fit goes on from: its newest state, kept by orbax."""
+"""What a killed fit goes on from: its newest state, kept by orbax; and the one before it, should a loss diverge."""
 
 import time
 from collections.abc import Callable
@@ -12,24 +12,27 @@ from jaxad.mesh import agreed
 
 
 class Saver:
-    """Keeps the newest checkpoint of a fit in a directory; does nothing without one.
+    """Keeps the newest checkpoints of a fit in a directory; does nothing without one.
 
     Args:
         directory: Of this fit alone; None for no checkpoints.
         seconds: Least time between two checkpoints.
         identity: What tells this fit from others, as JSON values.
+        keep: How many checkpoints.
     """
 
     STRIDE = 1 << 26
     """Orbax numbers checkpoints by one integer of 31 bits: stage * STRIDE + step."""
 
-    def __init__(self, directory: str | Path | None, seconds: float, identity: dict[str, Any]) -> None:
-        self._directory = None if directory is None else Path(directory).absolute()
+    def __init__(
+        self, directory: str | Path | None, seconds: float, identity: dict[str, Any], *, keep: int = 1
+    ) -> None:
+        self._directory, self._keep = None if directory is None else Path(directory).absolute(), keep
         self._seconds, self._identity, self._saved = seconds, identity, time.monotonic()
 
     def __enter__(self) -> "Saver":
         if self._directory is not None:
-            policy = ocp.training.preservation_policies.LatestN(1)
+            policy = ocp.training.preservation_policies.LatestN(self._keep)
             self._checkpoints = ocp.training.Checkpointer(
                 str(self._directory),
                 preservation_policy=policy,  # pyright: ignore[reportArgumentType] (orbax's own types disagree)
@@ -72,3 +75,9 @@ class Saver:
             return
         self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
         self._saved = time.monotonic()
+
+    def forget(self, stage: int, step: int) -> None:
+        """Deletes the checkpoint of a step, if there is one: its state is broken."""
+        number = stage * self.STRIDE + step
+        if self._directory is not None and any(saved.step == number for saved in self._checkpoints.checkpoints):
+            self._checkpoints.delete(number)

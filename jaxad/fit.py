@@ -273,7 +273,9 @@ def _fit(
         return layout.spread(keys if layout.stacked else keys[0])
 
     diagnostics: dict[str, np.ndarray] = {}
-    with Saver(checkpoint_dir, checkpoint_seconds, identity) as saver:
+    # A loss that is not finite tells that the newest checkpoint is broken already: it needs the one before.
+    kept = 2 if any(stage.shuffle for stage in method.stages) else 1
+    with Saver(checkpoint_dir, checkpoint_seconds, identity, keep=kept) as saver:
         restored = saver.restore(
             lambda stage: layout.abstract(abstract_state(method, frozen, spec, stage), len(datasets))
         )
@@ -296,6 +298,8 @@ def _fit(
                 result = programs.updates[s](state, key, active_here, batches, placed.everywhere, steps)
                 state, metrics = jax.block_until_ready(result)  # else chunks pile up in memory ahead of the device
                 metrics = {k: np.asarray(v).reshape(active.shape) for k, v in metrics.items()}
+                if "loss" in metrics and not np.isfinite(metrics["loss"][active[:, 0], 0]).all():
+                    saver.forget(s, step)
                 _check_loss(metrics, active, stage, step, schedule, datasets)
                 collected.append({k: v if active.all() else np.where(active, v, np.nan) for k, v in metrics.items()})
                 if progress:

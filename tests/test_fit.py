@@ -502,7 +502,7 @@ def test_resuming_in_the_middle_of_an_epoch(tmp_path, monkeypatch, uninterrupted
     for calls, saved in ((8, 4), (3, 8), (2, 10)):
         with pytest.raises(Stop):
             fit(TOY, FROZEN, DATA, KEY, progress=stopping_after(calls), **options)
-        assert [int(path.name) % Saver.STRIDE for path in tmp_path.iterdir()] == [saved]
+        assert max(int(path.name) % Saver.STRIDE for path in tmp_path.iterdir()) == saved
     assert_equal(fit(TOY, FROZEN, DATA, KEY, **options).state, uninterrupted)
 
 
@@ -511,9 +511,10 @@ def test_checkpoints_wait_their_time(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    """Of gradient descent two: the newest may turn out to be broken."""
     fit(TOY, FROZEN, DATA, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path):

@@ -280,8 +280,23 @@ def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_
     size: Any = dict(
         layers=("layer2",), image_size=(64, 64), flow_steps=8, conv3x3_only=True, epochs=20, train_batch_size=4
     )
-    method = fastflow(backbone="pdn_small", learning_rate=100 * 1e-3, **size)
-    with pytest.raises(NonFiniteLoss, match=r"got (inf|nan) in stage train, epoch \d+, step \d+: lower") as raised:
-        fit(method, frozen, data, KEY, checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    step = int(re.search(r"step (\d+)", str(raised.value))[1])
-    assert [int(path.name) for path in tmp_path.iterdir()] == [step - 1]
+    calm, wild, wilder = (fastflow(backbone="pdn_small", learning_rate=1e-3 * more, **size) for more in (1, 100, 1e9))
+    options: Any = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    diverges = pytest.raises(NonFiniteLoss, match=r"got (inf|nan) in stage train, epoch \d+, step \d+: lower")
+    with diverges:
+        fit(wild, frozen, data, KEY)
+    seen = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        seen.append(done // 4)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(calm, frozen, data, KEY, progress=progress, **options)
+    with diverges as raised:
+        fit(wilder, frozen, data, KEY, **options)
+    good = int(re.search(r"step (\d+)", str(raised.value))[1]) - 2  # the last state whose own loss was finite
+    assert good >= 3 and max(int(path.name) for path in tmp_path.iterdir()) == good
+    fit(calm, frozen, data, KEY, progress=lambda what, done, total: seen.append(done // 4), **options)
+    assert seen[5] == good
