@@ -3,14 +3,16 @@
     python experiments/bench_flows.py --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --torch-python PYTHON
 
 - plain loop: the same `embed` and `update` in one compiled step, which decodes and embeds its images in every step;
-  beside the steps that `jaxad.fit` takes from the second epoch on, when features come from the cache. A flow that costs
-  more than the backbone cannot gain much; the seconds of decoding and the backbone alone say how much it could.
+  beside the steps that `jaxad.fit` takes in the second half of its epochs, when features come from the cache. A flow
+  that costs more than the backbone cannot gain much; the seconds of decoding and the backbone alone say how much it
+  could.
 - FrEIA: steps of the same blocks with the same batch in torch, on as many threads, in turns with jaxad's.
-- classes: four classes in one program, beside one fit after the other; both from the second epoch on.
+- classes: four classes in one program, beside one fit after the other; both in the second half of the epochs.
 
 All times are medians of steps of this one run, compile time apart. `--smoke` is the small variant that the tests run.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -32,7 +34,7 @@ from jaxad import backbones
 from jaxad.artifact import write_json
 from jaxad.base import Batch, Method, PyTree
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.fit import fit, fit_classes
+from jaxad.fit import chunk, fit, fit_classes
 from jaxad.methods import METHODS
 from jaxad.program import compile_seconds
 
@@ -40,7 +42,7 @@ KEY = jax.random.key(0)
 LAYERS = ("layer2", "layer3")
 FLOWS: dict[str, dict[str, Any]] = {
     "nf": {"layers": ("layer1", "layer2", "layer3")},
-    "differnet": {"layer": "layer3", "rotations": 4, "train_rotations": 2, "hidden": 512},
+    "differnet": {"layer": "layer3", "rotations": 4, "train_rotations": 4, "hidden": 512},
     "cflow": {"layers": ("layer3",), "coupling_blocks": 4},
     "csflow": {"layer": "layer3", "hidden": 64},
     "fastflow": {"layers": ("layer3",), "conv3x3_only": True},
@@ -90,22 +92,26 @@ def timed(step: Callable[[], Any], n: int) -> list[float]:
     return seconds
 
 
-def cached_steps(run: Callable[[Any], Any]) -> list[float]:
-    """The seconds of the steps of a fit of two epochs in its second one; `run` takes its progress."""
+def cached_steps(run: Callable[[int, Any], Any]) -> list[tuple[float, int]]:
+    """Seconds and images of the chunks of steps in the second half of a fit; `run` takes its epochs and progress."""
     moments: list[tuple[float, int, int]] = []
 
     def progress(what: str, done: int, total: int) -> None:
         if what == "train":
             moments.append((time.perf_counter() - compile_seconds(), done, total))
 
-    run(progress)
-    return [b[0] - a[0] for a, b in itertools.pairwise(moments) if a[1] >= a[2] / 2]
+    run(2 * chunk(), progress)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(moments) if a[1] >= a[2] / 2]
 
 
 def beside_a_plain_loop(name: str, backbone: str, frozen: Any, train: Dataset, options: Options) -> dict[str, Any]:
     """A flow's steps on cached features, and those of a loop that runs the backbone in each."""
-    method, size = make(name, backbone, options, epochs=2), options.batch_size
-    cached = cached_steps(lambda progress: fit(method, frozen, train, KEY, progress=progress))
+    method, size = make(name, backbone, options), options.batch_size
+
+    def run(epochs: int, progress: Any) -> None:
+        fit(make(name, backbone, options, epochs=epochs), frozen, train, KEY, progress=progress)
+
+    cached = [seconds * size / images for seconds, images in cached_steps(run)]
     spec = jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((size, *train.image_size, 3), jnp.uint8))
     state, stage = method.init(KEY, frozen, spec), next(s for s in method.stages if s.shuffle)
     for before in method.stages[: method.stages.index(stage)]:
@@ -139,11 +145,11 @@ def beside_freia(name: str, shape: tuple[int, int, int], batch_size: int, option
         method, images, fibers = METHODS[name](**layer, fiber_batch_size=batch_size), 1, h * w // batch_size
     x = {"layer3": jax.random.normal(KEY, (images, h, w, c))}
     state = method.init(KEY, None, jax.eval_shape(lambda: x))
-    update = jax.jit(lambda state: method.stages[0].update(KEY, state, None, batch_of(x, images))[0])
+    update = jax.jit(lambda state, x: method.stages[0].update(KEY, state, None, batch_of(x, images))[0])
     steps, threads = (1, 1) if options.smoke else (10, os.cpu_count() or 1)
     ours, theirs, version = [], [], ""
     for _ in range(1 if options.smoke else 3):
-        ours += [seconds / fibers for seconds in timed(lambda: update(state), steps)]
+        ours += [seconds / fibers for seconds in timed(lambda: update(state, x), steps)]
         if options.torch_python:
             given = dict(method=name, shape=(c, h, w), batch_size=batch_size, steps=steps + 1, threads=threads)
             command = [str(options.torch_python), str(Path(__file__).with_name("freia_step.py")), json.dumps(given)]
@@ -160,10 +166,20 @@ def classes_at_once(name: str, backbone: str, frozen: Any, options: Options) -> 
     """A flow on the four demo classes in one program, and one after the other."""
     opened = open_data("demo", preprocess=Preprocess((options.image_size, options.image_size))).values()
     few = [split.train.subset(slice(None, options.images // 4)) for split in opened if split.train is not None]
-    method = make(name, backbone, options, epochs=2)
-    together = cached_steps(lambda progress: fit_classes(method, frozen, few, KEY, progress=progress))
-    apart = [cached_steps(lambda p, data=data: fit(method, frozen, data, KEY, progress=p)) for data in few]
-    seconds = {"one_program": float(np.sum(together)), "in_turn": float(sum(map(np.sum, apart)))}
+
+    def together(epochs: int, progress: Any) -> None:
+        fit_classes(make(name, backbone, options, epochs=epochs), frozen, few, KEY, progress=progress)
+
+    def alone(data: Dataset, epochs: int, progress: Any) -> None:
+        fit(make(name, backbone, options, epochs=epochs), frozen, data, KEY, progress=progress)
+
+    def an_epoch(run: Callable[[int, Any], Any]) -> float:
+        return sum(seconds for seconds, _ in cached_steps(run)) / chunk()
+
+    seconds = {
+        "one_program": an_epoch(together),
+        "in_turn": sum(an_epoch(functools.partial(alone, data)) for data in few),
+    }
     return {
         "classes": len(few),
         "seconds_an_epoch": seconds,

@@ -31,6 +31,7 @@ class Embedding:
         self, embed: EmbedFn, frozen: Frozen, data: Dataset, layout: Layout, most_bytes: float, storage: "Storage"
     ) -> None:
         self.data, self.on_device = data, storage.place == "device"
+        self.frozen = frozen  # a cache knows the weights by their id, which is theirs as long as they are held
         self.spec = jax.eval_shape(embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
         rows = len(data) + -len(data) % layout.data_shards if self.on_device else len(data)
         stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)

@@ -10,7 +10,10 @@ Paper: CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via 
     2022, arXiv:2107.12571.
 Reference: https://github.com/gudovskiy/cflow-ad
 Differences: the largest likelihood is that of the training images, not of the test images, so that an image's score
-    does not depend on others; one image size for all classes; epochs are counted plainly (200, not 25 of 8).
+    does not depend on others; one image size for all classes; epochs are counted plainly (200, not 25 of 8), the
+    learning rate changes with every step, and the last epoch counts, not the best on the test images; images are not
+    rotated by up to 5 degrees in training, so that their features are computed once; upsampling is by pixel centers;
+    biases of the networks begin as zeros.
 Results: experiments/recipes/cflow.py
 """
 
@@ -30,7 +33,7 @@ from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, bloc
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.lapack import key_after
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 WARM_UP, LEAST_RATE = 0.08, 1e-3
 """The learning rate begins at a tenth, rises for this share of the training, and falls to this share of it (cosine)."""
@@ -128,6 +131,7 @@ def cflow(
     if condition_size < 4 or condition_size % 4:
         raise ValueError(f"condition_size must be a multiple of 4, got {condition_size}")
     above_zero(clamp=clamp, learning_rate=learning_rate)
+    zero_or_more(sigma=sigma)
     layers = architecture(backbone).stages[-3:] if layers is None else tuple(layers)
     optimizer = torch_adam(learning_rate)
 

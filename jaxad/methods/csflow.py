@@ -7,7 +7,8 @@ averaged over channels and upsampled (section 3.4).
 
 Paper: Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection, WACV 2022, arXiv:2110.02855.
 Reference: https://github.com/marco-rudolph/cs-flow
-Differences: epochs are counted plainly (240, not 4 of 60), and the last one counts, not the best on the test images.
+Differences: epochs are counted plainly (240, not 4 of 60), and the last one counts, not the best on the test images;
+    a last batch that is not full is left out; biases begin as zeros.
 Results: experiments/recipes/csflow.py
 """
 
@@ -28,11 +29,9 @@ from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Sco
 from jaxad.bijectors import CrossScaleCoupling, Permutation
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 SCALES = 3
-KERNELS = (3, 3, 3, 5)
-"""Of the couplings; further ones look as far as the last."""
 Maps = tuple[Array, ...]
 """Feature maps of all scales, the finest first."""
 
@@ -106,7 +105,8 @@ def csflow(
 
     Args:
         backbone: The network that describes images.
-        layer: Its stage; None for the deeper of those that describe patches (stride 16).
+        layer: Its stage; None for the paper's of an EfficientNet ("blocks.5", stride 32), else for the deeper of those
+            that describe patches (stride 16).
         image_size: (height, width) of the images, which is that of the heat map; multiples of four times the stride.
         coupling_blocks: Couplings of the flow.
         hidden: Channels within the couplings' networks.
@@ -121,9 +121,12 @@ def csflow(
     """
     at_least_one(coupling_blocks=coupling_blocks, hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(clamp=clamp, learning_rate=learning_rate)
-    layer = architecture(backbone).patch_layers[-1] if layer is None else layer
+    zero_or_more(weight_decay=weight_decay)
+    network = architecture(backbone)
+    usual = "blocks.5" if "stem" in network.stages else network.patch_layers[-1]
+    layer = usual if layer is None else layer
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), torch_adam(learning_rate, weight_decay, eps=1e-4))
-    kernels = (KERNELS + KERNELS[-1:] * coupling_blocks)[:coupling_blocks]
+    kernels = (3,) * (coupling_blocks - 1) + (5,)
 
     def networks(c: int, kernel: int) -> tuple[CrossConvolutions, CrossConvolutions]:
         first = c - c // 2

@@ -9,7 +9,8 @@ squared as in the reference.
 Paper: Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing Flows, WACV 2021, arXiv:2008.12577.
 Reference: https://github.com/marco-rudolph/differnet
 Differences: rotations are evenly spaced angles instead of random ones, so that their features are computed once; a
-    training step draws some of them for each image. Epochs are counted plainly, and the last one counts.
+    training step draws some of them for each image. They are bilinear, not of the nearest pixel. Epochs are counted
+    plainly, the last one counts, and a last batch that is not full is left out; biases begin as zeros.
 Results: experiments/recipes/differnet.py
 """
 
@@ -28,8 +29,8 @@ from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Sco
 from jaxad.bijectors import Permutation, Scan, glow_coupling
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import blur_matrix
-from jaxad.ops.loops import unroll
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.loops import each
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 SCALES = 3
 
@@ -71,6 +72,11 @@ class Subnet(nn.Module):
         return nn.Dense(self.out, kernel_init=torch_uniform)(x)
 
 
+def floats(image: Array) -> Float[Array, "b h w c"]:
+    """Pixels in 0..1."""
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
 def rotate(image: Float[Array, "b h w c"], degrees: Float[Array, ""]) -> Float[Array, "b h w c"]:
     """Turned counterclockwise about the center, bilinear, black where nothing was."""
     b, h, w, c = image.shape
@@ -105,13 +111,8 @@ def rotations_of(backbone: str, layer: str, n: int, keep_image: bool) -> EmbedFn
     one = describe(backbone, layer)
 
     def embed(frozen: Frozen, image: Array) -> Embedded:
-        pixels = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-
-        def turned(_: None, degrees: Float[Array, ""]) -> tuple[None, Float[Array, "b c"]]:
-            return None, one(frozen, rotate(pixels, degrees))
-
-        _, found = jax.lax.scan(turned, None, jnp.asarray(angles(n)), unroll=unroll(n))
-        return Embedded(jnp.moveaxis(found, 0, 1), pixels if keep_image else None)
+        found = each(lambda degrees: one(frozen, rotate(floats(image), degrees)), jnp.asarray(angles(n)))
+        return Embedded(jnp.moveaxis(found, 0, 1), image if keep_image else None)
 
     return embed
 
@@ -164,6 +165,7 @@ def differnet(
     if not 1 <= train_rotations <= rotations:
         raise ValueError(f"train_rotations must be within 1..{rotations} (rotations), got {train_rotations}")
     above_zero(clamp=clamp, learning_rate=learning_rate)
+    zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layer = architecture(backbone).stages[-1] if layer is None else layer
     optimizer = torch_adam(learning_rate, weight_decay, b1=0.8, b2=0.8, eps=1e-4)
 
@@ -215,19 +217,17 @@ def differnet(
         del key, frozen
         return DiffernetFlow(state.trained.params, state.permutations)
 
-    def gradient_map(state: DiffernetFlow, frozen: Frozen, image: Float[Array, "b h w 3"]) -> Float[Array, "b h w"]:
+    def gradient_map(state: DiffernetFlow, frozen: Frozen, image: Array) -> Float[Array, "b h w"]:
         smooth = [jnp.asarray(blur_matrix(n, sigma), jnp.float32) for n in image_size]
 
         def loss(turned: Array) -> Float[Array, ""]:
             return negative_log_likelihood(*state, describe(backbone, layer)(frozen, turned)).sum()
 
-        def turned(total: Array, degrees: Float[Array, ""]) -> tuple[Array, None]:
-            back = rotate(jax.grad(loss)(rotate(image, degrees)), -degrees)
-            return total + jnp.abs(jnp.einsum("Hh,bhwc,Ww->bHWc", smooth[0], back, smooth[1])), None
+        def turned(degrees: Float[Array, ""]) -> Array:
+            back = rotate(jax.grad(loss)(rotate(floats(image), degrees)), -degrees)
+            return jnp.abs(jnp.einsum("Hh,bhwc,Ww->bHWc", smooth[0], back, smooth[1]))
 
-        turns = jnp.asarray(angles(rotations))
-        total, _ = jax.lax.scan(turned, jnp.zeros(image.shape), turns, unroll=unroll(rotations))
-        return jnp.mean(total / rotations, -1) ** 2
+        return jnp.mean(each(turned, jnp.asarray(angles(rotations))), (0, -1)) ** 2
 
     def score(state: DiffernetFlow, frozen: Frozen, x: Embedded) -> Scores:
         z, _ = latent(state.params, state.permutations, x.feature)

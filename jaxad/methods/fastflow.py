@@ -9,7 +9,7 @@ passed its own layer norm, and no other is learned. The published setting for `d
 
 Paper: FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows, 2021, arXiv:2111.07677.
 Reference: none official; https://github.com/gathierry/FastFlow (FrEIA's AllInOneBlock, layer norm, likelihoods).
-Differences: none from the reference.
+Differences: biases of the networks begin as zeros; 3x3 and 1x1 in turn take an even number of couplings.
 Results: experiments/recipes/fastflow.py
 """
 
@@ -28,7 +28,7 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 
 class FastflowTraining(NamedTuple):
@@ -100,6 +100,7 @@ def fastflow(
     if flow_steps % len(kernels):
         raise ValueError(f"flow_steps must be even, or conv3x3_only be set, got {flow_steps}")
     above_zero(hidden_ratio=hidden_ratio, clamp=clamp, learning_rate=learning_rate)
+    zero_or_more(weight_decay=weight_decay)
     network = architecture(backbone)
     layers = network.pyramid_layers if layers is None else tuple(layers)
     optimizer = torch_adam(learning_rate, weight_decay)

@@ -10,8 +10,10 @@ Paper: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, NeurIPS 20
     arXiv:1605.08803; Glow, arXiv:1807.03039.
 Reference: https://github.com/PolinaKirichenko/flows_ood
 Differences: all couplings have residual networks without normalization, which end in zeros, instead of ResNets with
-    batch norm or highway networks; channels are standardized once, before the flow (with networks that begin as zeros
-    that is what Glow's data-dependent initialization of all its ActNorms comes to); Adam for both flows.
+    batch norm or highway networks, and log scales clamp * tanh(s / clamp) with a fixed clamp; channels are standardized
+    once, before the flow (with networks that begin as zeros and 1x1 convolutions that begin as permutations, not as
+    random rotations, that is what Glow's data-dependent initialization of all its ActNorms comes to); Adam for both
+    flows, whose weight decay reaches all parameters; squeezing puts a pixel's channels side by side.
 Results: experiments/recipes/nf.py, and experiments/nf_ood.py for the paper's own question.
 """
 
@@ -48,7 +50,7 @@ from jaxad.bijectors import (
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, moments_init, moments_update
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
 BOUND = 0.05
@@ -95,17 +97,20 @@ class Residual(nn.Module):
     blocks: int
     out: int
     image: bool
+    far: bool = False
+    """The pixels that block i looks at are 2^i apart."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s d"]:
         """Raw log scales and shifts."""
 
-        def layer(x: Array) -> Array:
-            return (nn.Conv(self.hidden, (3, 3)) if self.image else nn.Dense(self.hidden))(x)
+        def layer(x: Array, apart: int = 1) -> Array:
+            return (nn.Conv(self.hidden, (3, 3), kernel_dilation=apart) if self.image else nn.Dense(self.hidden))(x)
 
         x = layer(x)
-        for _ in range(self.blocks):
-            x = x + layer(nn.relu(layer(nn.relu(x))))
+        for i in range(self.blocks):
+            apart = 2**i if self.far else 1
+            x = x + layer(nn.relu(layer(nn.relu(x), apart)), apart)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros)(nn.relu(x))
 
 
@@ -164,12 +169,13 @@ def nf(
         on: What the flow sees. Pixels: of images whose height and width 2^scales divides.
         flow: Its kind; "glow" for pixels only.
         mask: Of RealNVP's couplings of pixels. The published RealNVP is "checkerboard" with 3 scales and 4 couplings;
-            the remedies "horizontal" and "cycle" have 1 scale and 8 couplings.
+            the remedies "horizontal" and "cycle" have 1 scale, and 8 couplings in the paper.
         scales: Of a flow on pixels.
         couplings: Of an embedding, or of pixels at the last scale (RealNVP; 3 and 3 at those before), or at each scale
             (Glow).
         hidden: Width of the couplings' networks (RealNVP: at the finest scale, doubled wherever resolution is halved).
-        blocks: Residual blocks of each.
+        blocks: Residual blocks of each. With the masks "horizontal" and "cycle" the pixels that block i looks at are
+            2^i apart, and the blocks must be so many that a network sees half the image.
         clamp: Bound of the couplings' log scales.
         epochs: Passes over the training images.
         train_batch_size: Images of a step.
@@ -188,6 +194,7 @@ def nf(
         train_batch_size=train_batch_size,
     )
     above_zero(clamp=clamp, learning_rate=learning_rate)
+    zero_or_more(weight_decay=weight_decay)
     for name, value, known in (
         ("on", on, ("embedding", "pixels")),
         ("flow", flow, ("realnvp", "glow")),
@@ -197,13 +204,18 @@ def nf(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
     if on == "embedding" and (flow == "glow" or couplings % 2):
         raise ValueError(f"a flow on embeddings must be a realnvp with even couplings, got {flow} with {couplings}")
+    remedy = mask != "checkerboard"
+    if remedy and (on, flow, scales) != ("pixels", "realnvp", 1):
+        raise ValueError(
+            f"the mask {mask} is of a realnvp on pixels with 1 of scales, got {flow} on {on} with {scales}"
+        )
     layers = architecture(backbone).stages[-1:] if layers is None else tuple(layers)
     optimizer = torch_adam(learning_rate, weight_decay)
     image = on == "pixels"
     clamped: dict[str, Any] = dict(clamp=clamp, kind="tanh")
 
     def network(width: int, out: int) -> Residual:
-        return Residual(width, blocks, out, image)
+        return Residual(width, blocks, out, image, remedy)
 
     def stack(init: Callable[[Key], PyTree], key: Key, n: int) -> PyTree:
         return jax.vmap(init)(jax.random.split(key, n))
@@ -280,6 +292,11 @@ def nf(
             raise ValueError(
                 f"height and width must be multiples of {2**scales} (2^scales), got {shape[0]} x {shape[1]}"
             )
+        if remedy and 2 ** (blocks + 1) <= max(shape[:2]) / 2:
+            raise ValueError(
+                f"blocks must be so many that the networks see half an image of {shape[0]} x {shape[1]}, got {blocks}, "
+                f"which see {2 ** (blocks + 1) - 1} pixels far"
+            )
         c = shape[-1]
         learned = [part.init for level in parts(shape) for part in level if isinstance(part, Part)]
         flows = [make(own) for make, own in zip(learned, jax.random.split(key, len(learned)), strict=True)]
@@ -294,12 +311,14 @@ def nf(
         standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
         return distrax.Chain([MultiScale(levels, shape) if image else levels[0], standardize])
 
-    def bits(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
-        """Negative log-likelihood in bits a dimension."""
-        dimensions = math.prod(x.shape[1:])
+    def nats(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
+        """Negative log-likelihood."""
         z, more = bijector(params, x.shape[1:]).forward_and_log_det(x)
-        nats = 0.5 * jnp.sum(z**2, -1) + 0.5 * dimensions * math.log(2 * math.pi) - more - log_det
-        return nats / (dimensions * math.log(2))
+        return 0.5 * jnp.sum(z**2, -1) + 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi) - more - log_det
+
+    def bits(nats: Array, x: Array) -> Array:
+        """The same in bits a dimension."""
+        return nats / (math.prod(x.shape[1:]) * math.log(2))
 
     def seen(x: PyTree, noise: Callable[[tuple[int, ...]], Array]) -> tuple[Array, Array]:
         """What the flow sees, and the log-determinant of the way there."""
@@ -326,9 +345,9 @@ def nf(
         x, log_det = seen(batch.x, lambda shape: jax.random.uniform(key, shape))
         x = jnp.where(batch.valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
         trained, metrics = descend(
-            optimizer, state.trained, lambda params: mean_of_valid(bits(params, x, log_det), batch.valid)
+            optimizer, state.trained, lambda params: mean_of_valid(nats(params, x, log_det), batch.valid)
         )
-        return state._replace(trained=trained), metrics
+        return state._replace(trained=trained), {"loss": bits(metrics["loss"], x)}
 
     def finish(key: Key, state: NfTraining, frozen: Frozen) -> NfFlow:
         del key, frozen
@@ -337,7 +356,7 @@ def nf(
     def score(state: NfFlow, frozen: Frozen, x: PyTree) -> Scores:
         del frozen  # the noise is the same for all images
         x, log_det = seen(x, lambda shape: jax.random.uniform(jax.random.key(0), shape[1:]))
-        return Scores(bits(state.params, x, log_det), None)
+        return Scores(bits(nats(state.params, x, log_det), x), None)
 
     stages = (
         Stage("measure", measure, standardize),

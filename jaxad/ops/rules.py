@@ -1,5 +1,7 @@
 """Rules that hyper-parameters of several methods share."""
 
+import math
+
 
 def at_least_one(**counts: int) -> None:
     """Raises ValueError for the first count below 1."""
@@ -13,3 +15,10 @@ def above_zero(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def zero_or_more(**values: float) -> None:
+    """Raises ValueError for the first number that is below 0 or not finite."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be 0 or more, got {value}")

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import NonFiniteLoss, fit
 from jaxad.methods.cflow import cflow, position_code, schedule
-from jaxad.methods.csflow import csflow
+from jaxad.methods.csflow import csflow, scales_of
 from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate
 from jaxad.methods.fastflow import fastflow
 
@@ -233,6 +234,35 @@ def test_differnet_heat_maps_are_gradients():
     assert there > elsewhere
 
 
+def test_differnet_heat_maps_turn_with_the_image():
+    """Of a quarter: the four rotations are those of the image as it was, each turned back, smoothed and averaged."""
+    method = differnet(
+        backbone="pdn_small",
+        layer="layer1",
+        image_size=(32, 32),
+        coupling_blocks=1,
+        hidden=4,
+        rotations=4,
+        train_rotations=1,
+        localize=True,
+        sigma=1.0,
+    )
+    frozen = backbone("pdn_small").init(KEY)
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    x = jax.jit(method.embed)(frozen, image)
+    flow = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    maps = jax.jit(lambda image: method.score(flow, frozen, method.embed(frozen, image)).pixel)
+    here, there = maps(image), maps(np.rot90(image, axes=(1, 2)))
+    np.testing.assert_allclose(there, np.rot90(here, axes=(1, 2)), atol=1e-3 * float(here.max()))
+    assert np.abs(there - here).max() > 0.1 * here.max()
+
+
+def test_csflow_takes_the_layer_of_the_paper():
+    """Block 35 of EfficientNet-B5, the last of its sixth group."""
+    method = inspect.unwrap(csflow)(backbone="tf_efficientnet_b5")
+    assert method.embed is scales_of("tf_efficientnet_b5", "blocks.5")
+
+
 @pytest.mark.parametrize(
     ("factory", "hyperparameter", "rule"),
     [
@@ -243,6 +273,8 @@ def test_differnet_heat_maps_are_gradients():
         (csflow, {"hidden": 0}, "hidden must be 1 or more, got 0"),
         (differnet, {"train_rotations": 65}, "train_rotations must be within 1..64"),
         (differnet, {"epochs": 0}, "epochs must be 1 or more, got 0"),
+        (differnet, {"sigma": -1.0}, "sigma must be 0 or more, got -1"),
+        (csflow, {"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
     ],
 )
 def test_bad_hyperparameters(factory, hyperparameter, rule):
@@ -277,26 +309,28 @@ def test_fastflow_learns_no_norm_for_a_transformer():
 def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     data, frozen = open_data(images, preprocess=Preprocess(None))["arrays"].train, backbone("pdn_small").init(KEY)
-    size: Any = dict(
-        layers=("layer2",), image_size=(64, 64), flow_steps=8, conv3x3_only=True, epochs=20, train_batch_size=4
-    )
-    calm, wild, wilder = (fastflow(backbone="pdn_small", learning_rate=1e-3 * more, **size) for more in (1, 100, 1e9))
-    options: Any = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    size: Any = dict(layers=("layer2",), image_size=(64, 64), conv3x3_only=True, epochs=4, train_batch_size=4)
     diverges = pytest.raises(NonFiniteLoss, match=r"got (inf|nan) in stage train, epoch \d+, step \d+: lower")
     with diverges:
-        fit(wild, frozen, data, KEY)
-    seen = []
+        fit(fastflow(backbone="pdn_small", learning_rate=100 * 1e-3, **size), frozen, data, KEY)
 
-    def progress(what: str, done: int, total: int) -> None:
-        seen.append(done // 4)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
+    def stopped_at(step: int, seen: list[int]) -> Callable:
+        def progress(what: str, done: int, total: int) -> None:
+            seen.append(done // 4)
+            if done // 4 >= step:
+                raise KeyboardInterrupt
 
+        return progress
+
+    calm, wild = (fastflow(backbone="pdn_small", flow_steps=2, learning_rate=rate, **size) for rate in (1e-3, 1e6))
+    options: Any = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
     with pytest.raises(KeyboardInterrupt):
-        fit(calm, frozen, data, KEY, progress=progress, **options)
+        fit(calm, frozen, data, KEY, progress=stopped_at(3, []), **options)
     with diverges as raised:
-        fit(wilder, frozen, data, KEY, **options)
+        fit(wild, frozen, data, KEY, **options)
     good = int(re.search(r"step (\d+)", str(raised.value))[1]) - 2  # the last state whose own loss was finite
-    assert good >= 3 and max(int(path.name) for path in tmp_path.iterdir()) == good
-    fit(calm, frozen, data, KEY, progress=lambda what, done, total: seen.append(done // 4), **options)
-    assert seen[5] == good
+    assert good >= 2 and max(int(path.name) for path in tmp_path.iterdir()) == good
+    resumed: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(calm, frozen, data, KEY, progress=stopped_at(good + 1, resumed), **options)
+    assert resumed == [good, good + 1]  # its own loss is finite, with a lower learning rate it goes on

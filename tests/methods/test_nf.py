@@ -11,14 +11,14 @@ from scipy import stats
 
 from jaxad.base import Batch
 from jaxad.methods import nf
-from jaxad.methods.nf import dequantize, pixels, spatial_masks
+from jaxad.methods.nf import Residual, dequantize, pixels, spatial_masks
 
 KEY = jax.random.key(0)
 TINY: dict[str, Any] = dict(backbone="pdn_small", on="pixels", hidden=4, blocks=1, learning_rate=3e-3)
 KINDS = {
     "realnvp": dict(scales=2, couplings=2),
     "glow": dict(flow="glow", scales=2, couplings=2),
-    "cycle": dict(mask="cycle", scales=1, couplings=4),
+    "cycle": dict(mask="cycle", scales=1, couplings=4, blocks=2),
 }
 
 
@@ -45,7 +45,7 @@ def trained(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flow_compresses_noise(kind):
     """Uniform noise of 256 levels has 8 bits a pixel: a log-determinant that is wrong would promise fewer."""
-    method = nf(**TINY, **KINDS[kind])
+    method = nf(**TINY | KINDS[kind])
     flow, losses = trained(method, jnp.asarray(noise_images(0, 64)), 64, 20)
     found = jax.jit(method.score)(flow, None, jnp.asarray(noise_images(1, 256))).image
     assert losses[-1] < losses[0] < 8.1
@@ -106,12 +106,29 @@ def test_masks_hide_what_is_transformed():
     assert (~keep).sum((1, 2, 3)).tolist() == [12] * 4
 
 
+@pytest.mark.parametrize("kind", ["horizontal", "cycle"])
+def test_the_networks_of_the_remedies_see_something_for_every_pixel(kind):
+    """A network that sees 7 pixels far sees across half of an image of 14, and one of 3 does not."""
+    x = jax.random.normal(KEY, (32, 14, 14, 1))
+    for keep, seen in zip(*spatial_masks(kind, 4, (14, 14, 1)), strict=True):
+        for blocks, blind in ((2, False), (1, True)):
+            net = Residual(8, blocks, 1, True, True)
+            params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), net.init(KEY, x))
+            run = jax.jit(lambda x, net=net, params=params, seen=seen: net.apply(params, jnp.where(seen, x, 0)))
+            same = np.asarray(run(x) == run(-x)).all(0)
+            assert same[~keep].any() == blind
+
+
 @pytest.mark.parametrize(
     ("hyperparameter", "rule"),
     [
         ({"flow": "glow"}, "a flow on embeddings must be a realnvp with even couplings, got glow with 8"),
         ({"couplings": 3}, "must be a realnvp with even couplings, got realnvp with 3"),
         ({"mask": "stripes"}, "mask must be one of checkerboard, horizontal, cycle, got stripes"),
+        (
+            {"mask": "cycle"},
+            "the mask cycle is of a realnvp on pixels with 1 of scales, got realnvp on embedding with 3",
+        ),
         ({"hidden": 0}, "hidden must be 1 or more, got 0"),
         ({"clamp": 0.0}, "clamp must be above 0, got 0"),
     ],
@@ -119,6 +136,12 @@ def test_masks_hide_what_is_transformed():
 def test_bad_hyperparameters(hyperparameter, rule):
     with pytest.raises(ValueError, match=rule):
         inspect.unwrap(nf)(**{"backbone": "pdn_small"} | hyperparameter)
+
+
+def test_networks_must_see_half_the_image():
+    method = nf(**TINY | {"blocks": 3}, mask="horizontal", scales=1)
+    with pytest.raises(ValueError, match="half an image of 32 x 32, got 3, which see 15 pixels far"):
+        method.init(KEY, None, jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8))
 
 
 def test_images_must_be_divisible():
