@@ -5,8 +5,8 @@
     python experiments/run.py fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, with small batches
-for more steps. The last epoch counts, whatever the test images say. The paper's other backbones have
-recipes with the published budget, which have not been run.
+for more steps. The last epoch counts, whatever the test images say. The paper's other backbones have recipes with the
+published budget, which have not been run.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
