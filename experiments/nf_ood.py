@@ -28,7 +28,7 @@ import jaxad
 from jaxad.artifact import read_json, write_json
 from jaxad.backbones import backbone, load, of_file
 from jaxad.base import Batch, Method
-from jaxad.data import Dataset, open_data
+from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.fit import fit, score_all
 from jaxad.methods import nf
 from jaxad.metrics import auroc
@@ -131,9 +131,9 @@ def digits(n: int) -> np.ndarray:
     return np.stack(images)
 
 
-def data_of(images: np.ndarray) -> Dataset:
-    """A data set of arrays."""
-    train = open_data(images)["arrays"].train
+def data_of(images: np.ndarray, pixels: bool) -> Dataset:
+    """A data set of arrays: as they are for flows on pixels, and of the backbones' usual size for embeddings."""
+    train = open_data(images, preprocess=Preprocess(None) if pixels else Preprocess())["arrays"].train
     assert train is not None
     return train
 
@@ -178,7 +178,7 @@ def progress(name: str) -> Any:
 
 def main(options: Options) -> None:
     """Trains all flows."""
-    train, test = data_of(cifar(options, "train", options.train)), cifar(options, "test", options.test)
+    train, test = cifar(options, "train", options.train), cifar(options, "test", options.test)
     colors = np.random.default_rng(0).integers(0, 256, (options.test, 1, 1, 3), np.uint8)
     foreign = {
         "one color": np.tile(colors, (1, SIZE, SIZE, 1)),
@@ -202,17 +202,18 @@ def main(options: Options) -> None:
     if record.items() <= old.items():
         rows = old["flows"]  # of another part of the same experiment
 
-    def scored(method: Method, state: Any, images: np.ndarray) -> np.ndarray:
-        size = min(64, options.test)
-        return np.asarray(score_all(method, state, frozen, data_of(images), batch_size=size).image)
-
     def on_images(flow: str) -> dict[str, Any]:
-        method = nf(backbone=name, **chosen[flow])
-        fitted = fit(method, frozen, train, jax.random.key(0), progress=progress(flow))
-        own = scored(method, fitted.state, test)
+        method, pixels = nf(backbone=name, **chosen[flow]), chosen[flow].get("on") == "pixels"
+        fitted = fit(method, frozen, data_of(train, pixels), jax.random.key(0), progress=progress(flow))
+
+        def scored(images: np.ndarray) -> np.ndarray:
+            data, size = data_of(images, pixels), min(64, options.test)
+            return np.asarray(score_all(method, fitted.state, frozen, data, batch_size=size).image)
+
+        own = scored(test)
         return {
-            "bits_per_dimension": float(own.mean()) if chosen[flow].get("on") == "pixels" else None,
-            "auroc": {k: against(own, scored(method, fitted.state, v)) for k, v in foreign.items()},
+            "bits_per_dimension": float(own.mean()) if pixels else None,
+            "auroc": {k: against(own, scored(v)) for k, v in foreign.items()},
             "seconds": fitted.run_seconds,
         }
 
