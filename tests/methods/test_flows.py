@@ -202,19 +202,14 @@ def test_differnet_scores_the_mean_over_rotations():
     assert angles(4) == [0, 90, 180, 270]
 
 
+def localizing(**options: Any) -> Any:
+    size: Any = dict(layer="layer1", image_size=(32, 32), coupling_blocks=1, hidden=4, train_rotations=1)
+    return differnet(backbone="pdn_small", localize=True, **size, **options)
+
+
 def test_differnet_heat_maps_are_gradients():
     """Of the loss with respect to the pixels; by finite differences in a direction, for the image as it is."""
-    method = differnet(
-        backbone="pdn_small",
-        layer="layer1",
-        image_size=(32, 32),
-        coupling_blocks=1,
-        hidden=4,
-        rotations=1,
-        train_rotations=1,
-        localize=True,
-        sigma=0.0,
-    )
+    method = localizing(rotations=1, sigma=0.0)
     frozen = backbone("pdn_small").init(KEY)
     image = jnp.asarray(np.random.default_rng(0).random((1, 32, 32, 3)), jnp.float32)
     x = jax.jit(method.embed)(frozen, image)
@@ -236,25 +231,25 @@ def test_differnet_heat_maps_are_gradients():
 
 def test_differnet_heat_maps_turn_with_the_image():
     """Of a quarter: the four rotations are those of the image as it was, each turned back, smoothed and averaged."""
-    method = differnet(
-        backbone="pdn_small",
-        layer="layer1",
-        image_size=(32, 32),
-        coupling_blocks=1,
-        hidden=4,
-        rotations=4,
-        train_rotations=1,
-        localize=True,
-        sigma=1.0,
-    )
+    method = localizing(rotations=4, sigma=1.0)
     frozen = backbone("pdn_small").init(KEY)
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     x = jax.jit(method.embed)(frozen, image)
+    assert x.image.dtype == jnp.uint8  # as small as it came
     flow = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
     maps = jax.jit(lambda image: method.score(flow, frozen, method.embed(frozen, image)).pixel)
     here, there = maps(image), maps(np.rot90(image, axes=(1, 2)))
     np.testing.assert_allclose(there, np.rot90(here, axes=(1, 2)), atol=1e-3 * float(here.max()))
     assert np.abs(there - here).max() > 0.1 * here.max()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_the_last_coupling_of_csflow_looks_farther(blocks):
+    method = csflow(backbone="pdn_small", layer="layer1", image_size=(64, 64), coupling_blocks=blocks, hidden=2)
+    maps = tuple(jax.ShapeDtypeStruct((2, n, n, 4), jnp.float32) for n in (8, 4, 2))
+    params = jax.eval_shape(lambda key: method.init(key, None, maps), KEY).trained.params
+    kernels = [{leaf.shape[0] for leaf in jax.tree.leaves(block) if leaf.ndim == 4} for block in params]
+    assert kernels == [{3}] * (blocks - 1) + [{5}]
 
 
 def test_csflow_takes_the_layer_of_the_paper():
