@@ -36,7 +36,7 @@ from jaxad.base import Batch, Method, PyTree
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.fit import chunk, fit, fit_classes
 from jaxad.methods import METHODS
-from jaxad.program import compile_seconds
+from jaxad.program import Program, compile_seconds
 
 KEY = jax.random.key(0)
 LAYERS = ("layer2", "layer3")
@@ -117,8 +117,8 @@ def beside_a_plain_loop(name: str, backbone: str, frozen: Any, train: Dataset, o
     for before in method.stages[: method.stages.index(stage)]:
         state = before.finalize(KEY, state, frozen)
     order = np.random.default_rng(0)
-    embed = jax.jit(lambda images: method.embed(frozen, images))
-    update = jax.jit(
+    embed = Program(lambda images: method.embed(frozen, images))
+    update = Program(
         lambda state, images: stage.update(KEY, state, None, batch_of(method.embed(frozen, images), size))[0]
     )
 
@@ -145,7 +145,7 @@ def beside_freia(name: str, shape: tuple[int, int, int], batch_size: int, option
         method, images, fibers = METHODS[name](**layer, fiber_batch_size=batch_size), 1, h * w // batch_size
     x = {"layer3": jax.random.normal(KEY, (images, h, w, c))}
     state = method.init(KEY, None, jax.eval_shape(lambda: x))
-    update = jax.jit(lambda state, x: method.stages[0].update(KEY, state, None, batch_of(x, images))[0])
+    update = Program(lambda state, x: method.stages[0].update(KEY, state, None, batch_of(x, images))[0])
     steps, threads = (1, 1) if options.smoke else (10, os.cpu_count() or 1)
     ours, theirs, version = [], [], ""
     for _ in range(1 if options.smoke else 3):

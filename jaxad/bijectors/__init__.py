@@ -7,6 +7,7 @@ Each takes its parameters as arrays, or functions of them, so that a flow is a p
 from jaxad.bijectors.blocks import BlockParams, affine_block, block_params
 from jaxad.bijectors.coupling import (
     CrossScaleCoupling,
+    GlowNetworks,
     clamped_affine,
     coupling,
     glow_coupling,
@@ -30,6 +31,7 @@ __all__ = [
     "ActNorm",
     "BlockParams",
     "CrossScaleCoupling",
+    "GlowNetworks",
     "Invertible1x1",
     "LuFactors",
     "MultiScale",

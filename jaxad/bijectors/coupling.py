@@ -1,12 +1,14 @@
 """Affine couplings: one part of an event is scaled and shifted by what a network, the conditioner, says of the rest."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import distrax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jaxad.base import Key, PyTree
 
 Clamp = Literal["atan", "tanh"]
 Conditioner = Callable[[Any], Any]
@@ -77,6 +79,32 @@ def glow_coupling(
     options: dict[str, Any] = dict(clamp=clamp, kind=kind, event_ndims=event_ndims)
     first, second = (coupling(f, channels, swap=not i, **options) for i, f in enumerate(conditioners))
     return distrax.Chain([second, first])
+
+
+class GlowNetworks(NamedTuple):
+    """The two networks of a `glow_coupling`."""
+
+    make: Callable[[int], Any]
+    """Number of outputs -> flax module."""
+    channels: int
+
+    def init(self, keys: Iterable[Key], given: Callable[[int], Any]) -> tuple[PyTree, PyTree]:
+        """Parameters of both, by a key for each; `given` makes an input, from its number of channels."""
+        second = self.channels // 2
+        first, last = (
+            net.init(key, given(n))
+            for net, key, n in zip(self._both(), keys, (second, self.channels - second), strict=True)
+        )
+        return first, last
+
+    def conditioners(self, params: tuple[PyTree, PyTree]) -> tuple[Conditioner, Conditioner]:
+        """Those with these parameters."""
+        first, last = (functools.partial(net.apply, own) for net, own in zip(self._both(), params, strict=True))
+        return first, last
+
+    def _both(self) -> tuple[Any, Any]:
+        second = self.channels // 2
+        return self.make(2 * (self.channels - second)), self.make(2 * second)
 
 
 def masked_coupling(

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.bijectors import CrossScaleCoupling, Permutation
+from jaxad.bijectors import CrossScaleCoupling, GlowNetworks, Permutation
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -128,9 +128,8 @@ def csflow(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), torch_adam(learning_rate, weight_decay, eps=1e-4))
     kernels = (3,) * (coupling_blocks - 1) + (5,)
 
-    def networks(c: int, kernel: int) -> tuple[CrossConvolutions, CrossConvolutions]:
-        first = c - c // 2
-        return CrossConvolutions(kernel, hidden, 2 * first), CrossConvolutions(kernel, hidden, 2 * (c - first))
+    def networks(c: int, kernel: int) -> GlowNetworks:
+        return GlowNetworks(functools.partial(CrossConvolutions, kernel, hidden), c)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> CsflowTraining:
         del frozen
@@ -140,19 +139,16 @@ def csflow(
                 f"image_size must be a multiple of four times the stride of {layer}, got {image_size} with maps "
                 f"of {', '.join(f'{h} x {w}' for h, w in sizes)}"
             )
-        parts = tuple(tuple(jnp.zeros((1, *s.shape[1:3], size)) for s in spec) for size in (c // 2, c - c // 2))
+        part = lambda n: tuple(jnp.zeros((1, *s.shape[1:3], n)) for s in spec)  # noqa: E731
         keys = jax.random.split(key, (coupling_blocks, 2 + SCALES))
-        params = [
-            tuple(net.init(own[i], parts[i]) for i, net in enumerate(networks(c, kernel)))
-            for kernel, own in zip(kernels, keys, strict=True)
-        ]
+        params = tuple(networks(c, kernel).init(own[:2], part) for kernel, own in zip(kernels, keys, strict=True))
         permutations = tuple(tuple(jax.random.permutation(own, c) for own in block[2:]) for block in keys)
-        return CsflowTraining(begin(optimizer, tuple(params)), permutations)
+        return CsflowTraining(begin(optimizer, params), permutations)
 
     def latent(params: PyTree, permutations: tuple, x: Maps) -> tuple[Maps, Any]:
         c, chain = x[0].shape[-1], []
         for kernel, own, index in zip(kernels, params, permutations, strict=True):
-            both: Any = tuple(functools.partial(net.apply, p) for net, p in zip(networks(c, kernel), own, strict=True))
+            both = networks(c, kernel).conditioners(own)
             chain += [Permutation(index, 3), CrossScaleCoupling(both, c, clamp=clamp, kind="atan")]
         z: Any = x
         return distrax.Chain(chain[::-1]).forward_and_log_det(z)  # pyright: ignore[reportReturnType]

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.bijectors import Permutation, Scan, glow_coupling
+from jaxad.bijectors import GlowNetworks, Permutation, Scan, glow_coupling
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
 from jaxad.ops.heatmap import blur_matrix
 from jaxad.ops.loops import each
@@ -169,9 +169,7 @@ def differnet(
     layer = architecture(backbone).stages[-1] if layer is None else layer
     optimizer = torch_adam(learning_rate, weight_decay, b1=0.8, b2=0.8, eps=1e-4)
 
-    def networks(c: int) -> tuple[Subnet, Subnet]:
-        first = c - c // 2
-        return Subnet(hidden, 2 * first), Subnet(hidden, 2 * (c - first))
+    subnet = functools.partial(Subnet, hidden)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> DiffernetTraining:
         del frozen
@@ -179,8 +177,8 @@ def differnet(
 
         def one(key: Key) -> tuple[tuple, Int[Array, "c"]]:
             *own, mix = jax.random.split(key, 3)
-            given = zip(networks(c), own, (c // 2, c - c // 2), strict=True)
-            return tuple(net.init(k, jnp.zeros((1, size))) for net, k, size in given), jax.random.permutation(mix, c)
+            params = GlowNetworks(subnet, c).init(own, lambda n: jnp.zeros((1, n)))
+            return params, jax.random.permutation(mix, c)
 
         params, permutations = jax.vmap(one)(jax.random.split(key, coupling_blocks))
         return DiffernetTraining(begin(optimizer, params), permutations)
@@ -190,7 +188,7 @@ def differnet(
 
         def block(given: tuple) -> distrax.Bijector:
             own, index = given
-            both: Any = tuple(functools.partial(net.apply, p) for net, p in zip(networks(c), own, strict=True))
+            both = GlowNetworks(subnet, c).conditioners(own)
             coupled = glow_coupling(both, c, clamp=clamp, kind="atan", event_ndims=1)
             return distrax.Chain([coupled, Permutation(index, 1)])
 

@@ -33,6 +33,7 @@ from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import (
     ActNorm,
+    GlowNetworks,
     Invertible1x1,
     LuFactors,
     MultiScale,
@@ -250,16 +251,13 @@ def nf(
 
     def pairs(c: int) -> Part:
         """The couplings of an embedding, two by two."""
-        first = c - c // 2
-        both = network(hidden, 2 * first), network(hidden, 2 * (c - first))
+        both = GlowNetworks(lambda out: network(hidden, out), c)
 
         def one(key: Key) -> tuple:
-            given = zip(both, jax.random.split(key), (c - first, first), strict=True)
-            return tuple(net.init(own, jnp.zeros((1, size))) for net, own, size in given)
+            return both.init(jax.random.split(key), lambda n: jnp.zeros((1, n)))
 
         def block(params: tuple) -> distrax.Bijector:
-            f, g = (lambda x, net=net, own=own: net.apply(own, x) for net, own in zip(both, params, strict=True))
-            return glow_coupling((f, g), c, event_ndims=1, **clamped)
+            return glow_coupling(both.conditioners(params), c, event_ndims=1, **clamped)
 
         return Part(lambda key: stack(one, key, couplings // 2), lambda params: Scan(block, params, 1))
 
