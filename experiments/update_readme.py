@@ -2,18 +2,21 @@
 
     python experiments/update_readme.py
 
-A table stands between <!-- results --> and <!-- /results -->, or, for one data set, between <!-- results mtd --> and
-the same. `--check` changes nothing and fails where a table is not the one that the results give.
+A table stands between <!-- results --> and <!-- /results -->, or, for one data set or experiment, between
+<!-- results mtd --> and the same. `--check` changes nothing and fails where a table is not the one that the results
+give.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from jaxad.artifact import write_atomically
-from jaxad.report.tables import results_markdown
+from jaxad.artifact import read_json, write_atomically
+from jaxad.report.tables import ABSENT, fraction, results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
@@ -30,23 +33,71 @@ class Options:
     """Change nothing; fail where a table is out of date."""
 
 
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first column on the left and the others on the right."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def foreign_images(record: dict[str, Any]) -> str:
+    """The AUROC of flows for foreign images, of nf_ood.json."""
+    rows = record["flows"]
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["auroc"]))
+    return markdown(
+        ["flow, trained on CIFAR-10", "bits per dimension", *kinds],
+        [
+            [name, fraction(row["bits_per_dimension"]) if row["bits_per_dimension"] else ABSENT]
+            + [fraction(row["auroc"][kind]) if kind in row["auroc"] else ABSENT for kind in kinds]
+            for name, row in rows.items()
+        ],
+    )
+
+
+def speed_of_flows(record: dict[str, Any]) -> str:
+    """How fast flows are trained, of bench_flows.json."""
+
+    def ratio(part: str, name: str, key: str) -> str:
+        return f"{record[part][name][key]:.1f}" if name in record[part] else ABSENT
+
+    def row(name: str, seconds: dict[str, float]) -> list[str]:
+        return [
+            f"`{name}`",
+            *(f"{1000 * seconds[key]:.0f}" for key in ("cached", "backbone")),
+            ratio("flows", name, "plain_loop_over_cached"),
+            ratio("freia", name, "freia_over_jaxad"),
+            ratio("classes_at_once", name, "in_turn_over_one_program"),
+        ]
+
+    heads = ["flow", "step, ms", "backbone, ms", "plain loop / step", "FrEIA / step", "4 classes in turn / at once"]
+    return markdown(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
+
+
+EXPERIMENTS = {"nf_ood": foreign_images, "bench_flows": speed_of_flows}
+"""What has a table of its own."""
+
+
 def updated(document: str, results: Path) -> str:
-    """The text of a document with a table of `results` between its markers.
+    """The text of a document with the tables of `results` between their markers.
 
     Raises:
-        ValueError: The markers are not there once each, or a file in `results` is no result.
+        ValueError: There are no markers, or a pair of them twice, or a file in `results` is no result.
     """
 
     def filled(match: re.Match[str]) -> str:
-        table = results_markdown(results, match[2] or None)
+        name = match[2]
+        if name in EXPERIMENTS:
+            path = results / f"{name}.json"
+            return match[1] + (EXPERIMENTS[name](read_json(path)) if path.exists() else NONE)
+        table = results_markdown(results, name or None)
         return match[1] + (table if table.count("\n") > 2 else NONE)  # two lines are the head alone
 
-    text, found = MARKED.subn(filled, document)
-    if found != 1:
+    names = [match[2] for match in MARKED.finditer(document)]
+    if not names or len(set(names)) < len(names):
         raise ValueError(
-            f"a document needs one pair of <!-- results --> and <!-- /results -->, on lines of their own; got {found}"
+            "a document needs <!-- results --> and <!-- /results -->, on lines of their own, and each pair once; got "
+            + (", ".join(f"<!-- results {name} -->" for name in names) or "none")
         )
-    return text
+    return MARKED.sub(filled, document)
 
 
 def main(options: Options) -> None:

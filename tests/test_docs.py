@@ -93,9 +93,32 @@ def test_update_readme(tmp_path):
     readme.write_text("<!-- results pillqc -->\n<!-- /results -->\n")
     update_readme.main(options)
     assert readme.read_text() == f"<!-- results pillqc -->\n{update_readme.NONE}<!-- /results -->\n"
-    readme.write_text("no markers\n")
-    with pytest.raises(SystemExit, match="one pair"):
-        update_readme.main(options)
+    for text in ("no markers\n", "<!-- results -->\n<!-- /results -->\n" * 2):
+        readme.write_text(text)
+        with pytest.raises(SystemExit, match="each pair once"):
+            update_readme.main(options)
+
+
+def test_tables_of_experiments(tmp_path):
+    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
+    text = "<!-- results nf_ood -->\n<!-- /results -->\nand\n<!-- results bench_flows -->\n<!-- /results -->\n"
+    assert update_readme.updated(text, tmp_path).count(update_readme.NONE) == 2
+    flows = {
+        "pixels": {"bits_per_dimension": 4.25, "auroc": {"tiles": 0.125, "digits": 0.5}},
+        "vectors": {"bits_per_dimension": None, "auroc": {"SVHN": 0.875}},
+    }
+    (tmp_path / "nf_ood.json").write_text(json.dumps({"flows": flows}))
+    seconds = {"cached": 0.25, "plain_loop": 1.0, "backbone": 0.75}
+    bench = {
+        "flows": {"nf": {"seconds_a_step": seconds, "plain_loop_over_cached": 4.0}},
+        "freia": {},
+        "classes_at_once": {"nf": {"in_turn_over_one_program": 1.5}},
+    }
+    (tmp_path / "bench_flows.json").write_text(json.dumps(bench))
+    lines = update_readme.updated(text, tmp_path).splitlines()
+    assert "| pixels | 4.250 | 0.125 | 0.500 | – |" in lines
+    assert "| vectors | – | – | – | 0.875 |" in lines
+    assert "| `nf` | 250 | 750 | 4.0 | – | 1.5 |" in lines
 
 
 @each_document
