@@ -27,9 +27,12 @@ computes faster."""
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """XLA's options for the default backend; none where the user has set them, or jaxlib does not have them."""
+    """XLA's options for a program; none where the user has set them, or jaxlib does not have them.
+
+    Several devices of one CPU keep to YNNPACK, which rounds an image's features alike however the images are split.
+    """
     options: dict[str, str | bool] = {LIBRARY: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-    if jax.default_backend() != "cpu" or LIBRARY in os.environ.get("XLA_FLAGS", ""):
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
         jax.jit(jnp.negative).lower(0.0).compile(compiler_options=options)

@@ -448,10 +448,10 @@ def test_a_fit_killed_again_and_again_ends_with_the_same_model(
     output, resumed, kills = tmp_path / "killed", 0, 0
     while kills < 5:
         process = subprocess.Popen([*command, str(output)], **streams)
-        if kills % 2 == 0:  # most of so short a fit comes before any checkpoint
+        if kills % 2 == 0:  # most of so short a fit comes before any checkpoint, and little after it
             while process.poll() is None and not has_checkpoint(output):
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.2) * usual)
+            time.sleep(rng.uniform(0, 0.05) * usual)
         else:
             time.sleep(rng.uniform(0.2, 0.95) * usual)
         process.kill()

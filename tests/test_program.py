@@ -8,7 +8,8 @@ from jaxad import program
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     program.compiler_options.cache_clear()
     yield
     program.compiler_options.cache_clear()
@@ -29,6 +30,11 @@ def test_a_program_compiles_whether_or_not_xla_knows_the_option(monkeypatch, opt
     if not jax.__version__.startswith("0.10."):
         pytest.skip("the option is that of jaxlib 0.10")
     assert set(program.compiler_options()) == {option} - {"xla_no_such_option"}
+
+
+def test_several_devices_compute_alike(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert program.compiler_options() == {}
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

@@ -4,9 +4,9 @@
     python experiments/run.py fastflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python experiments/run.py fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, most with small
-batches for more steps. The last epoch counts, whatever the test images say. The paper's other backbones have recipes
-with the published budget, which have not been run.
+The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, with small batches
+for more steps. The last epoch counts, whatever the test images say. The paper's other backbones have recipes with the
+published budget, which have not been run.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
@@ -23,9 +23,9 @@ RECIPES = {
         "mvtec_bottle",
         backbone="resnet18.tv_in1k",
         image_size=256,
-        hyperparameters={"conv3x3_only": True, "epochs": 24},
+        hyperparameters={"conv3x3_only": True, "epochs": 12, "train_batch_size": 4},
         published=published("anomalib, ResNet-18, 256 px", image_AUROC=1.0, pixel_AUROC=0.983),
-        notes="24 epochs instead of 500.",
+        notes="12 epochs of 4 images a step instead of 500 of 32.",
     ),
     "fastflow_mtd": Recipe(
         "fastflow",
