@@ -43,6 +43,7 @@ class Case(NamedTuple):
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
+CFA: dict[str, Any] = dict(layers=TWO, gamma_c=3, gamma_d=4, epochs=2, train_batch_size=4)
 CFLOW: dict[str, Any] = dict(
     layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
 )
@@ -52,6 +53,7 @@ DIFFERNET: dict[str, Any] = dict(
 )
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {
@@ -63,6 +65,7 @@ CASES = {
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "cfa": Case("cfa", CFA, random=True, streaming=True),
     "cflow": Case("cflow", CFLOW, random=True, streaming=True),
     "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
@@ -76,6 +79,7 @@ CASES = {
         streaming=True,
         determined=False,
     ),
+    "stfpm": Case("stfpm", STFPM, "resnet18", random=True, streaming=True, determined=False),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(

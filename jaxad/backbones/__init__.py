@@ -3,11 +3,12 @@
 `backbone("resnet50")` gives the architecture, `load("resnet50")` its weights, `features(...)` the `embed` of a method.
 """
 
-from jaxad.backbones.networks import Backbone, backbone, features
+from jaxad.backbones.networks import Backbone, Student, backbone, features, student
 from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
     "Backbone",
+    "Student",
     "Weights",
     "available",
     "backbone",
@@ -19,4 +20,5 @@ __all__ = [
     "of_file",
     "resolve",
     "source",
+    "student",
 ]

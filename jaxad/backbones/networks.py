@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet, transformer
-from jaxad.base import EmbedFn, Frozen, Key
+from jaxad.base import EmbedFn, Frozen, Key, PyTree
 
 
 class Backbone(NamedTuple):
@@ -150,6 +150,42 @@ def backbone(name: str) -> Backbone:
             raise ValueError(f"{name} {error}") from None
 
     return Backbone(name, *network[1:], init, apply, fold)
+
+
+class Student(NamedTuple):
+    """A backbone that is trained from scratch, with batch norm."""
+
+    init: Callable[[Key], PyTree]
+    """Variables: parameters, and the running statistics of the batch norms."""
+    apply: Callable[[PyTree, Frozen, Array, Bool[Array, "b"]], tuple[dict[str, Float[Array, "b _ _ _"]], PyTree]]
+    """(variables, frozen, image, valid) -> the maps of the stages as in training, and the new running statistics. Of
+    `frozen` only the normalization of images is used; what is not valid does not count."""
+    freeze: Callable[[PyTree], PyTree]
+    """Variables -> parameters of the backbone of that name, which gives the maps by the running statistics."""
+
+
+@functools.lru_cache
+def student(name: str, layers: tuple[str, ...]) -> Student:
+    """An untrained network of a ResNet's architecture up to the deepest of some stages.
+
+    Raises:
+        ValueError: There is no such backbone or stage, or it is no ResNet.
+    """
+    entry = registry.lookup(name)
+    if entry.architecture not in resnet.BLOCKS:
+        raise ValueError(f"a student must be a ResNet, got {name}")
+    _check(name, resnet.STAGES, layers)
+    module = resnet.ResNet(entry.architecture, entry.stride_in_1x1, convolution.ConvNorm)
+
+    def init(key: Key) -> PyTree:
+        return module.init(key, jnp.zeros((1, 32, 32, 3)), layers, valid=jnp.ones(1, bool))
+
+    def apply(variables: PyTree, frozen: Frozen, image: Array, valid: Array) -> Any:
+        x = normalize(frozen, image, jnp.float32)
+        maps, new = module.apply(variables, x, layers, valid=valid, mutable=["batch_stats"])
+        return maps, new["batch_stats"]
+
+    return Student(init, apply, convolution.without_norm)
 
 
 def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from jaxad.base import Method
+from jaxad.methods.cfa import cfa
 from jaxad.methods.cflow import cflow
 from jaxad.methods.csflow import csflow
 from jaxad.methods.differnet import differnet
@@ -12,8 +13,10 @@ from jaxad.methods.nf import nf
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
 from jaxad.methods.spade import spade
+from jaxad.methods.stfpm import stfpm
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "cfa": cfa,
     "cflow": cflow,
     "csflow": csflow,
     "differnet": differnet,
@@ -23,6 +26,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "padim": padim,
     "patchcore": patchcore,
     "spade": spade,
+    "stfpm": stfpm,
 }
 """Name -> factory."""
 

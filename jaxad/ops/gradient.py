@@ -33,11 +33,22 @@ def descend(
     rate: Float[Array, ""] | float = 1.0,
 ) -> tuple[Trained, Metrics]:
     """One step down the gradient of a loss, `rate` times as long as the optimizer's, and the loss before it."""
-    value, gradient = jax.value_and_grad(loss)(trained.params)
+    trained, metrics, _ = descend_with(optimizer, trained, lambda params: (loss(params), None), rate)
+    return trained, metrics
+
+
+def descend_with(
+    optimizer: optax.GradientTransformation,
+    trained: Trained,
+    loss: Callable[[PyTree], tuple[Float[Array, ""], Any]],
+    rate: Float[Array, ""] | float = 1.0,
+) -> tuple[Trained, Metrics, Any]:
+    """`descend` for a loss that comes with something else, which is returned (the statistics of batch norms)."""
+    (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(trained.params)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers with floats
         updates, state = optimizer.update(gradient, trained.optimizer, trained.params)
     updates = jax.tree.map(lambda leaf: rate * leaf, updates)
-    return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}
+    return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}, rest
 
 
 def torch_adam(
