@@ -53,6 +53,7 @@ DIFFERNET: dict[str, Any] = dict(
 )
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
+RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
 STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
@@ -78,6 +79,9 @@ CASES = {
         random=True,
         streaming=True,
         determined=False,
+    ),
+    "rd4ad": Case(
+        "rd4ad", dict(epochs=2, train_batch_size=4), "resnet18", random=True, streaming=True, determined=False
     ),
     "stfpm": Case("stfpm", STFPM, "resnet18", random=True, streaming=True, determined=False),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),

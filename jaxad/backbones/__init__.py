@@ -3,7 +3,7 @@
 `backbone("resnet50")` gives the architecture, `load("resnet50")` its weights, `features(...)` the `embed` of a method.
 """
 
-from jaxad.backbones.networks import Backbone, Student, backbone, features, student
+from jaxad.backbones.networks import Backbone, Student, backbone, features, residual_blocks, student
 from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "import_file",
     "load",
     "of_file",
+    "residual_blocks",
     "resolve",
     "source",
     "student",

@@ -7,14 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 Shapes = Mapping[str, tuple[int, ...]]
 Params = dict[str, dict[str, np.ndarray]]
-HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""How torchvision draws the weights of a ResNet."""
-EPSILON = 1e-5
-"""Of batch norm."""
 
 
 def padding(size: int, kernel: int, stride: int, same: bool) -> tuple[int, int]:
@@ -53,35 +49,6 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + bias
-
-
-class ConvNorm(nn.Module):
-    """A convolution and the batch norm behind it, as they are trained; `without_norm` makes a `Conv` of both."""
-
-    features: int
-    kernel: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], *, valid: Bool[Array, "b"]) -> Float[Array, "b h2 w2 f"]:
-        """The map, normalized by the mean and variance of the valid images."""
-        window, pad = (self.kernel, self.kernel), self.kernel // 2
-        x = nn.Conv(self.features, window, self.stride, pad, use_bias=False, kernel_init=HE, name="conv")(x)
-        norm = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=EPSILON, name="norm")
-        return norm(x, mask=valid[:, None, None, None])
-
-
-def without_norm(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters of a network of `ConvNorm`s -> those of the same network of `Conv`s, by the running statistics."""
-
-    def folded(params: Mapping[str, Any], running: Mapping[str, Any]) -> dict[str, Any]:
-        scale = params["norm"]["scale"] * jax.lax.rsqrt(running["norm"]["var"] + EPSILON)
-        return {
-            "kernel": params["conv"]["kernel"] * scale,
-            "bias": params["norm"]["bias"] - running["norm"]["mean"] * scale,
-        }
-
-    return {name: folded(params, variables["batch_stats"][name]) for name, params in variables["params"].items()}
 
 
 class DepthwiseConv(nn.Module):

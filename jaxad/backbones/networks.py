@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet, transformer
 from jaxad.base import EmbedFn, Frozen, Key, PyTree
+from jaxad.nn import ConvNorm, without_norm
 
 
 class Backbone(NamedTuple):
@@ -152,6 +153,18 @@ def backbone(name: str) -> Backbone:
     return Backbone(name, *network[1:], init, apply, fold)
 
 
+def residual_blocks(name: str) -> tuple[tuple[int, int, int, int], float]:
+    """The blocks of a ResNet's stages, and the channels within a block over those that it gives (1 for basic blocks).
+
+    Raises:
+        ValueError: There is no such backbone, or it is no ResNet.
+    """
+    architecture = registry.lookup(name).architecture
+    if architecture not in resnet.BLOCKS:
+        raise ValueError(f"the backbone must be a ResNet, got {name}")
+    return resnet.BLOCKS[architecture], resnet.inner_width(architecture)
+
+
 class Student(NamedTuple):
     """A backbone that is trained from scratch, with batch norm."""
 
@@ -171,11 +184,10 @@ def student(name: str, layers: tuple[str, ...]) -> Student:
     Raises:
         ValueError: There is no such backbone or stage, or it is no ResNet.
     """
+    residual_blocks(name)
     entry = registry.lookup(name)
-    if entry.architecture not in resnet.BLOCKS:
-        raise ValueError(f"a student must be a ResNet, got {name}")
     _check(name, resnet.STAGES, layers)
-    module = resnet.ResNet(entry.architecture, entry.stride_in_1x1, convolution.ConvNorm)
+    module = resnet.ResNet(entry.architecture, entry.stride_in_1x1, ConvNorm)
 
     def init(key: Key) -> PyTree:
         return module.init(key, jnp.zeros((1, 32, 32, 3)), layers, valid=jnp.ones(1, bool))
@@ -185,7 +197,7 @@ def student(name: str, layers: tuple[str, ...]) -> Student:
         maps, new = module.apply(variables, x, layers, valid=valid, mutable=["batch_stats"])
         return maps, new["batch_stats"]
 
-    return Student(init, apply, convolution.without_norm)
+    return Student(init, apply, without_norm)
 
 
 def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:

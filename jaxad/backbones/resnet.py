@@ -28,6 +28,13 @@ BLOCKS = {
 }
 
 
+def inner_width(architecture: str) -> float:
+    """Channels within a block over those that it gives; 1 for basic blocks."""
+    if architecture in ("resnet18", "resnet34"):
+        return 1.0
+    return 0.5 if architecture.startswith("wide") else 0.25
+
+
 class ResNet(nn.Module):
     """Feature maps of a ResNet by stage name; nothing past the last wanted stage is computed."""
 
@@ -46,21 +53,22 @@ class ResNet(nn.Module):
             return self.conv(*shape, name=name)(x, **how)
 
         relu = jax.nn.relu
-        bottleneck = self.architecture not in ("resnet18", "resnet34")
-        width_factor = 2 if self.architecture.startswith("wide") else 1
+        width = inner_width(self.architecture)
+        bottleneck = width < 1
         x = relu(conv(x, 64, 7, 2, name="conv1"))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         maps = {}
         for s in range(max(map(STAGES.index, layers)) + 1):
             planes = 64 * 2**s
             out = planes * 4 if bottleneck else planes
+            inner = int(out * width)
             for i in range(BLOCKS[self.architecture][s]):
                 stride = 2 if i == 0 and s > 0 else 1
                 prefix = f"{STAGES[s]}.{i}."
                 if bottleneck:
                     first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
-                    y = relu(conv(x, planes * width_factor, 1, first, name=prefix + "conv1"))
-                    y = relu(conv(y, planes * width_factor, 3, second, name=prefix + "conv2"))
+                    y = relu(conv(x, inner, 1, first, name=prefix + "conv1"))
+                    y = relu(conv(y, inner, 3, second, name=prefix + "conv2"))
                     y = conv(y, out, 1, name=prefix + "conv3")
                 else:
                     y = relu(conv(x, planes, 3, stride, name=prefix + "conv1"))

@@ -12,6 +12,7 @@ from jaxad.methods.mahalanobis_ad import mahalanobis_ad
 from jaxad.methods.nf import nf
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
+from jaxad.methods.rd4ad import rd4ad
 from jaxad.methods.spade import spade
 from jaxad.methods.stfpm import stfpm
 
@@ -25,6 +26,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "nf": nf,
     "padim": padim,
     "patchcore": patchcore,
+    "rd4ad": rd4ad,
     "spade": spade,
     "stfpm": stfpm,
 }

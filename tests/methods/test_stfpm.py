@@ -54,7 +54,7 @@ def test_padding_is_not_in_the_statistics(frozen, variables):
 
 
 def test_a_student_must_be_a_resnet():
-    with pytest.raises(ValueError, match="a student must be a ResNet, got pdn_small"):
+    with pytest.raises(ValueError, match="the backbone must be a ResNet, got pdn_small"):
         stfpm(backbone="pdn_small")
 
 
