@@ -32,6 +32,7 @@ from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.fit import fit, score_all
 from jaxad.methods import nf
 from jaxad.metrics import auroc
+from jaxad.program import Program
 
 SIZE = 32
 FAR = 4
@@ -150,7 +151,7 @@ def on_vectors(method: Method, train: np.ndarray, seed: int, batch_size: int) ->
     state = method.init(jax.random.key(seed), None, spec)
     order = np.random.default_rng(seed)
     for stage in method.stages:
-        update = jax.jit(stage.update)
+        update = Program(stage.update)
         for epoch in range(stage.epochs):
             shuffled = order.permutation(len(train))
             for step in range(len(train) // batch_size):
@@ -225,7 +226,7 @@ def main(options: Options) -> None:
         started = time.perf_counter()
         state = on_vectors(method, normal[held_out:], 0, options.batch_size)
         seconds = time.perf_counter() - started
-        score = jax.jit(lambda x: method.score(state, None, {"layer3": x}).image)
+        score = Program(lambda x: method.score(state, None, {"layer3": x}).image)
         own, svhn = score(normal[:held_out]), score(vectors_of(options, "SVHN_0")[0])
         auroc = {"SVHN": against(own, svhn), "other classes of CIFAR-10": against(own, score(other))}
         return {"bits_per_dimension": None, "auroc": auroc, "seconds": seconds}

@@ -20,7 +20,7 @@ from jaxad.report.tables import ABSENT, fraction, results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
-NONE = "Nothing is measured yet: see `experiments/run.py`.\n"
+NONE = "Nothing is measured yet: see `experiments/{}.py`.\n"
 
 
 @dataclass
@@ -46,7 +46,7 @@ def foreign_images(record: dict[str, Any]) -> str:
     return markdown(
         ["flow, trained on CIFAR-10", "bits per dimension", *kinds],
         [
-            [name, fraction(row["bits_per_dimension"]) if row["bits_per_dimension"] else ABSENT]
+            [name, fraction(row["bits_per_dimension"]) if row["bits_per_dimension"] is not None else ABSENT]
             + [fraction(row["auroc"][kind]) if kind in row["auroc"] else ABSENT for kind in kinds]
             for name, row in rows.items()
         ],
@@ -87,9 +87,9 @@ def updated(document: str, results: Path) -> str:
         name = match[2]
         if name in EXPERIMENTS:
             path = results / f"{name}.json"
-            return match[1] + (EXPERIMENTS[name](read_json(path)) if path.exists() else NONE)
+            return match[1] + (EXPERIMENTS[name](read_json(path)) if path.exists() else NONE.format(name))
         table = results_markdown(results, name or None)
-        return match[1] + (table if table.count("\n") > 2 else NONE)  # two lines are the head alone
+        return match[1] + (table if table.count("\n") > 2 else NONE.format("run"))  # two lines are the head alone
 
     names = [match[2] for match in MARKED.finditer(document)]
     if not names or len(set(names)) < len(names):

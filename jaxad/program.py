@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -19,22 +20,22 @@ def compile_seconds() -> float:
     return sum(_seconds)
 
 
-EIGEN: dict[str, str | bool] = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-}
-"""XLA's option for a CPU that leaves convolutions, alone of what YNNPACK takes, to Eigen, which is faster with them."""
+LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+"""XLA's option for what YNNPACK computes on a CPU: of its default (jaxlib 0.10.2), all but convolutions, which Eigen
+computes faster."""
 
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """XLA's options for the default backend."""
-    if jax.default_backend() != "cpu":
+    """XLA's options for the default backend; none where the user has set them, or jaxlib does not have them."""
+    options: dict[str, str | bool] = {LIBRARY: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    if jax.default_backend() != "cpu" or LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
-        jax.jit(jnp.negative).lower(0.0).compile(compiler_options=EIGEN)
-    except jax.errors.JaxRuntimeError:  # of a jaxlib that does not have them
+        jax.jit(jnp.negative).lower(0.0).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:
         return {}
-    return EIGEN
+    return options
 
 
 class Program:

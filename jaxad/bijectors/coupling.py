@@ -82,7 +82,7 @@ def glow_coupling(
 
 
 class GlowNetworks(NamedTuple):
-    """The two networks of a `glow_coupling`."""
+    """The two networks of a `glow_coupling` or a `CrossScaleCoupling`."""
 
     make: Callable[[int], Any]
     """Number of outputs -> flax module."""

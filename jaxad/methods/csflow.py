@@ -139,7 +139,10 @@ def csflow(
                 f"image_size must be a multiple of four times the stride of {layer}, got {image_size} with maps "
                 f"of {', '.join(f'{h} x {w}' for h, w in sizes)}"
             )
-        part = lambda n: tuple(jnp.zeros((1, *s.shape[1:3], n)) for s in spec)  # noqa: E731
+
+        def part(n: int) -> Maps:
+            return tuple(jnp.zeros((1, *s.shape[1:3], n)) for s in spec)
+
         keys = jax.random.split(key, (coupling_blocks, 2 + SCALES))
         params = tuple(networks(c, kernel).init(own[:2], part) for kernel, own in zip(kernels, keys, strict=True))
         permutations = tuple(tuple(jax.random.permutation(own, c) for own in block[2:]) for block in keys)
