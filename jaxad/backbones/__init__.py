@@ -3,11 +3,12 @@
 `backbone("resnet50")` gives the architecture, `load("resnet50")` its weights, `features(...)` the `embed` of a method.
 """
 
-from jaxad.backbones.networks import Backbone, Student, backbone, features, residual_blocks, student
+from jaxad.backbones.networks import Backbone, ResidualBlocks, Student, backbone, features, residual_blocks, student
 from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
     "Backbone",
+    "ResidualBlocks",
     "Student",
     "Weights",
     "available",

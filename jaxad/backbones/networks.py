@@ -153,8 +153,17 @@ def backbone(name: str) -> Backbone:
     return Backbone(name, *network[1:], init, apply, fold)
 
 
-def residual_blocks(name: str) -> tuple[tuple[int, int, int, int], float]:
-    """The blocks of a ResNet's stages, and the channels within a block over those that it gives (1 for basic blocks).
+class ResidualBlocks(NamedTuple):
+    """What a ResNet is made of."""
+
+    counts: tuple[int, int, int, int]
+    """Of its stages."""
+    width: float
+    """Channels within a block over those that it gives; 1 for basic blocks."""
+
+
+def residual_blocks(name: str) -> ResidualBlocks:
+    """Those of a ResNet.
 
     Raises:
         ValueError: There is no such backbone, or it is no ResNet.
@@ -162,7 +171,7 @@ def residual_blocks(name: str) -> tuple[tuple[int, int, int, int], float]:
     architecture = registry.lookup(name).architecture
     if architecture not in resnet.BLOCKS:
         raise ValueError(f"the backbone must be a ResNet, got {name}")
-    return resnet.BLOCKS[architecture], resnet.inner_width(architecture)
+    return ResidualBlocks(resnet.BLOCKS[architecture], resnet.inner_width(architecture))
 
 
 class Student(NamedTuple):
@@ -184,7 +193,7 @@ def student(name: str, layers: tuple[str, ...]) -> Student:
     Raises:
         ValueError: There is no such backbone or stage, or it is no ResNet.
     """
-    residual_blocks(name)
+    residual_blocks(name)  # raises for what is no ResNet
     entry = registry.lookup(name)
     _check(name, resnet.STAGES, layers)
     module = resnet.ResNet(entry.architecture, entry.stride_in_1x1, ConvNorm)

@@ -1,18 +1,19 @@
-"""CFA: patch features adapted until they lie within small hyperspheres around memorized ones, and beyond all others.
+"""CFA: patch features adapted until they lie within small hyperspheres around memorized ones, and out of the next.
 
 Stored: a 1x1 convolution of patch features and their position (CoordConv), the patch descriptor; and the memory, which
 holds for every position the mean of the descriptors of all training images before training, and with `gamma_c` above 1
 the centers of their clusters (k-means). Training draws a descriptor into the hyperspheres of its K nearest memorized
-ones and pushes it away from the J that follow (Eq. 2-5); the memory stays. A position scores the distance to its
+ones and pushes it out of those of the J that follow (Eq. 2-5); the memory stays. A position scores the distance to its
 nearest neighbor, weighted by its softmin among the K nearest (Eq. 7); the heat map is smoothed, and an image scores its
 maximum.
 
 Paper: CFA: Coupled-hypersphere-based Feature Adaptation for Target-Oriented Anomaly Localization, IEEE Access 2022,
     arXiv:2206.04325.
 Reference: https://github.com/sungwool/CFA_for_anomaly_localization
-Differences: the memory is the mean over images, not over batches; the bias of the convolution begins as zeros; AMSGrad
-    compares second moments after their correction (optax), not before; the last epoch counts, not the best on the test
-    images.
+Differences: as in the reference, the memory is a mean over images, not clusters of the first of them that follow the
+    others; it counts the images of an incomplete last batch too; its clusters come from one seeding by k-means++; the
+    hard negatives follow the K nearest whatever J is; EfficientNets get no treatment of their own; the bias of the
+    convolution begins as zeros; the last epoch counts, not the best on the test images.
 Results: experiments/recipes/cfa.py
 """
 
@@ -20,21 +21,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, torch_uniform
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
-MARGIN, FEW = 0.1, 1e-3
-"""alpha and nu of Eq. 3 and 4."""
+MARGIN, SOFTNESS = 0.1, 1e-3
+"""Alpha and nu of Eq. 3 and 4."""
 
 
 class CfaCollecting(NamedTuple):
@@ -119,9 +119,7 @@ def cfa(
     above_zero(learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).pyramid_layers if layers is None else tuple(layers)
-    optimizer = optax.chain(
-        optax.scale_by_amsgrad(), optax.add_decayed_weights(weight_decay), optax.scale(-learning_rate)
-    )
+    optimizer = torch_amsgrad_w(learning_rate, weight_decay)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return coordinates(stack_maps([neighborhood_mean(x[layer], 3) for layer in layers]))
@@ -168,12 +166,16 @@ def cfa(
         def loss(params: PyTree) -> Float[Array, ""]:
             found = describe(params["descriptor"], x)
             _, index = search(state.memory, jax.lax.stop_gradient(found), num_neighbors + num_hard_negatives)
-            near = state.memory.centers[index].reshape(*found.shape[:-1], *index.shape[1:], -1)
-            squared = jnp.sum((found[..., None, :] - near) ** 2, -1)
-            inside, outside = squared[..., :num_neighbors], squared[..., num_neighbors:]
-            attraction = jnp.maximum(inside - params["radius"] ** 2, 0).mean((1, 2, 3))
-            repulsion = jnp.maximum(params["radius"] ** 2 - outside - MARGIN, 0).mean((1, 2, 3))
-            return mean_of_valid((attraction + repulsion) / FEW, batch.valid)
+
+            @jax.checkpoint  # one neighbor's vectors at a time
+            def squared_distance(index: Array) -> Float[Array, "b h w"]:
+                return jnp.sum((found - state.memory.centers[index].reshape(found.shape)) ** 2, -1)
+
+            squared = jax.lax.map(squared_distance, index.T)
+            inside, outside = squared[:num_neighbors], squared[num_neighbors:]
+            attraction = jnp.maximum(inside - params["radius"] ** 2, 0).mean((0, 2, 3))
+            repulsion = jnp.maximum(params["radius"] ** 2 - outside - MARGIN, 0).mean((0, 2, 3))
+            return mean_of_valid((attraction + repulsion) / SOFTNESS, batch.valid)
 
         trained, metrics = descend(optimizer, state.trained, loss)
         return state._replace(trained=trained), metrics

@@ -51,6 +51,7 @@ from jaxad.bijectors import (
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, moments_init, moments_update
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.image import levels
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
@@ -118,7 +119,7 @@ class Residual(nn.Module):
 def pixels(frozen: Frozen, image: Array) -> UInt8[Array, "b h w 3"]:
     """The `embed` of flows on pixels: the image itself, in 256 levels."""
     del frozen
-    return image if image.dtype == jnp.uint8 else jnp.round(image * 255).astype(jnp.uint8)
+    return levels(image)
 
 
 def dequantize(

@@ -1,13 +1,14 @@
 """RD4AD: a decoder restores a teacher's feature pyramid from its one-class embedding, and cannot restore defects.
 
 Stored: a bottleneck that brings the teacher's maps of three stages to the grid and channels of a fourth (multi-scale
-fusion and one-class embedding), and a decoder that mirrors the teacher, both trained on the cosine distance of the
-maps, each flattened to one vector (the reference's form of Eq. 2-3). A position of a stage scores the cosine distance
-of both vectors; the heat map is the smoothed sum of the upsampled maps, and an image scores its maximum.
+fusion and one-class embedding), and a decoder of transposed residual stages, both trained on the cosine distance of the
+maps. A position of a stage scores the cosine distance of both vectors (Eq. 1); the heat map is the smoothed sum of the
+upsampled maps, and an image scores its maximum.
 
 Paper: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703.
 Reference: https://github.com/hq-deng/RD4AD
-Differences: upsampling is by pixel centers; the running variance is not corrected for the size of a batch.
+Differences: as in the reference, the loss takes each map as one vector, not position by position; upsampling is by
+    pixel centers; steps are of full batches; the running variance is not corrected for the size of a batch.
 Results: experiments/recipes/rd4ad.py
 """
 
@@ -132,22 +133,22 @@ def rd4ad(
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyper-parameter is out of its range, or the backbone no ResNet.
     """
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(sigma=sigma)
+    if image_size[0] % 32 or image_size[1] % 32:
+        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
     blocks, width = residual_blocks(backbone)
     optimizer = optax.adam(learning_rate, b1=0.5)
 
     def network(x: Maps) -> Reverse:
         c1, c2, c3 = (x[layer].shape[-1] for layer in LAYERS)
-        return Reverse((c1, c2, c3), (3 if width < 1 else 2, *blocks[:3]), width)
+        return Reverse((c1, c2, c3), (blocks[0], *blocks[:3]), width)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> Rd4adTraining:
         del frozen
-        if spec["layer3"].shape[1] % 2 or spec["layer3"].shape[2] % 2:
-            raise ValueError(f"image_size must be multiples of 32, got {image_size}")
         one = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:])), spec)
         variables = network(spec).init(key, one, jnp.ones(1, bool))
         return Rd4adTraining(begin(optimizer, variables["params"]), variables["batch_stats"])

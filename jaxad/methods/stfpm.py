@@ -18,20 +18,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, student
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.image import levels
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 
 class Taught(NamedTuple):
     """An image, and what the teacher makes of it."""
 
-    image: Array
+    image: UInt8[Array, "b h w 3"]
     teacher: dict[str, Float[Array, "b _ _ _"]]
     """Unit vectors of every position, by stage."""
 
@@ -56,10 +57,10 @@ def unit(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
 
 
 def distances(
-    one: dict[str, Float[Array, "b _ _ _"]], other: dict[str, Float[Array, "b _ _ _"]]
+    maps: dict[str, Float[Array, "b _ _ _"]], teacher: dict[str, Float[Array, "b _ _ _"]]
 ) -> dict[str, Float[Array, "b _ _"]]:
-    """Squared distances of unit vectors, by stage and position."""
-    return {layer: jnp.sum((unit(x) - unit(other[layer])) ** 2, -1) for layer, x in one.items()}
+    """Squared distances of the student's vectors, made unit vectors, and the teacher's, by stage and position."""
+    return {layer: jnp.sum((unit(x) - teacher[layer]) ** 2, -1) for layer, x in maps.items()}
 
 
 @functools.lru_cache
@@ -68,7 +69,7 @@ def taught(backbone: str, layers: tuple[str, ...]) -> EmbedFn:
     describe = features(backbone, layers)
 
     def embed(frozen: Frozen, image: Array) -> Taught:
-        return Taught(image, jax.tree.map(unit, describe(frozen, image)))
+        return Taught(levels(image), jax.tree.map(unit, describe(frozen, image)))
 
     return embed
 

@@ -7,10 +7,10 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxad.ops.gradient import torch_uniform
-
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """How torchvision draws the weights of a ResNet."""
+TRANSPOSED = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+"""How torch draws those of a transposed convolution."""
 EPSILON = 1e-5
 """Of batch norm."""
 
@@ -25,16 +25,17 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, valid: Bool[Array, "b"] | None) -> Float[Array, "b h2 w2 f"]:
-        """The map, normalized by the mean and variance of the valid images, or with None by the running ones."""
+        """The map, normalized by the statistics of the valid images (of all where none is); None: the running ones."""
         window, pad = (self.kernel, self.kernel), self.kernel // 2
         if self.up:
             convolve = nn.ConvTranspose(
-                self.features, window, window, "VALID", use_bias=False, kernel_init=torch_uniform, name="conv"
+                self.features, window, window, "VALID", use_bias=False, kernel_init=TRANSPOSED, name="conv"
             )
         else:
             convolve = nn.Conv(self.features, window, self.stride, pad, use_bias=False, kernel_init=HE, name="conv")
         norm = nn.BatchNorm(valid is None, momentum=0.9, epsilon=EPSILON, name="norm")
-        return norm(convolve(x), mask=None if valid is None else valid[:, None, None, None])
+        mask = None if valid is None else (valid | ~valid.any())[:, None, None, None]
+        return norm(convolve(x), mask=mask)
 
 
 def without_norm(variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jaxad.base import Metrics, PyTree
 
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""How torch draws the weights of its layers."""
+"""How torch draws the weights of its linear layers and convolutions."""
 
 
 class Trained(NamedTuple):
@@ -57,6 +57,23 @@ def torch_adam(
     """Adam with weight decay added to the gradient, as `torch.optim.Adam` does; optax's `adamw` decouples it."""
     adam = optax.adam(learning_rate, **options)
     return optax.chain(optax.add_decayed_weights(weight_decay), adam) if weight_decay else adam
+
+
+def torch_amsgrad_w(learning_rate: float, weight_decay: float, b2: float = 0.999) -> optax.GradientTransformation:
+    """AdamW with AMSGrad, as `torch.optim.AdamW` does it: the largest second moment is sought before its correction.
+
+    Source: Reddi et al., On the convergence of Adam and beyond, ICLR 2018.
+    """
+
+    def correction(step: Array) -> Array:
+        return jnp.sqrt(1 - b2 ** (step + 1.0))
+
+    return optax.chain(
+        optax.scale_by_amsgrad(b2=b2, bias_correction_nu=False),
+        optax.scale_by_schedule(correction),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale(-learning_rate),
+    )
 
 
 def mean_of_valid(x: Float[Array, "b"], valid: Bool[Array, "b"]) -> Float[Array, ""]:

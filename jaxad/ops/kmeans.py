@@ -13,13 +13,13 @@ def plus_plus(key: Key, points: Float[Array, "n d"], k: int) -> Float[Array, "k 
 
     Source: Arthur, Vassilvitskii, k-means++: The advantages of careful seeding, 2007.
     """
-    first, *_ = keys = jax.random.split(key, k)
+    keys = jax.random.split(key, k)
 
     def draw(least: Float[Array, "n"], key: Key) -> tuple[Float[Array, "n"], Float[Array, "d"]]:
         center = points[jax.random.categorical(key, jnp.log(least))]
         return jnp.minimum(least, jnp.sum((points - center) ** 2, 1)), center
 
-    start = points[jax.random.randint(first, (), 0, points.shape[0])]
+    start = points[jax.random.randint(keys[0], (), 0, points.shape[0])]
     _, rest = jax.lax.scan(draw, jnp.sum((points - start) ** 2, 1), keys[1:])
     return jnp.concatenate([start[None], rest])
 

@@ -53,29 +53,68 @@ def test_the_memory_is_the_mean_descriptor_of_every_position(gamma_d):
     np.testing.assert_allclose(trained.memory.centers, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("radius", [1e-5, 1.3])
-def test_loss_and_its_gradient(radius):
-    """With a radius beyond the hard negatives, both terms are there."""
-    method, state = made(weight_decay=0.0)
-    centers = np.random.default_rng(1).normal(size=(9, 7)).astype(np.float32)
+def test_training_step():
+    """The loss, in which both terms are, and one step of AdamW with AMSGrad after another, against numpy."""
+    decay, rate = 0.01, 1e-3
+    method, state = made(weight_decay=decay, learning_rate=rate)
+    centers = (0.3 * np.random.default_rng(1).normal(size=(9, 7))).astype(np.float32)
     training = method.stages[0].finalize(KEY, state._replace(images=jnp.ones(())), None)
-    params = {"descriptor": state.descriptor, "radius": jnp.float32(radius)}
+    params = {"descriptor": state.descriptor, "radius": jnp.float32(1.2)}
     training = CfaTraining(training.trained._replace(params=params), Memory(jnp.asarray(centers), None))
     valid = np.array([True, False, True, True, False])
+    x = patches(X["layer1"][valid]).reshape(-1, 9)
+    kernel, bias, radius = (
+        np.asarray(leaf, np.float64)
+        for leaf in (*(state.descriptor["params"][name] for name in ("kernel", "bias")), 1.2)
+    )
+    first, second, largest = ([np.zeros_like(p) for p in (kernel, bias, radius)] for _ in range(3))
+    update = jax.jit(method.stages[1].update)
+    for step in range(1, 4):
+        apart = (x @ kernel + bias)[:, None] - centers
+        squared = (apart**2).sum(-1)
+        near = np.argsort(squared, -1)[:, :6]
+        found = np.take_along_axis(squared, near, 1)
+        attraction, repulsion = found[:, :3] - radius**2, radius**2 - found[:, 3:] - 0.1
+        assert (attraction > 0).any() and (repulsion > 0).any()
+        loss = (np.maximum(attraction, 0).mean() + np.maximum(repulsion, 0).mean()) / 1e-3
+        sign = np.concatenate([attraction > 0, -1.0 * (repulsion > 0)], 1) / (1e-3 * attraction.size)
+        pull = (2 * sign[..., None] * np.take_along_axis(apart, near[..., None], 1)).sum(1)
+        gradients = x.T @ pull, pull.sum(0), -2 * radius * sign.sum()
 
-    def loss(found: np.ndarray, r: float) -> float:
-        squared = np.sort(((found[:, :, None] - centers) ** 2).sum(-1), -1)[..., :6]
-        attraction = np.maximum(squared[..., :3] - r**2, 0).mean()
-        repulsion = np.maximum(r**2 - squared[..., 3:] - 0.1, 0).mean()
-        return (attraction + repulsion) / 1e-3
+        training, metrics = update(KEY, training, None, batch_of(X, valid))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+        moved = []
+        for i, (p, g) in enumerate(zip((kernel, bias, radius), gradients, strict=True)):
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g**2
+            largest[i] = np.maximum(largest[i], second[i])
+            size = np.sqrt(largest[i] / (1 - 0.999**step)) + 1e-8
+            moved.append(p * (1 - rate * decay) - rate * first[i] / (1 - 0.9**step) / size)
+        kernel, bias, radius = moved
+        now = training.trained.params
+        np.testing.assert_allclose(now["radius"], radius, rtol=1e-5)
+        np.testing.assert_allclose(now["descriptor"]["params"]["kernel"], kernel, atol=2e-5)
+        np.testing.assert_allclose(now["descriptor"]["params"]["bias"], bias, atol=2e-5)
 
-    found = described(state.descriptor, X["layer1"][valid]).reshape(3, 24, 7)
-    after, metrics = jax.jit(method.stages[1].update)(KEY, training, None, batch_of(X, valid))
-    np.testing.assert_allclose(metrics["loss"], loss(found, radius), rtol=1e-5)
-    step = 1e-6
-    slope = (loss(found, radius + step) - loss(found, radius - step)) / (2 * step)
-    moment = jax.tree.leaves(after.trained.optimizer, is_leaf=lambda leaf: hasattr(leaf, "mu"))[0].mu["radius"]
-    np.testing.assert_allclose(moment, 0.1 * slope, rtol=1e-3, atol=1e-4)  # Adam's first moment after one step
+
+def test_training_searches_a_large_memory_by_its_sketch():
+    rng = np.random.default_rng(0)
+    x = {"layer1": rng.normal(size=(2, 4, 4, 140)).astype(np.float32)}
+    centers = jnp.asarray(rng.normal(size=(2100, 140)), jnp.float32)
+    method = cfa(backbone="pdn_small", layers=("layer1",), image_size=(4, 4))
+    state = method.init(KEY, None, {"layer1": jax.ShapeDtypeStruct((2, 4, 4, 140), jnp.float32)})
+    training = method.stages[0].finalize(KEY, state._replace(images=jnp.ones(())), None)
+    prepared = sketch(centers, jnp.ones(2100, bool))
+    assert prepared is not None
+    update = jax.jit(method.stages[1].update)
+    with_it, without = (
+        update(KEY, training._replace(memory=Memory(centers, s)), None, batch_of(x, np.ones(2, bool)))
+        for s in (prepared, None)
+    )
+    np.testing.assert_allclose(with_it[1]["loss"], without[1]["loss"], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), with_it[0].trained.params, without[0].trained.params
+    )
 
 
 def test_score_weighs_the_nearest_distance_by_its_softmin():
@@ -92,9 +131,14 @@ def test_score_weighs_the_nearest_distance_by_its_softmin():
     np.testing.assert_allclose(scores.image, np.asarray(scores.pixel).max((1, 2)))
 
 
-def test_a_compressed_memory_holds_fewer_vectors():
+def test_a_compressed_memory_holds_means_of_positions():
     method, state = made(gamma_c=3)
     collected, _ = method.stages[0].update(KEY, state, None, batch_of(X, np.ones(5, bool)))
-    assert method.stages[0].finalize(KEY, collected, None).memory.centers.shape == (8, 7)
+    centers = np.asarray(method.stages[0].finalize(KEY, collected, None).memory.centers)
+    assert centers.shape == (8, 7)
+    positions = described(state.descriptor, X["layer1"]).mean(0).reshape(24, 7)
+    owner = ((positions[:, None] - centers) ** 2).sum(-1).argmin(1)
+    for i in set(owner.tolist()):
+        np.testing.assert_allclose(centers[i], positions[owner == i].mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="gamma_c must leave at least 6"):
         made(gamma_c=5)

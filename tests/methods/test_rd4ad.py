@@ -66,10 +66,39 @@ def test_heat_map_is_the_sum_of_smoothed_cosine_distances(method, state):
 
 
 def test_image_sizes_that_do_not_halve_are_refused():
-    method = rd4ad(backbone="resnet18", image_size=(48, 48))
-    spec = {
-        layer: jax.ShapeDtypeStruct((3, 48 // s, 48 // s, 4), jnp.float32)
-        for layer, s in zip(LAYERS, (4, 8, 16), strict=True)
-    }
-    with pytest.raises(ValueError, match=r"multiples of 32, got \(48, 48\)"):
-        method.init(KEY, None, spec)
+    with pytest.raises(ValueError, match=r"multiples of 32, got \(60, 64\)"):
+        rd4ad(backbone="resnet18", image_size=(60, 64))
+
+
+@pytest.mark.parametrize(("blocks", "width"), [((2, 2, 2, 2), 1.0), ((3, 3, 4, 6), 0.5)])
+def test_networks_have_the_official_ones_parameters(blocks, width):
+    """Kernels (in and out channels, size) of the bottleneck and the decoder as resnet.py and de_resnet.py list them."""
+    c1, c2, c3 = 8, 16, 32
+    module = Reverse((c1, c2, c3), blocks, width)
+    maps = {"layer1": (8, 12, c1), "layer2": (4, 6, c2), "layer3": (2, 3, c3)}
+    x = {layer: jnp.zeros((1, *shape)) for layer, shape in maps.items()}
+    made = jax.eval_shape(lambda: module.init(KEY, x, jnp.ones(1, bool)))
+    found = jax.eval_shape(lambda: module.apply(made_zeros(made), x, None))
+    assert {layer: leaf.shape[1:] for layer, leaf in found.items()} == maps
+
+    def block(given: int, out: int, scale: str) -> list[tuple[int, ...]]:
+        inner = int(out * width)
+        resize = 2 if scale == "up" else None
+        if width == 1:
+            kernels = [(resize or 3, given, out), (3, out, out)]
+        else:
+            kernels = [(1, given, inner), (resize or 3, inner, inner), (1, inner, out)]
+        return kernels if scale == "same" else [*kernels, (resize or 1, given, out)]
+
+    expected = [(3, c1, c2), (3, c2, c3), (3, c2, c3)]
+    given = 3 * c3
+    for n, out, scale in zip(blocks, (2 * c3, c3, c2, c1), ("down", "up", "up", "up"), strict=True):
+        for i in range(n):
+            expected += block(given, out, "same" if i else scale)
+            given = out
+    kernels = [leaf.shape for leaf in jax.tree.leaves(made["params"]) if len(leaf.shape) == 4]
+    assert sorted((k[0], k[2], k[3]) for k in kernels) == sorted(expected)
+
+
+def made_zeros(shapes):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
