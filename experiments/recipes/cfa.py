@@ -10,14 +10,14 @@ The last epoch counts, whatever the test images say.
 from recipes import BOTTLE, MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer2", "layer3"), "gamma_d": 4, "epochs": 10}
-NOTES = "160 px, layers 2 and 3, a quarter of the channels (gamma_d) and 10 epochs."
+NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 10 epochs."
 
 RECIPES = {
     "cfa_bottle": Recipe(
         "cfa",
         backbone="resnet18.tv_in1k",
         hyperparameters={"epochs": 10},
-        published=published("anomalib, ResNet-18", image_AUROC=0.991, pixel_AUROC=0.986),
+        published=published("anomalib, ResNet-18, 256 px", image_AUROC=0.991, pixel_AUROC=0.986),
         notes="10 epochs instead of 30.",
         **BOTTLE,
     ),
@@ -35,7 +35,7 @@ RECIPES = {
             pixel_AP=0.246,
             pixel_AUPRO=0.528,
         ),
-        notes="160 px, layers 2 and 3, a quarter of the channels (gamma_d) and 5 epochs.",
+        notes="A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 5 epochs.",
         **MTD,
     ),
     "cfa_pillqc": Recipe("cfa", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),

@@ -10,7 +10,7 @@ The last epoch counts, whatever the test images say.
 from recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"epochs": 10, "train_batch_size": 8}
-NOTES = "128 px, 10 epochs of 8 images a step."
+NOTES = "A ResNet-50, 128 px, 10 epochs of 8 images a step."
 
 RECIPES = {
     "rd4ad_bottle": Recipe(
@@ -20,7 +20,7 @@ RECIPES = {
         image_size=256,
         hyperparameters={"epochs": 20, "train_batch_size": 8},
         published=published("anomalib, WRN-50, 256 px", image_AUROC=1.0),
-        notes="20 epochs of 8 images a step instead of 200 of 16.",
+        notes="A ResNet-18, 20 epochs of 8 images a step instead of 200 of 16.",
     ),
     "rd4ad_mtd": Recipe(
         "rd4ad",
@@ -36,7 +36,7 @@ RECIPES = {
             pixel_AP=0.218,
             pixel_AUPRO=0.623,
         ),
-        notes="128 px, 4 epochs of 8 images a step.",
+        notes="A ResNet-50, 128 px, 4 epochs of 8 images a step.",
         **MTD,
     ),
     "rd4ad_pillqc": Recipe("rd4ad", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),

@@ -1,4 +1,4 @@
-"""STFPM, arXiv:2103.04257: a ResNet-18 learns its own layers 1 to 3; SGD at 0.4, 100 epochs of 32 images.
+"""STFPM, arXiv:2103.04257: a ResNet-18's layers 1 to 3, SGD at 0.4, 100 epochs of 32 images.
 
     python experiments/run.py stfpm_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python experiments/run.py stfpm_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
@@ -10,7 +10,7 @@ The last epoch counts, whatever the test images say.
 from recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"epochs": 10, "train_batch_size": 8}
-NOTES = "128 px, 10 epochs of 8 images a step."
+NOTES = "A ResNet-50, 128 px, 10 epochs of 8 images a step."
 
 RECIPES = {
     "stfpm_bottle": Recipe(
@@ -36,7 +36,7 @@ RECIPES = {
             pixel_AP=0.102,
             pixel_AUPRO=0.478,
         ),
-        notes="128 px, 4 epochs of 8 images a step.",
+        notes="A ResNet-50, 128 px, 4 epochs of 8 images a step.",
         **MTD,
     ),
     "stfpm_pillqc": Recipe("stfpm", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
