@@ -150,7 +150,7 @@ def rd4ad(
     def init(key: Key, frozen: Frozen, spec: PyTree) -> Rd4adTraining:
         del frozen
         one = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:])), spec)
-        variables = network(spec).init(key, one, jnp.ones(1, bool))
+        variables = network(one).init(key, one, jnp.ones(1, bool))
         return Rd4adTraining(begin(optimizer, variables["params"]), variables["batch_stats"])
 
     def train(key: Key, state: Rd4adTraining, frozen: Frozen, batch: Batch) -> tuple[Rd4adTraining, Metrics]:

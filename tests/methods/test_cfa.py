@@ -10,6 +10,7 @@ import pytest
 from jaxad.base import Batch
 from jaxad.methods.cfa import CfaTraining, Memory, cfa
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.knn import sketch
 
 KEY = jax.random.key(0)
 X = {"layer1": np.random.default_rng(0).normal(size=(5, 6, 4, 7)).astype(np.float32)}
@@ -59,13 +60,13 @@ def test_training_step():
     method, state = made(weight_decay=decay, learning_rate=rate)
     centers = (0.3 * np.random.default_rng(1).normal(size=(9, 7))).astype(np.float32)
     training = method.stages[0].finalize(KEY, state._replace(images=jnp.ones(())), None)
-    params = {"descriptor": state.descriptor, "radius": jnp.float32(1.2)}
+    params = {"descriptor": state.descriptor, "radius": jnp.float32(0.8)}
     training = CfaTraining(training.trained._replace(params=params), Memory(jnp.asarray(centers), None))
     valid = np.array([True, False, True, True, False])
     x = patches(X["layer1"][valid]).reshape(-1, 9)
     kernel, bias, radius = (
         np.asarray(leaf, np.float64)
-        for leaf in (*(state.descriptor["params"][name] for name in ("kernel", "bias")), 1.2)
+        for leaf in (*(state.descriptor["params"][name] for name in ("kernel", "bias")), 0.8)
     )
     first, second, largest = ([np.zeros_like(p) for p in (kernel, bias, radius)] for _ in range(3))
     update = jax.jit(method.stages[1].update)

@@ -75,7 +75,7 @@ def test_networks_have_the_official_ones_parameters(blocks, width):
     """Kernels (in and out channels, size) of the bottleneck and the decoder as resnet.py and de_resnet.py list them."""
     c1, c2, c3 = 8, 16, 32
     module = Reverse((c1, c2, c3), blocks, width)
-    maps = {"layer1": (8, 12, c1), "layer2": (4, 6, c2), "layer3": (2, 3, c3)}
+    maps = {"layer1": (8, 16, c1), "layer2": (4, 8, c2), "layer3": (2, 4, c3)}
     x = {layer: jnp.zeros((1, *shape)) for layer, shape in maps.items()}
     made = jax.eval_shape(lambda: module.init(KEY, x, jnp.ones(1, bool)))
     found = jax.eval_shape(lambda: module.apply(made_zeros(made), x, None))
