@@ -20,7 +20,8 @@ X = {
 
 def cosine_distance(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return 1 - (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    sizes = np.maximum(np.linalg.norm(a, axis=-1), 1e-8) * np.maximum(np.linalg.norm(b, axis=-1), 1e-8)
+    return 1 - (a * b).sum(-1) / sizes
 
 
 @pytest.fixture(scope="module")
