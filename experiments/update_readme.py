@@ -8,7 +8,6 @@ give.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import tyro
 
 from jaxad.artifact import read_json, write_atomically
-from jaxad.report.tables import ABSENT, fraction, results_markdown
+from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
@@ -33,17 +32,11 @@ class Options:
     """Change nothing; fail where a table is out of date."""
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first column on the left and the others on the right."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def foreign_images(record: dict[str, Any]) -> str:
     """The AUROC of flows for foreign images, of nf_ood.json."""
     rows = record["flows"]
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["auroc"]))
-    return markdown(
+    return markdown_table(
         ["flow, trained on CIFAR-10", "bits per dimension", *kinds],
         [
             [name, fraction(row["bits_per_dimension"]) if row["bits_per_dimension"] is not None else ABSENT]
@@ -69,7 +62,7 @@ def speed_of_flows(record: dict[str, Any]) -> str:
         ]
 
     heads = ["flow", "step, ms", "backbone, ms", "plain loop / step", "FrEIA / step", "4 classes in turn / at once"]
-    return markdown(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
+    return markdown_table(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
 
 
 EXPERIMENTS = {"nf_ood": foreign_images, "bench_flows": speed_of_flows}

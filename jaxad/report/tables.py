@@ -134,17 +134,22 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     headings = ["recipe", "backbone"]
     for name in MARKDOWN_METRICS:
         headings += [name, "published"]
-    lines = [_line(headings), _line(["---"] * 2 + ["---:"] * (len(headings) - 2))]
+    rows: list[list[str]] = []
     sources: dict[str, int] = {}
     for result in results:
         cells = [f"`{result['recipe']}`", str(result.get("backbone") or ABSENT)]
         for name in MARKDOWN_METRICS:
             published = (result.get("published") or {}).get(name) or {}
             cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
-        lines.append(_line(cells))
-    if sources:
-        lines += ["", *(f"{number}. {source}" for source, number in sources.items())]
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    footnotes = "".join(f"{number}. {source}\n" for source, number in sources.items())
+    return markdown_table(headings, rows, left=2) + (f"\n{footnotes}" if footnotes else "")
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown, its first columns on the left and the others on the right."""
+    lines = [headings, ["---"] * left + ["---:"] * (len(headings) - left), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -152,10 +157,6 @@ def _read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"recipe", "metrics"} <= result.keys():
         raise ValueError(f"{path} has no recipe and metrics: only results of experiments/run.py belong there")
     return result
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _measured(metric: Mapping[str, float | None] | None) -> str:
