@@ -20,7 +20,7 @@ def compile_seconds() -> float:
     return sum(_seconds)
 
 
-LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 """XLA's option for what YNNPACK computes on a CPU: of its default (jaxlib 0.10.2), all but convolutions, which Eigen
 computes faster."""
 
@@ -31,8 +31,8 @@ def compiler_options() -> dict[str, str | bool]:
 
     Several devices of one CPU keep to YNNPACK, which rounds an image's features alike however the images are split.
     """
-    options: dict[str, str | bool] = {LIBRARY: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or LIBRARY in os.environ.get("XLA_FLAGS", ""):
+    options: dict[str, str | bool] = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or YNNPACK in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
         jax.jit(jnp.negative).lower(0.0).compile(compiler_options=options)
