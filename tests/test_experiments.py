@@ -66,6 +66,7 @@ def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: 
         result, recipe = json.loads(path.read_text()), known[path.stem]
         assert result["hyperparameters"] == json.loads(json.dumps(dict(recipe.hyperparameters))), path.name
         assert (result["backbone"], result["seeds"]) == (recipe.backbone, list(recipe.seeds)), path.name
+        assert (result["published"], result["image_size"]) == (dict(recipe.published), recipe.image_size), path.name
         assert "--smoke" not in result["command"], path.name
 
 

@@ -29,8 +29,7 @@ RECIPES = {
         image_size=256,
         hyperparameters={"layer": "layer3", "rotations": 4, "train_rotations": 2, "hidden": 512, "epochs": 96},
         published=published("paper, AlexNet, 448 px, mean of all classes", image_AUROC=0.949),
-        notes="A ResNet-18's layer 3, 256 px, 4 rotations (2 of them in a step), 512 hidden units and 96 epochs "
-        "instead of an AlexNet, 448 px, 64 (4), 2,048 and 192.",
+        notes="4 rotations, 512 hidden units and 96 epochs instead of 64, 2,048 and 192.",
     ),
     "differnet_mtd": Recipe(
         "differnet",
