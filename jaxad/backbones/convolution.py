@@ -24,28 +24,33 @@ def padding(size: int, kernel: int, stride: int, same: bool) -> tuple[int, int]:
 class Conv(nn.Module):
     """A convolution that carries, after folding, the batch norm's shift as its bias.
 
-    Its own initial values are zeros: weights come from files, or from `Backbone.init`.
+    Its own initial values are zeros, since weights come from files or from `Backbone.init`; not so in a student.
     """
 
     features: int
     kernel: int
     stride: int = 1
     same: bool = False
+    pad: bool = True
+    dilation: int = 1
+    kernel_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
         """The convolved map, in the type of `x`."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
         if self.kernel == 1:  # on a CPU faster than XLA's convolution
             return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]) + bias
+        pads = [padding(size, self.kernel, self.stride, self.same) if self.pad else (0, 0) for size in x.shape[1:3]]
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
             (self.stride, self.stride),
-            [padding(size, self.kernel, self.stride, self.same) for size in x.shape[1:3]],
+            pads,
+            rhs_dilation=(self.dilation, self.dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + bias
