@@ -48,6 +48,7 @@ class PatchNetwork(nn.Module):
         """The descriptions of a normalized image's patches at those densities."""
         strides = {layer: int(layer.removeprefix("stride")) for layer in layers}
         finest, stride, dilation = min(strides.values()), 1, 1
+        grid = tuple(-(-size // finest) for size in x.shape[1:3])
         if not self.alone:
             around = (patch_size(self.architecture) - 1) // 2
             x = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
@@ -62,6 +63,7 @@ class PatchNetwork(nn.Module):
                 halved = stride < finest or self.alone
                 x = max_pool(x, 2 if halved else 1, dilation)
                 stride, dilation = (stride * 2, 1) if halved else (stride, dilation * 2)
+        x = x[:, : grid[0], : grid[1]]  # a pooling leaves out the last row of an odd number, so some patches fit behind
         return {layer: x[:, :: apart // finest, :: apart // finest] for layer, apart in strides.items()}
 
 
