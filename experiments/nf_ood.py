@@ -35,6 +35,8 @@ from jaxad.metrics import auroc
 from jaxad.program import Program
 
 SIZE = 32
+ENLARGED = 224
+"""Height and width that a backbone sees."""
 FAR = 4
 """Blocks of the flows whose networks must see half an image."""
 ADBENCH = "RealNVP on ADBench's embeddings"
@@ -136,9 +138,9 @@ def digits(n: int) -> np.ndarray:
     return np.stack(images)
 
 
-def data_of(images: np.ndarray, pixels: bool) -> Dataset:
-    """A data set of arrays: as they are for flows on pixels, and of the backbones' usual size for embeddings."""
-    train = open_data(images, preprocess=Preprocess(None) if pixels else Preprocess())["arrays"].train
+def data_of(images: np.ndarray, size: int) -> Dataset:
+    """A data set of arrays, of that height and width."""
+    train = open_data(images, preprocess=Preprocess((size, size)))["arrays"].train
     assert train is not None
     return train
 
@@ -209,10 +211,11 @@ def main(options: Options) -> None:
 
     def on_images(flow: str) -> dict[str, Any]:
         method, pixels = nf(backbone=name, **chosen[flow]), chosen[flow].get("on") == "pixels"
-        fitted = fit(method, frozen, data_of(train, pixels), jax.random.key(0), progress=progress(flow))
+        side = SIZE if pixels or options.smoke else ENLARGED
+        fitted = fit(method, frozen, data_of(train, side), jax.random.key(0), progress=progress(flow))
 
         def scored(images: np.ndarray) -> np.ndarray:
-            data, size = data_of(images, pixels), min(64, options.test)
+            data, size = data_of(images, side), min(64, options.test)
             return np.asarray(score_all(method, fitted.state, frozen, data, batch_size=size).image)
 
         own = scored(test)
