@@ -204,8 +204,8 @@ def test_tracers_do_not_leak_and_nothing_is_captured(name):
         state = jax.eval_shape(lambda key: f.method.init(key, f.frozen, spec_of(f.train, N)), KEY)
         for stage in f.method.stages:
             programs.append(jax.make_jaxpr(stage.update)(KEY, state, f.frozen, batch))
-            programs.append(jax.make_jaxpr(stage.finalize)(KEY, state, f.frozen))
-            state = jax.eval_shape(stage.finalize, KEY, state, f.frozen)
+            program, state = jax.make_jaxpr(stage.finalize, return_shape=True)(KEY, state, f.frozen)
+            programs.append(program)
         programs.append(jax.make_jaxpr(f.method.score)(state, f.frozen, f.test))
     gc.unfreeze()
     limit = sum(IMAGE_SIZE) * max(IMAGE_SIZE) * 4

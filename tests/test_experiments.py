@@ -58,6 +58,17 @@ def test_an_unknown_recipe_names_those_there_are(runner: ModuleType) -> None:
         runner.main(runner.Options(("nonsense",), smoke=True))
 
 
+def test_learning_rates_are_compared_on_images_that_were_not_learned(tmp_path: Path) -> None:
+    select = script("select_rate")
+    options = select.Options("nf_demo", (1e-12, 1e-5), epochs=3, learn=24, hold_out=8, results=tmp_path, smoke=True)
+    select.main(options)
+    result = json.loads((tmp_path / "select_nf_demo.json").read_text())
+    assert result["images"] == {"learned": 24, "held_out": 8}
+    nothing, something = result["held_out_loss"].values()
+    assert len(something) == 3 and something[-1] < something[0]
+    np.testing.assert_allclose(nothing, nothing[0], rtol=1e-4)
+
+
 def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: ModuleType) -> None:
     known = runner.all_recipes()
     for path in (EXPERIMENTS / "results").glob("*.json"):

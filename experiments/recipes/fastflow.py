@@ -5,8 +5,9 @@
     python experiments/run.py fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, with small batches
-for more steps. The last epoch counts, whatever the test images say. The paper's other backbones have recipes with the
-published budget, which have not been run.
+for more steps. The last epoch counts, whatever the test images say; anomalib's number is of the epoch that its test
+images liked best. Bottle's pixel AUROC stays short of that, with 40 epochs as with 3x3 and 1x1 in turn; with 4 epochs
+it is lower. The paper's other backbones have recipes with the published budget, which have not been run.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
@@ -23,9 +24,27 @@ RECIPES = {
         "mvtec_bottle",
         backbone="resnet18.tv_in1k",
         image_size=256,
-        hyperparameters={"conv3x3_only": True, "epochs": 12, "train_batch_size": 4},
+        hyperparameters={"conv3x3_only": True, "epochs": 40},
         published=published("anomalib, ResNet-18, 256 px", image_AUROC=1.0, pixel_AUROC=0.983),
-        notes="12 epochs of 4 images a step instead of 500 of 32.",
+        notes="40 epochs instead of 500.",
+    ),
+    "fastflow_bottle_1x1": Recipe(
+        "fastflow",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters={"epochs": 20},
+        published=published("anomalib, ResNet-18, 256 px", image_AUROC=1.0, pixel_AUROC=0.983),
+        notes="3x3 and 1x1 in turn, as the paper has it, instead of 3x3 alone; 20 epochs instead of 500.",
+    ),
+    "fastflow_bottle_4_epochs": Recipe(
+        "fastflow",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters={"conv3x3_only": True, "epochs": 4},
+        published=published("anomalib, ResNet-18, 256 px", image_AUROC=1.0, pixel_AUROC=0.983),
+        notes="4 epochs, to see what training does to the numbers.",
     ),
     "fastflow_mtd": Recipe(
         "fastflow",
