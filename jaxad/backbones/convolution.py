@@ -88,29 +88,29 @@ class Source(NamedTuple):
     norm: str | None
     """None: the convolution has a bias of its own."""
     eps: float = 1e-5
+    biased: bool = False
+    """The convolution has a bias of its own before the batch norm."""
 
     def shapes(self, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors wanted for a kernel of that HWIO shape."""
         h, w, i, o = kernel
-        vectors = (
-            [f"{self.conv}.bias"]
-            if self.norm is None
-            else [f"{self.norm}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
-        )
+        vectors = [f"{self.conv}.bias"] if self.norm is None or self.biased else []
+        if self.norm is not None:
+            vectors += [f"{self.norm}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
         return {f"{self.conv}.weight": (o, i, h, w)} | dict.fromkeys(vectors, (o,))
 
     def fold(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The kernel (HWIO) and the bias of the convolution with its batch norm, computed in float64."""
         kernel = tensors[f"{self.conv}.weight"].astype(np.float64).transpose(2, 3, 1, 0)
-        if self.norm is None:
-            bias = tensors[f"{self.conv}.bias"].astype(np.float64)
-        else:
+        own = tensors[f"{self.conv}.bias"].astype(np.float64) if self.norm is None or self.biased else 0.0
+        bias = own
+        if self.norm is not None:
             gain, shift, mean, variance = (
                 tensors[f"{self.norm}.{leaf}"].astype(np.float64)
                 for leaf in ("weight", "bias", "running_mean", "running_var")
             )
             scale = gain / np.sqrt(variance + self.eps)
-            kernel, bias = kernel * scale, shift - mean * scale
+            kernel, bias = kernel * scale, shift + (own - mean) * scale
         return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 

@@ -232,7 +232,7 @@ def student(name: str, layers: tuple[str, ...], copies: int = 1) -> Student:
         options = {"valid": jnp.ones(1, bool)} if normed else {}
         return module.init(key, jnp.zeros((1, 64, 64, 3)), layers, **options)
 
-    def apply(variables: PyTree, frozen: Frozen, image: Array, valid: Array) -> Any:
+    def apply(variables: PyTree, frozen: Frozen, image: Array, valid: Array | None) -> Any:
         x = normalize(frozen, image, jnp.float32)
         if not normed:
             return module.apply(variables, x, layers), {}

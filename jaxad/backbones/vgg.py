@@ -58,4 +58,4 @@ def source(architecture: str, module: str) -> Source:
     s, normed = STAGES.index(stage), architecture.endswith("_bn")
     before = sum(blocks(architecture)[:s]) + int(i)
     number = before * (3 if normed else 2) + s
-    return Source(f"features.{number}", f"features.{number + 1}" if normed else None)
+    return Source(f"features.{number}", f"features.{number + 1}" if normed else None, biased=normed)

@@ -177,7 +177,7 @@ def efficientad(
     learner = student(backbone, (layer,), copies=2)
     optimizer = torch_adam(learning_rate, weight_decay)
 
-    def decoder(x: dict[str, Array]) -> Autoencoder:
+    def decoder(x: PyTree) -> Autoencoder:
         _, h, w, c = x[layer].shape
         return Autoencoder((h, w), c)
 

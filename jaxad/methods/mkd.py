@@ -35,7 +35,6 @@ from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 """Of a VGG-16 before each of its poolings."""
-Maps = dict[str, Float[Array, "b _ _ _"]]
 
 
 class MkdTraining(NamedTuple):
@@ -137,7 +136,7 @@ def mkd(
     layers = tuple(layer for layer in network.stages if layer in layers)
     optimizer = optax.adam(learning_rate)
 
-    def cloner(x: dict[str, Array], activation: Callable[[Array], Array] = nn.relu) -> Cloner:
+    def cloner(x: PyTree, activation: Callable[[Array], Array] = nn.relu) -> Cloner:
         channels = {}
         for layer in layers:
             stride = image_size[0] / x[layer].shape[1]
@@ -151,7 +150,7 @@ def mkd(
             raise ValueError(f"layers must have different strides, got {', '.join(layers)}")
         return Cloner(tuple(channels.get(i + 1, 0) for i in range(max(channels))), hidden, activation)
 
-    def discrepancy(found: list[Array], teacher: Maps, among: tuple[str, ...]) -> Float[Array, "b"]:
+    def discrepancy(found: list[Array], teacher: dict[str, Array], among: tuple[str, ...]) -> Float[Array, "b"]:
         """Directions and values that differ, for every image (Eq. 1-3)."""
         total = jnp.zeros(len(found[0]))
         for own, layer in zip(found[-len(among) :], among, strict=True):
@@ -186,7 +185,7 @@ def mkd(
         among = layers[1:] or layers
         activation = guided_relu if localization == "guided_backprop" else nn.relu
 
-        def differ(image: Array, teacher: Maps) -> Float[Array, "b"]:
+        def differ(image: Array, teacher: dict[str, Array]) -> Float[Array, "b"]:
             found = cloner(x, activation).apply(variables, normalize(frozen, image, jnp.float32), None)
             return discrepancy(found, teacher, among)
 

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features, student
+from jaxad.backbones import features, residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid
 from jaxad.ops.heatmap import upsample_blur
@@ -46,9 +46,7 @@ def unit(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
-def distances(
-    maps: dict[str, Float[Array, "b _ _ _"]], teacher: dict[str, Float[Array, "b _ _ _"]]
-) -> dict[str, Float[Array, "b _ _"]]:
+def distances(maps: dict[str, Float[Array, "b _ _ _"]], teacher: dict[str, Array]) -> dict[str, Float[Array, "b _ _"]]:
     """Squared distances of the student's unit vectors and the teacher's, by stage and position."""
     return {layer: jnp.sum((unit(x) - unit(teacher[layer])) ** 2, -1) for layer, x in maps.items()}
 
@@ -82,6 +80,7 @@ def stfpm(
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(momentum=momentum, weight_decay=weight_decay)
+    residual_blocks(backbone)  # raises for what is no ResNet
     network = architecture(backbone)
     layers = network.pyramid_layers if layers is None else tuple(layers)
     learner = student(backbone, layers)

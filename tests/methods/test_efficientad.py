@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from jaxad.backbones import backbone, features, normalize, student
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
-from jaxad.methods import efficientad as module
-from jaxad.methods.efficientad import Autoencoder, efficientad
+from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
 
@@ -31,7 +30,7 @@ def test_hard_loss_is_the_mean_above_the_quantile(b, n, share):
     flat = errors.reshape(b, n)
     threshold = np.quantile(flat, share, axis=1, keepdims=True)
     expected = [row[row >= t].mean() for row, t in zip(flat, threshold, strict=True)]
-    np.testing.assert_allclose(module.hard_mean(jnp.asarray(errors), share), expected, rtol=1e-4)
+    np.testing.assert_allclose(hard_mean(jnp.asarray(errors), share), expected, rtol=1e-4)
 
 
 def test_autoencoder_is_the_published_one_at_256_px():
@@ -50,12 +49,12 @@ def test_autoencoder_gives_the_teachers_grid(grid):
 
 def test_jitter_changes_one_property_by_a_fifth_at_most():
     image = jnp.asarray(IMAGES, jnp.float32) / 255
-    found = jax.jit(module.jitter)(KEY, image)
+    found = jax.jit(jitter)(KEY, image)
     assert float(found.min()) >= 0 and float(found.max()) <= 1
     change = np.abs(np.asarray(found - image)).max((1, 2, 3))
     assert (change > 0).all() and (change <= 0.2 + 1e-6).all()
     gray = np.asarray(image * 0 + 0.5)
-    kept = np.asarray(jax.jit(module.jitter)(KEY, jnp.asarray(gray)))
+    kept = np.asarray(jax.jit(jitter)(KEY, jnp.asarray(gray)))
     scaled = np.abs(kept - gray).max((1, 2, 3)) > 1e-6  # only brightness changes a plain gray image
     assert scaled.any() and not scaled.all()
 
@@ -74,7 +73,7 @@ def maps_of(frozen, state, images):
     teacher = (np.asarray(x) - np.asarray(state.mean)) / np.asarray(state.deviation)
     learner = student("pdn_small", ("layer3",), copies=2)
     found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["layer3"])
-    decoder, normalized = Autoencoder((8, 8), 384), normalize(frozen, images, jnp.float32)
+    decoder, normalized = Autoencoder((8, 8), 384), normalize(frozen, jnp.asarray(images), jnp.float32)
     decoded = np.asarray(jax.jit(decoder.apply, static_argnums=2)(state.params["autoencoder"], normalized, None))
     own, second = np.split(found, 2, axis=-1)
     return np.stack([((teacher - own) ** 2).mean(-1), ((decoded - second) ** 2).mean(-1)], -1)

@@ -49,7 +49,7 @@ def test_an_image_scores_the_discrepancy_of_all_maps_but_the_first(frozen, fitte
 
     channels = (0, x["layer1"].shape[-1], x["layer2"].shape[-1])
     variables = {"params": state.params, "batch_stats": state.running}
-    maps = Cloner(channels, 4).apply(variables, normalize(frozen, IMAGES, jnp.float32), None)
+    maps = Cloner(channels, 4).apply(variables, normalize(frozen, jnp.asarray(IMAGES), jnp.float32), None)
     assert [m.shape for m in maps] == [x[layer].shape for layer in LAYERS]
     scores = jax.jit(method.score)(state, frozen, x)
     np.testing.assert_allclose(scores.image, discrepancy(maps[1], x["layer2"]), rtol=1e-4)
