@@ -122,10 +122,7 @@ def vectors_of(options: Options, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits(n: int) -> np.ndarray:
-    """House numbers: blurred digits of one muted color on another, with neighbors that are cut off.
-
-    The pixels' mean and deviation are those of SVHN, 0.45 and 0.2.
-    """
+    """House numbers: blurred digits of one muted color on another, with neighbors that are cut off."""
     rng, images = np.random.default_rng(0), []
     for _ in range(n):
         gray, tint = rng.normal(115, 50, (2, 1)), rng.normal(0, 10, (2, 3))
