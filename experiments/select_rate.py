@@ -6,6 +6,7 @@ All images are normal ones of the training split; test images are not looked at.
 `--smoke` is the small variant that the tests run.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,14 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_flows
 import run
 
 import jaxad
 from jaxad.artifact import write_json
 from jaxad.base import Batch, Frozen, Method
 from jaxad.data import Dataset, open_data
+from jaxad.methods import METHODS
 from jaxad.program import Program
 
 STILL = 1e-12
@@ -60,9 +63,9 @@ def embedded(method: Method, frozen: Frozen, data: Dataset, size: int = 16) -> A
 
 def batch_of(x: Any, rows: np.ndarray, progress: float = 0.0) -> Batch:
     """Some of the images, all of them valid."""
-    n, index = len(rows), jnp.asarray(rows, jnp.int32)
     taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), x)
-    return Batch(taken, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index, jnp.float32(progress))
+    batch = bench_flows.batch_of(taken, len(rows))
+    return batch._replace(index=jnp.asarray(rows, jnp.int32), progress=jnp.float32(progress))
 
 
 def curve(name: str, method: Method, still: Method, frozen: Frozen, learn: Any, held_out: Any) -> list[float]:
@@ -94,7 +97,13 @@ def curve(name: str, method: Method, still: Method, frozen: Frozen, learn: Any, 
 
 def main(options: Options) -> None:
     """Trains with every rate and writes the losses."""
-    recipe = run.all_recipes()[options.name]
+    known = run.all_recipes()
+    if (
+        options.name not in known
+        or "learning_rate" not in inspect.signature(METHODS[known[options.name].method]).parameters
+    ):
+        raise SystemExit(f"the recipe must be one of a method with a learning rate, got {options.name}")
+    recipe = known[options.name]
     hyperparameters = dict(recipe.hyperparameters)
     if options.epochs is not None:
         hyperparameters["epochs"] = options.epochs
@@ -113,6 +122,10 @@ def main(options: Options) -> None:
         iter(open_data("demo" if options.smoke else options.data, preprocess=detector.preprocess).values())
     ).train
     assert data is not None
+    if options.learn + options.hold_out > len(data):
+        raise SystemExit(
+            f"learn + hold_out must be at most the {len(data)} images, got {options.learn + options.hold_out}"
+        )
     order = np.random.default_rng(0).permutation(len(data))
     ends = options.learn, options.learn + options.hold_out
     learn, held_out = (data.subset(np.sort(rows)) for rows in (order[: ends[0]], order[ends[0] : ends[1]]))
