@@ -5,9 +5,9 @@
 
 Published numbers are often of an epoch that was chosen on the test images: anomalib stops FastFlow when their
 pixel_AUROC has not risen for 3 epochs. The curve shows the best value that such a rule would have met here. With
-`--torch-python`, FrEIA's blocks are trained on the same features of a FastFlow of 3x3 convolutions, beside it: what
-both curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every epoch. `--smoke` is
-the small variant that the tests run.
+`--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow of 3x3 convolutions: what both
+curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every epoch; a curve of the other
+blocks stays there. `--smoke` is the small variant that the tests run.
 """
 
 import functools
@@ -30,7 +30,7 @@ import loops
 import run
 
 import jaxad
-from jaxad.artifact import write_json
+from jaxad.artifact import read_json, write_json
 from jaxad.base import Frozen, Method, PyTree
 from jaxad.metrics import auroc
 from jaxad.program import Program
@@ -50,7 +50,7 @@ class Options:
     data: str = "demo"
     weights: Path | None = None
     torch_python: Path | None = None
-    """An interpreter with torch and FrEIA, for a FastFlow; none: that part is left out."""
+    """An interpreter with torch and FrEIA, whose blocks are trained instead, for a FastFlow."""
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     smoke: bool = False
     """A few small demo images and random weights."""
@@ -88,29 +88,30 @@ def main(options: Options) -> None:
     if not method.stages[-1].shuffle or test is None:
         raise SystemExit(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
     learn, foreign = (loops.embedded(method, frozen, part) for part in (train, test))
-    curves = {"jaxad": of_jaxad(options.name, method, frozen, learn, foreign)}
-    if options.torch_python is not None:
-        trained = {"epochs": method.stages[-1].epochs, "batch_size": method.stages[-1].batch_size}
-        curves["FrEIA"] = of_freia(options.torch_python, trained, test.image_size, learn, foreign)
-    masks = test.masks(range(len(test))) > 0
     record = {
         "experiment": f"epochs_{options.name}",
         "method": detector.method_name,
-        "hyperparameters": detector.hyperparameters,
+        "hyperparameters": {k: v for k, v in detector.hyperparameters.items() if k != "epochs"},
         "images": {"learned": len(train), "test": len(test)},
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
     }
-    found: dict[str, dict] = {}
-    for of, maps in curves.items():
-        curve: dict[str, list[float]] = {"image_AUROC": [], "pixel_AUROC": []}
-        for pixel in maps:
-            curve["image_AUROC"].append(auroc(pixel.max((1, 2)), test.labels))
-            curve["pixel_AUROC"].append(auroc(pixel.ravel(), masks.ravel().astype(int)))
-            found[of] = curve | {"stopped": stopped(curve["pixel_AUROC"])}
-            write_json(options.results / f"epochs_{options.name}.json", record | {"curves": found})
-            print(f"\n{of}", {k: round(v[-1], 4) for k, v in curve.items()}, flush=True)
+    path = options.results / f"epochs_{options.name}.json"
+    old = read_json(path) if path.exists() else {}
+    curves = old["curves"] if record.items() <= old.items() else {}  # of the other blocks on the same images
+    if options.torch_python is None:
+        of, maps = "jaxad", of_jaxad(options.name, method, frozen, learn, foreign)
+    else:
+        trained = {"epochs": method.stages[-1].epochs, "batch_size": method.stages[-1].batch_size}
+        of, maps = "FrEIA", of_freia(options.torch_python, trained, test.image_size, learn, foreign)
+    masks = (test.masks(range(len(test))) > 0).ravel().astype(int)
+    curve: dict[str, list[float]] = {"image_AUROC": [], "pixel_AUROC": []}
+    for pixel in maps:
+        curve["image_AUROC"].append(auroc(pixel.max((1, 2)), test.labels))
+        curve["pixel_AUROC"].append(auroc(pixel.ravel(), masks))
+        curves[of] = curve | {"stopped": stopped(curve["pixel_AUROC"]), "command": " ".join(["python", *sys.argv])}
+        write_json(path, record | {"curves": curves})
+        print(f"\n{of}", {k: round(v[-1], 4) for k, v in curve.items()}, flush=True)
 
 
 def stopped(values: list[float]) -> float:
