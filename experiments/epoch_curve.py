@@ -5,9 +5,9 @@
 
 Published numbers are often of an epoch that was chosen on the test images: anomalib stops FastFlow when their
 pixel_AUROC has not risen for 3 epochs. The curve shows the best value that such a rule would have met here. With
-`--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow of 3x3 convolutions: what both
-curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every epoch; a curve of the other
-blocks stays there. `--smoke` is the small variant that the tests run.
+`--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow of 3x3 convolutions: what
+both curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every epoch; a curve of
+the other blocks stays there. `--smoke` is the small variant that the tests run.
 """
 
 import functools

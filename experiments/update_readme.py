@@ -69,14 +69,14 @@ def test_images_by_epoch(record: dict[str, Any]) -> str:
     """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
     curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
     epochs = range(4, max(map(len, curves.values())) + 1, 4)
-    return markdown_table(
-        ["blocks", *(f"epoch {epoch}" for epoch in epochs), "best", "stopped as anomalib's"],
-        [
-            [of, *(fraction(values[epoch - 1]) if epoch <= len(values) else ABSENT for epoch in epochs)]
-            + [fraction(max(values)), fraction(record["curves"][of]["stopped"])]
-            for of, values in curves.items()
-        ],
-    )
+
+    def row(of: str, values: list[float]) -> list[str]:
+        shown = [values[epoch - 1] if epoch <= len(values) else None for epoch in epochs]
+        shown += [max(values), record["curves"][of]["stopped"]]
+        return [of, *(ABSENT if value is None else fraction(value) for value in shown)]
+
+    heads = ["blocks", *(f"epoch {epoch}" for epoch in epochs), "best", "stopped as anomalib's"]
+    return markdown_table(heads, [row(*curve) for curve in curves.items()])
 
 
 EXPERIMENTS = {
