@@ -104,11 +104,14 @@ def main(options: Options) -> None:
     else:
         trained = {"epochs": method.stages[-1].epochs, "batch_size": method.stages[-1].batch_size}
         of, maps = "FrEIA", of_freia(options.torch_python, trained, test.image_size, learn, foreign)
-    masks = (test.masks(range(len(test))) > 0).ravel().astype(int)
+    masks = test.masks(range(len(test)))
+    if masks is None:
+        raise SystemExit(f"the data must have masks, got none in {options.data}")
+    defects = (masks > 0).ravel().astype(int)
     curve: dict[str, list[float]] = {"image_AUROC": [], "pixel_AUROC": []}
     for pixel in maps:
         curve["image_AUROC"].append(auroc(pixel.max((1, 2)), test.labels))
-        curve["pixel_AUROC"].append(auroc(pixel.ravel(), masks))
+        curve["pixel_AUROC"].append(auroc(pixel.ravel(), defects))
         curves[of] = curve | {"stopped": stopped(curve["pixel_AUROC"]), "command": " ".join(["python", *sys.argv])}
         write_json(path, record | {"curves": curves})
         print(f"\n{of}", {k: round(v[-1], 4) for k, v in curve.items()}, flush=True)

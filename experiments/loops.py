@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,14 @@ def opened(
     recipe = run.all_recipes().get(name)
     if recipe is None or "learning_rate" not in inspect.signature(METHODS[recipe.method]).parameters:
         raise SystemExit(f"the recipe must be one of a method with a learning rate, got {name}")
+    hyperparameters: dict[str, Any] = dict(recipe.hyperparameters) | ({} if epochs is None else {"epochs": epochs})
     detector = jaxad.Detector(
         recipe.method,
         backbone="resnet18" if smoke else recipe.backbone,
         weights=None if smoke else weights,
         image_size=64 if smoke else recipe.image_size,
         center_crop=None if smoke else recipe.center_crop,
-        **dict(recipe.hyperparameters) | ({} if epochs is None else {"epochs": epochs}),
+        **hyperparameters,
     )
     if smoke:
         detector.frozen = jaxad.backbones.backbone("resnet18").init(jax.random.key(0))
