@@ -65,7 +65,23 @@ def speed_of_flows(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
 
 
-EXPERIMENTS = {"nf_ood": foreign_images, "bench_flows": speed_of_flows}
+def latency(record: dict[str, Any]) -> str:
+    """Images a second of every method, of bench_latency.json."""
+    sizes = list(next(iter(record["methods"].values()))["batches"])
+    heads = ["method", "backbone"]
+    for size in sizes:
+        heads += [f"images/s, batch {size}", "backbone", "of the peak"]
+
+    def row(name: str, method: dict[str, Any]) -> list[str]:
+        cells = [f"`{name}`", method["backbone"]]
+        for found in method["batches"].values():
+            cells += [f"{found['images_a_second']:.1f}", f"{found['backbone_share']:.0%}", f"{found['peak_share']:.0%}"]
+        return cells
+
+    return markdown_table(heads, [row(*item) for item in record["methods"].items()])
+
+
+EXPERIMENTS = {"nf_ood": foreign_images, "bench_flows": speed_of_flows, "bench_latency": latency}
 """What has a table of its own."""
 
 

@@ -43,6 +43,7 @@ class Case(NamedTuple):
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
+CFA: dict[str, Any] = dict(layers=TWO, gamma_c=3, gamma_d=4, epochs=2, train_batch_size=4)
 CFLOW: dict[str, Any] = dict(
     layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
 )
@@ -50,8 +51,13 @@ CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epoch
 DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
+EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
+MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
+RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4)
+STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {
@@ -63,10 +69,13 @@ CASES = {
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "cfa": Case("cfa", CFA, random=True, streaming=True),
     "cflow": Case("cflow", CFLOW, random=True, streaming=True),
     "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
+    "efficientad": Case("efficientad", EFFICIENTAD, random=True, determined=False),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
+    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False),
     "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
     "nf-pixels": Case(
         "nf",
@@ -75,6 +84,13 @@ CASES = {
         random=True,
         streaming=True,
         determined=False,
+    ),
+    "rd4ad": Case(
+        "rd4ad", dict(epochs=2, train_batch_size=4), "resnet18", random=True, streaming=True, determined=False
+    ),
+    "stfpm": Case("stfpm", STFPM, "resnet18", random=True, streaming=True, determined=False),
+    "uninformed_students": Case(
+        "uninformed_students", STUDENTS, "patch17", random=True, streaming=True, determined=False
     ),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
