@@ -55,8 +55,8 @@ EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
-RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
-STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4)
+RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-4)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
 STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
@@ -85,9 +85,7 @@ CASES = {
         streaming=True,
         determined=False,
     ),
-    "rd4ad": Case(
-        "rd4ad", dict(epochs=2, train_batch_size=4), "resnet18", random=True, streaming=True, determined=False
-    ),
+    "rd4ad": Case("rd4ad", RD4AD, "resnet18", random=True, streaming=True, determined=False),
     "stfpm": Case("stfpm", STFPM, "resnet18", random=True, streaming=True, determined=False),
     "uninformed_students": Case(
         "uninformed_students", STUDENTS, "patch17", random=True, streaming=True, determined=False

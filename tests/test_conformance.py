@@ -85,20 +85,30 @@ def spec_of(x: PyTree, n: int) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), x)
 
 
-def learn(method: Method, n: int):
-    """All stages over the same batches, as one pure function."""
+def learn(method: Method, n: int, classes: bool = False):
+    """All stages over the same batches, step by step; with `classes`, of which every argument but `frozen` has an axis,
+    in one program."""
+
+    def program(fn, axes):
+        return jax.jit(jax.vmap(fn, axes) if classes else fn)
+
+    init = program(lambda key, frozen, x: method.init(key, frozen, spec_of(x, n)), (0, None, 0))
+    fold_in = program(jax.random.fold_in, (0, None))
+    stages = [
+        (program(stage.update, (0, 0, None, 0)), program(stage.finalize, (0, 0, None))) for stage in method.stages
+    ]
 
     def run(key: Key, frozen: Frozen, batches: Batch) -> State:
-        state = method.init(key, frozen, spec_of(jax.tree.map(lambda leaf: leaf[0], batches.x), n))
-        for s, stage in enumerate(method.stages):
-            stage_key = jax.random.fold_in(key, s)
-
-            def body(carry, batch, update=stage.update, key=stage_key):
-                state, step = carry
-                return (update(jax.random.fold_in(key, step), state, frozen, batch)[0], step + 1), None
-
-            (state, _), _ = jax.lax.scan(body, (state, jnp.int32(0)), batches)
-            state = stage.finalize(stage_key, state, frozen)
+        axis = int(classes)
+        steps = [
+            jax.tree.map(lambda leaf: jnp.take(leaf, step, axis), batches) for step in range(batches.valid.shape[axis])
+        ]
+        state = init(key, frozen, steps[0].x)
+        for s, (update, finalize) in enumerate(stages):
+            stage_key = fold_in(key, s)
+            for step, batch in enumerate(steps):
+                state, _ = update(fold_in(stage_key, step), state, frozen, batch)
+            state = finalize(stage_key, state, frozen)
         return state
 
     return run
@@ -124,7 +134,7 @@ def fitted(name: str) -> Fitted:
     train = embed(frozen, photographs(0, ROWS))
     unseen = photographs(0, ROWS + 2)[ROWS:]
     test = embed(frozen, np.concatenate([unseen, defective(unseen)]))
-    program = jax.jit(learn(method, ROWS))
+    program = learn(method, ROWS)
     state = program(KEY, frozen, stacked(train, N, B))
     return Fitted(method, frozen, embed, program, jax.jit(method.score), train, test, state)
 
@@ -226,7 +236,7 @@ def test_batch_size_and_room_for_more_images_do_not_change_the_scores(name):
     """
     f = fitted(name)
     size = 5 if all(stage.batch_size is None for stage in f.method.stages) else B
-    other = jax.jit(learn(f.method, N))(KEY, f.frozen, stacked(f.train, N, size))
+    other = learn(f.method, N)(KEY, f.frozen, stacked(f.train, N, size))
     assert_close(f.score(other, f.frozen, f.test), f.score(f.state, f.frozen, f.test), 1e-4)
 
 
@@ -265,7 +275,7 @@ def test_vmap_over_classes_is_a_loop(name):
     embedded = [f.embed(f.frozen, i) for i in images]
     classes = [stacked(x, n, B) for x, n in zip(embedded, counts, strict=True)]
     keys = jax.random.split(KEY, 2)
-    together = jax.jit(jax.vmap(learn(f.method, ROWS), (0, None, 0)))(keys, f.frozen, stack(classes))
+    together = learn(f.method, ROWS, classes=True)(keys, f.frozen, stack(classes))
     apart = [f.learn(key, f.frozen, batches) for key, batches in zip(keys, classes, strict=True)]
     tests = [rows(x, range(B)) for x in embedded]
     scores = jax.jit(jax.vmap(f.method.score, (0, None, 0)))(together, f.frozen, stack(tests))
