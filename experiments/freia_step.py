@@ -13,9 +13,21 @@ from FrEIA.modules import AllInOneBlock  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 
-def fastflow(shape, batch_size):
+class NormalizedFlow(SequenceINN):
+    """A flow behind a layer norm."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.norm = nn.LayerNorm(shape)
+
+    def forward(self, x):
+        """The latent values and the log determinant."""
+        return super().forward(self.norm(x))
+
+
+def fastflow_of(shape):
     """Eight 3x3 couplings behind a layer norm."""
-    norm, flow = nn.LayerNorm(shape), SequenceINN(*shape)
+    flow = NormalizedFlow(*shape)
 
     def subnet(given, out):
         return nn.Sequential(
@@ -24,13 +36,20 @@ def fastflow(shape, batch_size):
 
     for _ in range(8):
         flow.append(AllInOneBlock, subnet_constructor=subnet, affine_clamping=2.0, permute_soft=False)
+    return flow, torch.optim.Adam(flow.parameters(), lr=1e-3, weight_decay=1e-5)
+
+
+def fastflow_loss(flow, x):
+    """The negative log likelihood of an image, without its constant."""
+    z, log_det = flow(x)
+    return torch.mean(0.5 * torch.sum(z**2, dim=(1, 2, 3)) - log_det)
+
+
+def fastflow(shape, batch_size):
+    """A step of FastFlow."""
+    flow, optimizer = fastflow_of(shape)
     x = torch.randn(batch_size, *shape)
-
-    def loss():
-        z, log_det = flow(norm(x))
-        return torch.mean(0.5 * torch.sum(z**2, dim=(1, 2, 3)) - log_det)
-
-    return loss, torch.optim.Adam([*norm.parameters(), *flow.parameters()], lr=1e-3, weight_decay=1e-5)
+    return lambda: fastflow_loss(flow, x), optimizer
 
 
 def cflow(shape, batch_size):

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 import tyro
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import loops
+
 import jaxad
 from jaxad.artifact import read_json, write_json
 from jaxad.backbones import backbone, load, of_file
-from jaxad.base import Batch, Method
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.fit import fit, score_all
 from jaxad.methods import nf
@@ -148,25 +150,6 @@ def against(scores: np.ndarray, foreign: np.ndarray) -> float:
     return auroc(np.r_[scores, foreign], labels)
 
 
-def on_vectors(method: Method, train: np.ndarray, seed: int, batch_size: int) -> Any:
-    """A flow fitted to embeddings that are there already."""
-    spec = {"layer3": jax.ShapeDtypeStruct(train.shape, jnp.float32)}
-    state = method.init(jax.random.key(seed), None, spec)
-    order = np.random.default_rng(seed)
-    for stage in method.stages:
-        update = Program(stage.update)
-        for epoch in range(stage.epochs):
-            shuffled = order.permutation(len(train))
-            for step in range(len(train) // batch_size):
-                rows = shuffled[step * batch_size : (step + 1) * batch_size]
-                n, index = len(rows), jnp.asarray(rows, jnp.int32)
-                x = {"layer3": jnp.asarray(train[rows])}
-                batch = Batch(x, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index)
-                state, _ = update(jax.random.key(epoch * len(train) + step), state, None, batch)
-        state = stage.finalize(jax.random.key(seed), state, None)
-    return state
-
-
 def progress(name: str) -> Any:
     """One line, rewritten, with a rate and the time left."""
     started = time.perf_counter()
@@ -228,7 +211,8 @@ def main(options: Options) -> None:
         held_out = len(normal) // 5
         method = nf(backbone=name, **chosen[ADBENCH])
         started = time.perf_counter()
-        state = on_vectors(method, normal[held_out:], 0, options.batch_size)
+        *_, trained = loops.after_epochs(method, None, {"layer3": normal[held_out:]}, lambda done, total: None)
+        state = method.stages[-1].finalize(jax.random.key(0), trained, None)
         seconds = time.perf_counter() - started
         score = Program(lambda x: method.score(state, None, {"layer3": x}).image)
         own, svhn = score(normal[:held_out]), score(vectors_of(options, "SVHN_0")[0])

@@ -81,8 +81,27 @@ def latency(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(*item) for item in record["methods"].items()])
 
 
-EXPERIMENTS = {"nf_ood": foreign_images, "bench_flows": speed_of_flows, "bench_latency": latency}
-"""What has a table of its own."""
+def test_images_by_epoch(record: dict[str, Any]) -> str:
+    """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
+    curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
+    epochs = range(4, max(map(len, curves.values())) + 1, 4)
+
+    def row(of: str, values: list[float]) -> list[str]:
+        shown = [values[epoch - 1] if epoch <= len(values) else None for epoch in epochs]
+        shown += [max(values), record["curves"][of]["stopped"]]
+        return [of, *(ABSENT if value is None else fraction(value) for value in shown)]
+
+    heads = ["blocks", *(f"epoch {epoch}" for epoch in epochs), "best", "stopped as anomalib's"]
+    return markdown_table(heads, [row(*curve) for curve in curves.items()])
+
+
+EXPERIMENTS = {
+    "nf_ood": (foreign_images, "nf_ood"),
+    "bench_flows": (speed_of_flows, "bench_flows"),
+    "bench_latency": (latency, "bench_latency"),
+    "epochs_fastflow_bottle": (test_images_by_epoch, "epoch_curve"),
+}
+"""What has a table of its own, and the script that measures it."""
 
 
 def updated(document: str, results: Path) -> str:
@@ -95,8 +114,8 @@ def updated(document: str, results: Path) -> str:
     def filled(match: re.Match[str]) -> str:
         name = match[2]
         if name in EXPERIMENTS:
-            path = results / f"{name}.json"
-            return match[1] + (EXPERIMENTS[name](read_json(path)) if path.exists() else NONE.format(name))
+            path, (table, script) = results / f"{name}.json", EXPERIMENTS[name]
+            return match[1] + (table(read_json(path)) if path.exists() else NONE.format(script))
         table = results_markdown(results, name or None)
         return match[1] + (table if table.count("\n") > 2 else NONE.format("run"))  # two lines are the head alone
 

@@ -6,11 +6,18 @@ for a method's name. Keep it tiny: 64 px, few channels, few steps.
 
 from typing import Any, NamedTuple
 
+from jaxad.backbones import patchnet, registry, resnet
 from jaxad.base import Method
 from jaxad.methods import METHODS
 
 IMAGE_SIZE = (64, 64)
 TWO = ("layer1", "layer2")
+
+resnet.BLOCKS["resnet14"] = (1, 1, 1, 1)
+patchnet.LAYERS["patch9"] = ((4, 8, True), (3, patchnet.OUT, False))
+for _name in ("resnet14", "patch9"):
+    registry.ENTRIES[_name] = registry.PLAIN[_name] = registry.Entry(_name, official=False)
+"""Networks of the tests alone: a ResNet of a block a stage, and a narrow network of 9 px patches."""
 
 
 class Case(NamedTuple):
@@ -85,10 +92,10 @@ CASES = {
         streaming=True,
         determined=False,
     ),
-    "rd4ad": Case("rd4ad", RD4AD, "resnet18", random=True, streaming=True, determined=False),
-    "stfpm": Case("stfpm", STFPM, "resnet18", random=True, streaming=True, determined=False),
+    "rd4ad": Case("rd4ad", RD4AD, "resnet14", random=True, streaming=True, determined=False),
+    "stfpm": Case("stfpm", STFPM, "resnet14", random=True, streaming=True, determined=False),
     "uninformed_students": Case(
-        "uninformed_students", STUDENTS, "patch17", random=True, streaming=True, determined=False
+        "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
     ),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),

@@ -101,7 +101,8 @@ def learn(method: Method, n: int, classes: bool = False):
     def run(key: Key, frozen: Frozen, batches: Batch) -> State:
         axis = int(classes)
         steps = [
-            jax.tree.map(lambda leaf: jnp.take(leaf, step, axis), batches) for step in range(batches.valid.shape[axis])
+            jax.tree.map(functools.partial(jnp.take, indices=i, axis=axis), batches)
+            for i in range(batches.valid.shape[axis])
         ]
         state = init(key, frozen, steps[0].x)
         for s, (update, finalize) in enumerate(stages):

@@ -103,9 +103,10 @@ def test_update_readme(tmp_path):
 
 def test_tables_of_experiments(tmp_path):
     update_readme = module_at(ROOT / "experiments" / "update_readme.py")
-    text = "<!-- results nf_ood -->\n<!-- /results -->\nand\n<!-- results bench_flows -->\n<!-- /results -->\n"
+    names = ("nf_ood", "bench_flows", "epochs_fastflow_bottle")
+    text = "and\n".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in names)
     empty = update_readme.updated(text, tmp_path)
-    assert "experiments/nf_ood.py" in empty and "experiments/bench_flows.py" in empty
+    assert all(f"experiments/{name}.py" in empty for name in ("nf_ood", "bench_flows", "epoch_curve"))
     flows = {
         "pixels": {"bits_per_dimension": 4.25, "auroc": {"tiles": 0.125, "digits": 0.5}},
         "vectors": {"bits_per_dimension": None, "auroc": {"SVHN": 0.875}},
@@ -118,7 +119,11 @@ def test_tables_of_experiments(tmp_path):
         "classes_at_once": {"nf": {"in_turn_over_one_program": 1.5}},
     }
     (tmp_path / "bench_flows.json").write_text(json.dumps(bench))
+    values = [0.1, 0.2, 0.3, 0.25, 0.5]
+    curves = {"jaxad": {"pixel_AUROC": values, "stopped": 0.5}, "FrEIA": {"pixel_AUROC": values[:2], "stopped": 0.2}}
+    (tmp_path / "epochs_fastflow_bottle.json").write_text(json.dumps({"curves": curves}))
     lines = update_readme.updated(text, tmp_path).splitlines()
+    assert "| jaxad | 0.250 | 0.500 | 0.500 |" in lines and "| FrEIA | – | 0.200 | 0.200 |" in lines
     assert "| pixels | 4.250 | 0.125 | 0.500 | – |" in lines
     assert "| vectors | – | – | – | 0.875 |" in lines
     assert "| `nf` | 250 | 750 | 4.0 | – | 1.5 |" in lines

@@ -69,6 +69,22 @@ def test_learning_rates_are_compared_on_images_that_were_not_learned(tmp_path: P
     np.testing.assert_allclose(nothing, nothing[0], rtol=1e-4)
 
 
+@pytest.mark.usefixtures("_standard_promotion")
+def test_the_curve_of_test_images_by_epoch(tmp_path: Path) -> None:
+    curve = script("epoch_curve")
+    path = tmp_path / "epochs_fastflow_demo.json"
+    for epochs in (1, 2):
+        curve.main(curve.Options("fastflow_demo", epochs, results=tmp_path, smoke=True))
+        found = json.loads(path.read_text())
+        assert len(found["curves"]["jaxad"]["pixel_AUROC"]) == epochs
+        found["curves"]["FrEIA"] = {"pixel_AUROC": [0.5]}
+        path.write_text(json.dumps(found))
+    assert set(json.loads(path.read_text())["curves"]) == {"jaxad", "FrEIA"}
+    assert curve.stopped([0.1, 0.3, 0.2, 0.1, 0.2, 0.9]) == 0.3 and curve.stopped([0.1, 0.2]) == 0.2
+    with pytest.raises(SystemExit, match="learning rate, got patchcore_demo"):
+        curve.main(curve.Options("patchcore_demo", results=tmp_path, smoke=True))
+
+
 def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: ModuleType) -> None:
     known = runner.all_recipes()
     for path in (EXPERIMENTS / "results").glob("*.json"):
