@@ -13,11 +13,12 @@ from jaxad.methods import METHODS
 IMAGE_SIZE = (64, 64)
 TWO = ("layer1", "layer2")
 
-resnet.BLOCKS["resnet14"] = (1, 1, 1, 1)
+TINY = ("tiny_resnet", "patch9")
+"""Networks of the tests alone: a ResNet of a block a stage and few channels, and one of 9 px patches."""
+resnet.BLOCKS["tiny_resnet"] = resnet.ResidualBlocks((1, 1, 1, 1), 1.0, 16)
 patchnet.LAYERS["patch9"] = ((4, 8, True), (3, patchnet.OUT, False))
-for _name in ("resnet14", "patch9"):
+for _name in TINY:
     registry.ENTRIES[_name] = registry.PLAIN[_name] = registry.Entry(_name, official=False)
-"""Networks of the tests alone: a ResNet of a block a stage, and a narrow network of 9 px patches."""
 
 
 class Case(NamedTuple):
@@ -62,8 +63,8 @@ EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
-RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-4)
-STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
+RD4AD: dict[str, Any] = dict(epochs=4, train_batch_size=4, learning_rate=1e-3)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.1)
 STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
@@ -92,8 +93,8 @@ CASES = {
         streaming=True,
         determined=False,
     ),
-    "rd4ad": Case("rd4ad", RD4AD, "resnet14", random=True, streaming=True, determined=False),
-    "stfpm": Case("stfpm", STFPM, "resnet14", random=True, streaming=True, determined=False),
+    "rd4ad": Case("rd4ad", RD4AD, "tiny_resnet", random=True, streaming=True, determined=False),
+    "stfpm": Case("stfpm", STFPM, "tiny_resnet", random=True, streaming=True, determined=False),
     "uninformed_students": Case(
         "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
     ),

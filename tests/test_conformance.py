@@ -107,8 +107,8 @@ def learn(method: Method, n: int, classes: bool = False):
         state = init(key, frozen, steps[0].x)
         for s, (update, finalize) in enumerate(stages):
             stage_key = fold_in(key, s)
-            for step, batch in enumerate(steps):
-                state, _ = update(fold_in(stage_key, step), state, frozen, batch)
+            for step in range(method.stages[s].epochs * len(steps)):
+                state, _ = update(fold_in(stage_key, step), state, frozen, steps[step % len(steps)])
             state = finalize(stage_key, state, frozen)
         return state
 

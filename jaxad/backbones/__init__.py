@@ -5,7 +5,6 @@
 
 from jaxad.backbones.networks import (
     Backbone,
-    ResidualBlocks,
     Student,
     backbone,
     features,
@@ -17,7 +16,6 @@ from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import
 
 __all__ = [
     "Backbone",
-    "ResidualBlocks",
     "Student",
     "Weights",
     "available",

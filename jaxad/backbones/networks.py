@@ -169,16 +169,7 @@ def backbone(name: str) -> Backbone:
     return Backbone(name, *network[1:], init, apply, fold)
 
 
-class ResidualBlocks(NamedTuple):
-    """What a ResNet is made of."""
-
-    counts: tuple[int, int, int, int]
-    """Of its stages."""
-    width: float
-    """Channels within a block over those that it gives; 1 for basic blocks."""
-
-
-def residual_blocks(name: str) -> ResidualBlocks:
+def residual_blocks(name: str) -> resnet.ResidualBlocks:
     """Those of a ResNet.
 
     Raises:
@@ -187,7 +178,7 @@ def residual_blocks(name: str) -> ResidualBlocks:
     architecture = registry.lookup(name).architecture
     if architecture not in resnet.BLOCKS:
         raise ValueError(f"the backbone must be a ResNet, got {name}")
-    return ResidualBlocks(resnet.BLOCKS[architecture], resnet.inner_width(architecture))
+    return resnet.BLOCKS[architecture]
 
 
 class Student(NamedTuple):
@@ -223,7 +214,7 @@ def student(name: str, layers: tuple[str, ...], copies: int = 1) -> Student:
     elif entry.architecture in pdn.PUBLISHED:
         module = pdn.PublishedNetwork(entry.architecture, copies * pdn.OUT, trained)
     elif entry.architecture in patchnet.LAYERS:
-        module = patchnet.PatchNetwork(entry.architecture, trained)
+        module = patchnet.PatchNetwork(entry.architecture, functools.partial(trained, shifted=True))
     else:
         residual_blocks(name)  # raises for what is no ResNet
         module, normed = resnet.ResNet(entry.architecture, entry.stride_in_1x1, ConvNorm), True

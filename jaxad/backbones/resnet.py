@@ -6,7 +6,7 @@ Reference: torchvision.models.resnet (parameter names, "v1.5": a stage's stride 
     original Caffe release ("v1": the stride sits in the first 1x1 convolution).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,22 +17,28 @@ from jaxad.backbones.convolution import Conv, Source
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PATCH_LAYERS = ("layer2", "layer3")
 PYRAMID_LAYERS = ("layer1", "layer2", "layer3")
-BLOCKS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-    "wide_resnet50_2": (3, 4, 6, 3),
-    "wide_resnet101_2": (3, 4, 23, 3),
-}
 
 
-def inner_width(architecture: str) -> float:
+class ResidualBlocks(NamedTuple):
+    """What a ResNet is made of."""
+
+    counts: tuple[int, int, int, int]
+    """Of its stages."""
+    width: float = 0.25
     """Channels within a block over those that it gives; 1 for basic blocks."""
-    if architecture in ("resnet18", "resnet34"):
-        return 1.0
-    return 0.5 if architecture.startswith("wide") else 0.25
+    channels: int = 64
+    """Of the stem, and within the first stage of basic blocks."""
+
+
+BLOCKS = {
+    "resnet18": ResidualBlocks((2, 2, 2, 2), 1.0),
+    "resnet34": ResidualBlocks((3, 4, 6, 3), 1.0),
+    "resnet50": ResidualBlocks((3, 4, 6, 3)),
+    "resnet101": ResidualBlocks((3, 4, 23, 3)),
+    "resnet152": ResidualBlocks((3, 8, 36, 3)),
+    "wide_resnet50_2": ResidualBlocks((3, 4, 6, 3), 0.5),
+    "wide_resnet101_2": ResidualBlocks((3, 4, 23, 3), 0.5),
+}
 
 
 class ResNet(nn.Module):
@@ -53,16 +59,16 @@ class ResNet(nn.Module):
             return self.conv(*shape, name=name)(x, **how)
 
         relu = jax.nn.relu
-        width = inner_width(self.architecture)
+        counts, width, channels = BLOCKS[self.architecture]
         bottleneck = width < 1
-        x = relu(conv(x, 64, 7, 2, name="conv1"))
+        x = relu(conv(x, channels, 7, 2, name="conv1"))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         maps = {}
         for s in range(max(map(STAGES.index, layers)) + 1):
-            planes = 64 * 2**s
+            planes = channels * 2**s
             out = planes * 4 if bottleneck else planes
             inner = int(out * width)
-            for i in range(BLOCKS[self.architecture][s]):
+            for i in range(counts[s]):
                 stride = 2 if i == 0 and s > 0 else 1
                 prefix = f"{STAGES[s]}.{i}."
                 if bottleneck:

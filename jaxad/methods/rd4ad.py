@@ -135,7 +135,7 @@ def rd4ad(
     zero_or_more(sigma=sigma)
     if image_size[0] % 32 or image_size[1] % 32:
         raise ValueError(f"image_size must be multiples of 32, got {image_size}")
-    blocks, width = residual_blocks(backbone)
+    blocks, width, _ = residual_blocks(backbone)
     optimizer = optax.adam(learning_rate, b1=0.5)
 
     def network(x: Maps) -> Reverse:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
@@ -13,6 +14,31 @@ TRANSPOSED = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 """How torch draws those of a transposed convolution."""
 EPSILON = 1e-5
 """Of batch norm."""
+
+
+class Convolution(nn.Module):
+    """A convolution without a bias; with `up` a transposed one, with the stride of its kernel.
+
+    Transposed ones and those of a single pixel are matrix products, which XLA computes and differentiates several times
+    faster on a CPU.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    up: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        """The convolved map."""
+        (b, h, w, c), k, stride = x.shape, self.kernel, self.stride
+        kernel = self.param("kernel", TRANSPOSED if self.up else HE, (k, k, c, self.features))
+        if self.up:
+            return jnp.einsum("bhwc,ijcf->bhiwjf", x, kernel).reshape(b, h * k, w * k, self.features)
+        if k == 1:
+            return x[:, ::stride, ::stride] @ kernel[0, 0]
+        pads = ((k // 2, k // 2),) * 2
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class ConvNorm(nn.Module):
@@ -26,13 +52,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, valid: Bool[Array, "b"] | None) -> Float[Array, "b h2 w2 f"]:
         """The map, normalized by the statistics of the valid images (of all where none is); None: the running ones."""
-        window, pad = (self.kernel, self.kernel), self.kernel // 2
-        if self.up:
-            convolve = nn.ConvTranspose(
-                self.features, window, window, "VALID", use_bias=False, kernel_init=TRANSPOSED, name="conv"
-            )
-        else:
-            convolve = nn.Conv(self.features, window, self.stride, pad, use_bias=False, kernel_init=HE, name="conv")
+        convolve = Convolution(self.features, self.kernel, self.stride, self.up, name="conv")
         norm = nn.BatchNorm(valid is None, momentum=0.9, epsilon=EPSILON, name="norm")
         mask = None if valid is None else (valid | ~valid.any())[:, None, None, None]
         return norm(convolve(x), mask=mask)
