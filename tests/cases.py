@@ -38,15 +38,19 @@ class Case(NamedTuple):
     """Whether the data determine the fitted state; principal directions have no sign, and gradients that are nearly 0
     are what rounding makes of them."""
 
+    longer: dict[str, Any] = {}
+    """Hyper-parameters with which it learns enough to find a defect, where steps so long magnify rounding."""
+
     @property
     def backbones(self) -> tuple[str, ...]:
         """The backbones, one or more."""
         return (self.backbone,) if isinstance(self.backbone, str) else self.backbone
 
-    def make(self) -> Method:
+    def make(self, longer: bool = False) -> Method:
         """The method."""
         sized = {"image_size": IMAGE_SIZE} if self.pixel else {}
-        return METHODS[self.method](backbone=self.backbone, **sized, **self.hyperparameters)
+        more = self.longer if longer else {}
+        return METHODS[self.method](backbone=self.backbone, **sized, **self.hyperparameters | more)
 
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
@@ -61,10 +65,10 @@ DIFFERNET: dict[str, Any] = dict(
 )
 EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
-MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4)
+MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4, learning_rate=1e-5)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
-RD4AD: dict[str, Any] = dict(epochs=4, train_batch_size=4, learning_rate=1e-3)
-STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.1)
+RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-5)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
 STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
@@ -83,7 +87,7 @@ CASES = {
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "efficientad": Case("efficientad", EFFICIENTAD, random=True, determined=False),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
-    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False),
+    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False, longer=dict(learning_rate=1e-3)),
     "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
     "nf-pixels": Case(
         "nf",
@@ -93,8 +97,24 @@ CASES = {
         streaming=True,
         determined=False,
     ),
-    "rd4ad": Case("rd4ad", RD4AD, "tiny_resnet", random=True, streaming=True, determined=False),
-    "stfpm": Case("stfpm", STFPM, "tiny_resnet", random=True, streaming=True, determined=False),
+    "rd4ad": Case(
+        "rd4ad",
+        RD4AD,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        longer=dict(epochs=4, learning_rate=1e-3),
+    ),
+    "stfpm": Case(
+        "stfpm",
+        STFPM,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        longer=dict(epochs=4, learning_rate=0.1),
+    ),
     "uninformed_students": Case(
         "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
     ),
