@@ -3,11 +3,11 @@
     python experiments/epoch_curve.py fastflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
         --torch-python PYTHON
 
-Published numbers are often of an epoch that was chosen on the test images: anomalib stops FastFlow when their
-pixel_AUROC has not risen for 3 epochs. The curve shows the best value that such a rule would have met here. With
-`--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow of 3x3 convolutions: what
-both curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every epoch; a curve of
-the other blocks stays there. `--smoke` is the small variant that the tests run.
+Published numbers are often of an epoch that was chosen on the test images: anomalib's example configuration of FastFlow
+stops when their pixel_AUROC has not risen for 3 epochs. The curve shows the best value that such a rule would have met
+here. With `--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow of 3x3
+convolutions: what both curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after every
+epoch; a curve of the other blocks stays there. `--smoke` is the small variant that the tests run.
 """
 
 import functools
@@ -87,6 +87,9 @@ def main(options: Options) -> None:
     method = detector.method
     if not method.stages[-1].shuffle or test is None:
         raise SystemExit(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
+    blocks = {k: v for k, v in detector.hyperparameters.items() if k not in ("epochs", "train_batch_size")}
+    if options.torch_python is not None and (detector.method_name, blocks) != ("fastflow", {"conv3x3_only": True}):
+        raise SystemExit(f"FrEIA's blocks are those of a FastFlow of 8 3x3 couplings, got {options.name}: {blocks}")
     learn, foreign = (loops.embedded(method, frozen, part) for part in (train, test))
     record = {
         "experiment": f"epochs_{options.name}",

@@ -65,7 +65,7 @@ def speed_of_flows(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
 
 
-def test_images_by_epoch(record: dict[str, Any]) -> str:
+def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
     curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
     epochs = range(4, max(map(len, curves.values())) + 1, 4)
@@ -82,7 +82,7 @@ def test_images_by_epoch(record: dict[str, Any]) -> str:
 EXPERIMENTS = {
     "nf_ood": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),
-    "epochs_fastflow_bottle": (test_images_by_epoch, "epoch_curve"),
+    "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
 """What has a table of its own, and the script that measures it."""
 
