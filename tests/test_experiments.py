@@ -65,7 +65,7 @@ def test_learning_rates_are_compared_on_images_that_were_not_learned(tmp_path: P
     result = json.loads((tmp_path / "select_nf_demo.json").read_text())
     assert result["images"] == {"learned": 24, "held_out": 8}
     nothing, something = result["held_out_loss"].values()
-    assert len(something) == 3 and something[-1] < something[0]
+    assert len(something) == 3 and something[-1] < something[0] < nothing[0]
     np.testing.assert_allclose(nothing, nothing[0], rtol=1e-4)
 
 
@@ -81,6 +81,8 @@ def test_the_curve_of_test_images_by_epoch(tmp_path: Path) -> None:
         path.write_text(json.dumps(found))
     assert set(json.loads(path.read_text())["curves"]) == {"jaxad", "FrEIA"}
     assert curve.stopped([0.1, 0.3, 0.2, 0.1, 0.2, 0.9]) == 0.3 and curve.stopped([0.1, 0.2]) == 0.2
+    with pytest.raises(SystemExit, match="8 3x3 couplings, got fastflow_demo"):
+        curve.main(curve.Options("fastflow_demo", torch_python=Path("python"), results=tmp_path, smoke=True))
     with pytest.raises(SystemExit, match="learning rate, got patchcore_demo"):
         curve.main(curve.Options("patchcore_demo", results=tmp_path, smoke=True))
 
