@@ -9,6 +9,9 @@ Source: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, arXiv:200
 color, the mean of a test image each; digits rendered in the manner of SVHN, which is not at hand as images; photographs
 of magnetic tiles and of textures. On embeddings: those of the given ResNet-18 for the same images, and ADBench's of
 CIFAR-10's first class and of SVHN. `--smoke` is the small variant that the tests run, on noise.
+
+`--aligned CLASS_FOLDER` trains on the normal images of a class in MVTec's layout instead, in which one part of an image
+tells of another; it writes nf_ood_CLASS.json. CIFAR-10's images and those with defects are foreign there.
 """
 
 import dataclasses
@@ -50,6 +53,8 @@ class Options:
 
     cifar: Path = Path("tensorflow_datasets")
     """Folder of TensorFlow Datasets that holds CIFAR-10 as array_record."""
+    aligned: Path | None = None
+    """A class in MVTec's layout to train on instead of CIFAR-10."""
     photos: Path = Path("mtd/MT_Free")
     """Folder of photographs of plain surfaces (MTD's defect-free tiles)."""
     textures: Path = Path("dtd")
@@ -69,7 +74,7 @@ class Options:
     batch_size: int = 32
     learning_rate: float = 1e-3
     flows: tuple[str, ...] = ()
-    """By name; none: all. Rows of other flows that nf_ood.json holds of the same images stay."""
+    """By name; none: all. Rows of other flows that the file of results holds of the same images stay."""
     results: Path = Path(__file__).parent / "results"
     smoke: bool = False
     """Few images of noise."""
@@ -92,6 +97,8 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
         | small,
         ADBENCH: trained | dict(layers=("layer3",), epochs=5 * options.epochs) | small,
     }
+    if options.aligned is not None:
+        del known[ADBENCH]
     if not set(options.flows) <= set(known):
         raise SystemExit(f"flows must be of {', '.join(known)}, got {', '.join(options.flows)}")
     return {name: known[name] for name in options.flows or known}
@@ -109,7 +116,7 @@ def resized(options: Options, folder: Path, n: int) -> np.ndarray:
     """Photographs of a folder and those below it, at CIFAR's size."""
     if options.smoke:
         return digits(n)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
     opened = (Image.open(path).convert("RGB") for path in paths)
     return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
@@ -165,32 +172,42 @@ def progress(name: str) -> Any:
 
 def main(options: Options) -> None:
     """Trains all flows."""
-    train, test = cifar(options, "train", options.train), cifar(options, "test", options.test)
+    others = {}
+    if options.aligned is None:
+        name, train, test = "nf_ood", cifar(options, "train", options.train), cifar(options, "test", options.test)
+    else:
+        name = f"nf_ood_{options.aligned.name}"
+        parts = {"train": options.train, "test": options.test}
+        train, test = (resized(options, options.aligned / part / "good", n) for part, n in parts.items())
+        kinds = sorted(path for path in (options.aligned / "test").iterdir() if path.name != "good")
+        others["CIFAR-10"] = cifar(options, "test", options.test)
+        others["defects"] = np.concatenate([resized(options, kind, options.test) for kind in kinds])
     colors = np.round(test.mean((1, 2), keepdims=True)).astype(np.uint8)
     foreign = {
         "one color": np.tile(colors, (1, SIZE, SIZE, 1)),
         "digits": digits(options.test),
         "tiles": resized(options, options.photos, options.test),
         "textures": resized(options, options.textures, options.test),
+        **others,
     }
-    name = of_file(options.weights)
-    frozen = backbone(name).init(jax.random.key(0)) if options.smoke else load(name, options.weights)
+    network = of_file(options.weights)
+    frozen = backbone(network).init(jax.random.key(0)) if options.smoke else load(network, options.weights)
     chosen = flows(options)
     record: dict[str, Any] = {
-        "experiment": "nf_ood",
+        "experiment": name,
         "train_images": len(train),
         "test_images": len(test),
         "foreign_images": {k: len(v) for k, v in foreign.items()},
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
     }
-    rows, path = {}, options.results / "nf_ood.json"
+    rows, path = {}, options.results / f"{name}.json"
     old = read_json(path) if path.exists() else {}
     if record.items() <= old.items():
         rows = old["flows"]  # of another part of the same experiment
 
     def on_images(flow: str) -> dict[str, Any]:
-        method, pixels = nf(backbone=name, **chosen[flow]), chosen[flow].get("on") == "pixels"
+        method, pixels = nf(backbone=network, **chosen[flow]), chosen[flow].get("on") == "pixels"
         side = SIZE if pixels or options.smoke else ENLARGED
         fitted = fit(method, frozen, data_of(train, side), jax.random.key(0), progress=progress(flow))
 
@@ -209,7 +226,7 @@ def main(options: Options) -> None:
         x, y = vectors_of(options, "CIFAR10_0")
         normal, other = x[y == 0], x[y == 1]
         held_out = len(normal) // 5
-        method = nf(backbone=name, **chosen[ADBENCH])
+        method = nf(backbone=network, **chosen[ADBENCH])
         started = time.perf_counter()
         *_, trained = loops.after_epochs(method, None, {"layer3": normal[held_out:]}, lambda done, total: None)
         state = method.stages[-1].finalize(jax.random.key(0), trained, None)

@@ -33,11 +33,11 @@ class Options:
 
 
 def foreign_images(record: dict[str, Any]) -> str:
-    """The AUROC of flows for foreign images, of nf_ood.json."""
-    rows = record["flows"]
+    """The AUROC of flows for foreign images, of nf_ood.json, and of nf_ood_CLASS.json for those trained on a class."""
+    rows, own = record["flows"], record["experiment"].removeprefix("nf_ood").removeprefix("_")
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["auroc"]))
     return markdown_table(
-        ["flow, trained on CIFAR-10", "bits per dimension", *kinds],
+        [f"flow, trained on {own or 'CIFAR-10'}", "bits per dimension", *kinds],
         [
             [name, fraction(row["bits_per_dimension"]) if row["bits_per_dimension"] is not None else ABSENT]
             + [fraction(row["auroc"][kind]) if kind in row["auroc"] else ABSENT for kind in kinds]
@@ -81,6 +81,7 @@ def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
 
 EXPERIMENTS = {
     "nf_ood": (foreign_images, "nf_ood"),
+    "nf_ood_bottle": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }

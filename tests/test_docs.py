@@ -111,7 +111,7 @@ def test_tables_of_experiments(tmp_path):
         "pixels": {"bits_per_dimension": 4.25, "auroc": {"tiles": 0.125, "digits": 0.5}},
         "vectors": {"bits_per_dimension": None, "auroc": {"SVHN": 0.875}},
     }
-    (tmp_path / "nf_ood.json").write_text(json.dumps({"flows": flows}))
+    (tmp_path / "nf_ood.json").write_text(json.dumps({"experiment": "nf_ood", "flows": flows}))
     seconds = {"cached": 0.25, "plain_loop": 1.0, "backbone": 0.75}
     bench = {
         "flows": {"nf": {"seconds_a_step": seconds, "plain_loop_over_cached": 4.0}},

@@ -252,4 +252,16 @@ def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
     assert flows[names[0]]["bits_per_dimension"] > 7 and flows[names[1]]["bits_per_dimension"] is None
     assert set(flows[names[0]]["auroc"]) == {"one color", "digits", "tiles", "textures"}
     assert set(flows[names[2]]["auroc"]) == {"SVHN", "other classes of CIFAR-10"}
+    for kind in ("good", "crack", "dent"):
+        (tmp_path / "bolt" / "test" / kind).mkdir(parents=True)
+    options = dict(train=16, test=8, hidden=2, results=tmp_path, smoke=True)
+    experiment.main(experiment.Options(flows=names[:1], aligned=tmp_path / "bolt", **options))
+    aligned = json.loads((tmp_path / "nf_ood_bolt.json").read_text())
+    assert aligned["foreign_images"] == dict.fromkeys(("one color", "digits", "tiles", "textures", "CIFAR-10"), 8) | {
+        "defects": 16
+    }
+    assert set(aligned["flows"][names[0]]["auroc"]) == set(aligned["foreign_images"])
+    assert "flow, trained on bolt" in script("update_readme").foreign_images(aligned)
+    with pytest.raises(SystemExit, match="flows must be of"):
+        experiment.main(experiment.Options(flows=names[2:], aligned=tmp_path / "bolt", **options))
     assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
