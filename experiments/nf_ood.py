@@ -11,7 +11,8 @@ of magnetic tiles and of textures. On embeddings: those of the given ResNet-18 f
 CIFAR-10's first class and of SVHN. `--smoke` is the small variant that the tests run, on noise.
 
 `--aligned CLASS_FOLDER` trains on the normal images of a class in MVTec's layout instead, in which one part of an image
-tells of another; it writes nf_ood_CLASS.json. CIFAR-10's images and those with defects are foreign there.
+tells of another; it writes nf_ood_CLASS.json. Foreign are there also the background without the object (one color, that
+of a test image's corner each), CIFAR-10's images, and those with defects.
 """
 
 import dataclasses
@@ -90,6 +91,7 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
         "RealNVP, 3 scales": pixels | dict(scales=3, couplings=4),
         "Glow, 3 scales": pixels | dict(flow="glow", scales=3, couplings=8),
         "RealNVP, checkerboard": one_scale,
+        "RealNVP, checkerboard, as deep": one_scale | dict(blocks=FAR),
         "RealNVP, horizontal mask": one_scale | dict(mask="horizontal", blocks=FAR),
         "RealNVP, cycle mask": one_scale | dict(mask="cycle", blocks=FAR),
         "RealNVP on embeddings": trained
@@ -180,6 +182,7 @@ def main(options: Options) -> None:
         parts = {"train": options.train, "test": options.test}
         train, test = (resized(options, options.aligned / part / "good", n) for part, n in parts.items())
         kinds = sorted(path for path in (options.aligned / "test").iterdir() if path.name != "good")
+        others["background"] = np.tile(test[:, :1, :1], (1, SIZE, SIZE, 1))
         others["CIFAR-10"] = cifar(options, "test", options.test)
         others["defects"] = np.concatenate([resized(options, kind, options.test) for kind in kinds])
     colors = np.round(test.mean((1, 2), keepdims=True)).astype(np.uint8)

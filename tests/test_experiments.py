@@ -257,8 +257,9 @@ def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
     options = dict(train=16, test=8, hidden=2, results=tmp_path, smoke=True)
     experiment.main(experiment.Options(flows=names[:1], aligned=tmp_path / "bolt", **options))
     aligned = json.loads((tmp_path / "nf_ood_bolt.json").read_text())
-    assert aligned["foreign_images"] == dict.fromkeys(("one color", "digits", "tiles", "textures", "CIFAR-10"), 8) | {
-        "defects": 16
+    assert aligned["foreign_images"] == {
+        **dict.fromkeys(("one color", "digits", "tiles", "textures", "background", "CIFAR-10"), 8),
+        "defects": 16,
     }
     assert set(aligned["flows"][names[0]]["auroc"]) == set(aligned["foreign_images"])
     assert "flow, trained on bolt" in script("update_readme").foreign_images(aligned)
