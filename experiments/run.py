@@ -44,6 +44,8 @@ class Options:
     """The data set: a folder, or whatever `jaxad fit` takes."""
     weights: Path | None = None
     """The backbone's weights; none: those of `jaxad weights fetch`, or the embedded ones."""
+    auxiliary: Path | None = None
+    """A folder of photographs of other things, for recipes that say so."""
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     smoke: bool = False
     """A few small demo images and random weights."""
@@ -68,8 +70,9 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     for seed in recipe.seeds:
         detector = jaxad.Detector(
             recipe.method,
-            backbone="resnet18" if options.smoke else recipe.backbone,
+            backbone=recipe.smoke_backbone if options.smoke else recipe.backbone,
             weights=None if options.smoke else options.weights,
+            auxiliary=None if options.smoke else options.auxiliary,
             holdout=0,
             seed=seed,
             **preprocess,
@@ -77,12 +80,11 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         )
         backbone = detector.backbones[0]
         if frozen is None:
-            made = options.smoke and jaxad.backbones.backbone(backbone).init(jax.random.key(0))
-            frozen = made or detector.load_frozen()
             source = "demo" if options.smoke else options.data
             splits = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
             few = slice(None, None, 4 if options.smoke else 1)
             opened = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
+            frozen = random_weights(backbone, splits) if options.smoke else detector.load_frozen()
         detector.frozen = frozen
         for category, (train, test) in opened.items():
             assert train is not None
@@ -119,6 +121,12 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         "notes": recipe.notes,
     }
     write_json(options.results / f"{name}.json", record)
+
+
+def random_weights(backbone: str, splits: dict[str, Any]) -> Any:
+    """A backbone's, and a few images as auxiliary ones."""
+    images = next(iter(splits.values())).train.images(range(4))
+    return jaxad.backbones.backbone(backbone).init(jax.random.key(0)) | {"auxiliary": images}
 
 
 def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:

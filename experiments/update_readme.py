@@ -65,6 +65,22 @@ def speed_of_flows(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(name, flow["seconds_a_step"]) for name, flow in record["flows"].items()])
 
 
+def latency(record: dict[str, Any]) -> str:
+    """Images a second of every method, of bench_latency.json."""
+    sizes = list(next(iter(record["methods"].values()))["batches"])
+    heads = ["method", "backbone"]
+    for size in sizes:
+        heads += [f"images/s, batch {size}", "backbone", "of the peak"]
+
+    def row(name: str, method: dict[str, Any]) -> list[str]:
+        cells = [f"`{name}`", method["backbone"]]
+        for found in method["batches"].values():
+            cells += [f"{found['images_a_second']:.1f}", f"{found['backbone_share']:.0%}", f"{found['peak_share']:.0%}"]
+        return cells
+
+    return markdown_table(heads, [row(*item) for item in record["methods"].items()])
+
+
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
     curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
@@ -83,6 +99,7 @@ EXPERIMENTS = {
     "nf_ood": (foreign_images, "nf_ood"),
     "nf_ood_bottle": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),
+    "bench_latency": (latency, "bench_latency"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
 """What has a table of its own, and the script that measures it."""

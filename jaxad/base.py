@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
@@ -71,6 +72,9 @@ class Stage(NamedTuple):
     """Images per update where the result depends on it (gradient stages); None leaves it to the driver."""
     shuffle: bool = False
     """Draw every epoch in a fresh random order, from valid rows only and in full batches (gradient stages)."""
+    rows: Callable[[int], np.ndarray] = np.arange
+    """Number of training images -> the positions of those that the stage sees, at least one; all, unless a stage holds
+    some out for another."""
 
 
 class Method(NamedTuple):

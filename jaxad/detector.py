@@ -31,6 +31,8 @@ from jaxad.program import compile_seconds
 
 CURVE = 200
 """Points of a curve of losses at most."""
+AUXILIARY = 1000
+"""Photographs of an auxiliary folder that are used, at most."""
 EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
 
@@ -58,6 +60,7 @@ class Detector:
             after, or without weights the small one that comes with the package, which needs no download. The published
             numbers belong to larger ones.
         weights: A safetensors file of the backbone (several for several); None: the cache of `jaxad weights fetch`.
+        auxiliary: A folder of photographs of other things, for methods that learn from such (efficientad).
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
         holdout: Share of the normal images kept from learning, to set the threshold by; 0 uses all images and gives no
@@ -81,6 +84,7 @@ class Detector:
         *,
         backbone: str | Sequence[str] | None = None,
         weights: str | Path | Sequence[str | Path | None] | None = None,
+        auxiliary: str | Path | None = None,
         image_size: int | tuple[int, int] | None = 224,
         center_crop: int | tuple[int, int] | None = None,
         holdout: float = 0.2,
@@ -113,6 +117,7 @@ class Detector:
             raise ValueError(f"every backbone needs its weights: got {len(names)} backbones and {len(files)} files")
         self.weights = tuple(None if file is None else Path(file) for file in files)
         self.backbones = tuple(map(jaxad.backbones.resolve, names, self.weights))
+        self.auxiliary = None if auxiliary is None else Path(auxiliary)
         self.preprocess = Preprocess(_pair(image_size), _pair(center_crop))
         self.preprocess.check()
         self.holdout, self.fpr, self.precision = holdout, fpr, precision
@@ -248,6 +253,7 @@ class Detector:
         return {
             "method": self.method_name,
             "hyperparameters": self.hyperparameters,
+            "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
             "preprocess": self.preprocess._asdict(),
             "holdout": self.holdout,
             "fpr": self.fpr,
@@ -270,6 +276,9 @@ class Detector:
         if self.frozen is None:
             files = zip(self.backbones, self.weights, strict=True)
             loaded = [jaxad.backbones.load(name, file, self.precision) for name, file in files]
+            if self.auxiliary is not None:
+                photographs = self._photographs(self.auxiliary)
+                loaded = [one | {"auxiliary": photographs} for one in loaded]
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
         return self.frozen
 
@@ -329,6 +338,14 @@ class Detector:
             accepted = {k: v for k, v in given.items() if k in inspect.signature(make).parameters}
             self._built = image_size, make(**accepted, **self.hyperparameters)
         return self._built[1]
+
+    def _photographs(self, folder: Path) -> np.ndarray:
+        """The auxiliary images, at the size of the others; of many some, evenly spread."""
+        assert self._built is not None
+        (split,) = open_data(folder, preprocess=Preprocess(self._built[0]), layout="flat").values()
+        data = split.train
+        assert data is not None
+        return data.images(np.unique(np.linspace(0, len(data) - 1, AUXILIARY).astype(int)))
 
     def _one(self, source: Any, category: str | None, mask_threshold: int, split: str) -> Dataset:
         """The only category of a source, or the one asked for."""

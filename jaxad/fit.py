@@ -484,7 +484,9 @@ class _Schedule:
     """Which images a stage sees when: full shuffled batches, or all of them in order."""
 
     def __init__(self, stage: Stage, n: Sequence[int], keys: Key, batch_size: int, shards: int) -> None:
-        self._stage, self._n, self._keys = stage, n, keys
+        self._stage, self._keys = stage, keys
+        self._images = [np.asarray(stage.rows(k)) for k in n]
+        n = [len(images) for images in self._images]
         size = stage.batch_size or batch_size
         self._size = size if stage.shuffle else _multiple(size, shards)
         per_epoch = [max(1, k // size) if stage.shuffle else math.ceil(k / self._size) for k in n]
@@ -513,11 +515,12 @@ class _Schedule:
         return self._order(c, epoch)[step * self._size : (step + 1) * self._size]
 
     def _draw(self, c: int, epoch: int) -> np.ndarray:
-        n = self._n[c]
+        images = self._images[c]
+        n = len(images)
         if not self._stage.shuffle:
-            return np.arange(n)
+            return images
         order = np.asarray(jax.random.permutation(jax.random.fold_in(self._keys[c], (1 << 29) + epoch), n))
-        return np.resize(order, max(n, self._size))  # fewer images than a batch come several times
+        return images[np.resize(order, max(n, self._size))]  # fewer images than a batch come several times
 
 
 def _batches(

@@ -6,11 +6,19 @@ for a method's name. Keep it tiny: 64 px, few channels, few steps.
 
 from typing import Any, NamedTuple
 
+from jaxad.backbones import patchnet, registry, resnet
 from jaxad.base import Method
 from jaxad.methods import METHODS
 
 IMAGE_SIZE = (64, 64)
 TWO = ("layer1", "layer2")
+
+TINY = ("tiny_resnet", "patch9")
+"""Networks of the tests alone: a ResNet of a block a stage and few channels, and one of 9 px patches."""
+resnet.BLOCKS["tiny_resnet"] = resnet.ResidualBlocks((1, 1, 1, 1), 1.0, 16)
+patchnet.LAYERS["patch9"] = ((4, 8, True), (3, patchnet.OUT, False))
+for _name in TINY:
+    registry.ENTRIES[_name] = registry.PLAIN[_name] = registry.Entry(_name, official=False)
 
 
 class Case(NamedTuple):
@@ -30,19 +38,24 @@ class Case(NamedTuple):
     """Whether the data determine the fitted state; principal directions have no sign, and gradients that are nearly 0
     are what rounding makes of them."""
 
+    longer: dict[str, Any] = {}
+    """Hyper-parameters with which it learns enough to find a defect, where steps so long magnify rounding."""
+
     @property
     def backbones(self) -> tuple[str, ...]:
         """The backbones, one or more."""
         return (self.backbone,) if isinstance(self.backbone, str) else self.backbone
 
-    def make(self) -> Method:
+    def make(self, longer: bool = False) -> Method:
         """The method."""
         sized = {"image_size": IMAGE_SIZE} if self.pixel else {}
-        return METHODS[self.method](backbone=self.backbone, **sized, **self.hyperparameters)
+        more = self.longer if longer else {}
+        return METHODS[self.method](backbone=self.backbone, **sized, **self.hyperparameters | more)
 
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
 
+CFA: dict[str, Any] = dict(layers=TWO, gamma_c=3, gamma_d=4, epochs=2, train_batch_size=4)
 CFLOW: dict[str, Any] = dict(
     layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
 )
@@ -50,8 +63,13 @@ CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epoch
 DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
+EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
+MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4, learning_rate=1e-5)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
+RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-5)
+STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
+STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
 
 CASES = {
@@ -63,10 +81,13 @@ CASES = {
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
     "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
+    "cfa": Case("cfa", CFA, random=True, streaming=True),
     "cflow": Case("cflow", CFLOW, random=True, streaming=True),
     "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
+    "efficientad": Case("efficientad", EFFICIENTAD, random=True, determined=False),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
+    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False, longer=dict(learning_rate=1e-3)),
     "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
     "nf-pixels": Case(
         "nf",
@@ -75,6 +96,27 @@ CASES = {
         random=True,
         streaming=True,
         determined=False,
+    ),
+    "rd4ad": Case(
+        "rd4ad",
+        RD4AD,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        longer=dict(epochs=4, learning_rate=1e-3),
+    ),
+    "stfpm": Case(
+        "stfpm",
+        STFPM,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        longer=dict(epochs=4, learning_rate=0.1),
+    ),
+    "uninformed_students": Case(
+        "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
     ),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),

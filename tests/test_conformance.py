@@ -107,8 +107,8 @@ def learn(method: Method, n: int, classes: bool = False):
         state = init(key, frozen, steps[0].x)
         for s, (update, finalize) in enumerate(stages):
             stage_key = fold_in(key, s)
-            for step, batch in enumerate(steps):
-                state, _ = update(fold_in(stage_key, step), state, frozen, batch)
+            for step in range(method.stages[s].epochs * len(steps)):
+                state, _ = update(fold_in(stage_key, step), state, frozen, steps[step % len(steps)])
             state = finalize(stage_key, state, frozen)
         return state
 
@@ -128,9 +128,9 @@ class Fitted(NamedTuple):
 
 
 @functools.cache
-def fitted(name: str) -> Fitted:
+def fitted(name: str, longer: bool = False) -> Fitted:
     case = CASES[name]
-    method, frozen = case.make(), frozen_of(case.backbones, 0)
+    method, frozen = case.make(longer), frozen_of(case.backbones, 0)
     embed = embed_program(method.embed)
     train = embed(frozen, photographs(0, ROWS))
     unseen = photographs(0, ROWS + 2)[ROWS:]
@@ -261,7 +261,8 @@ def test_scores_are_per_image(name):
 
 
 def test_defects_score_higher(name):
-    case, f = CASES[name], fitted(name)
+    case = CASES[name]
+    f = fitted(name, longer=True) if case.longer else fitted(name)
     scores = f.score(f.state, f.frozen, f.test)
     assert scores.image[2:].min() > scores.image[:2].max()
     if case.pixel:

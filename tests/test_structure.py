@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ops": {"base"},
     "nn": {"base", "ops"},
     "bijectors": {"base", "ops"},
-    "backbones": {"base", "ops"},
+    "backbones": {"base", "ops", "nn"},
     "methods": BELOW_METHODS,
     "data": set(),
     "metrics": set(),

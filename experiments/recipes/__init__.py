@@ -21,6 +21,8 @@ class Recipe(NamedTuple):
     published: Mapping[str, Mapping[str, Any]] = NOTHING
     """Metric -> {"value": fraction, "source": where it stands}."""
     notes: str = ""
+    smoke_backbone: str = "resnet18"
+    """What stands in for the backbone in the tests."""
 
 
 MTD = {"dataset": "mtd", "mask_threshold": 127}

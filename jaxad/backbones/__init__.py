@@ -3,11 +3,20 @@
 `backbone("resnet50")` gives the architecture, `load("resnet50")` its weights, `features(...)` the `embed` of a method.
 """
 
-from jaxad.backbones.networks import Backbone, backbone, features
+from jaxad.backbones.networks import (
+    Backbone,
+    Student,
+    backbone,
+    features,
+    normalize,
+    residual_blocks,
+    student,
+)
 from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
     "Backbone",
+    "Student",
     "Weights",
     "available",
     "backbone",
@@ -16,7 +25,10 @@ __all__ = [
     "fetch",
     "import_file",
     "load",
+    "normalize",
     "of_file",
+    "residual_blocks",
     "resolve",
     "source",
+    "student",
 ]

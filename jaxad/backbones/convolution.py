@@ -1,6 +1,6 @@
 """Convolutions with torch's and TensorFlow's padding, and the folding of a torch checkpoint into their parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,31 +21,58 @@ def padding(size: int, kernel: int, stride: int, same: bool) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def shifts(
+    x: Float[Array, "b h w c"], kernel: int, stride: int, pads: list[tuple[int, int]], dilation: int = 1
+) -> Iterator[tuple[int, int, Float[Array, "b h2 w2 c"]]]:
+    """What every element (i, j) of a kernel sees of the image, position by position."""
+    b, *size, c = x.shape
+    reach = dilation * (kernel - 1)
+    ends = [(n + sum(pad) - reach - 1) // stride * stride + 1 for n, pad in zip(size, pads, strict=True)]
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    for i in range(kernel):
+        for j in range(kernel):
+            start = (i * dilation, j * dilation)
+            last = (b, start[0] + ends[0], start[1] + ends[1], c)
+            yield i, j, jax.lax.slice(padded, (0, *start, 0), last, (1, stride, stride, 1))
+
+
 class Conv(nn.Module):
     """A convolution that carries, after folding, the batch norm's shift as its bias.
 
-    Its own initial values are zeros: weights come from files, or from `Backbone.init`.
+    Its own initial values are zeros, since weights come from files or from `Backbone.init`; not so in a student.
     """
 
     features: int
     kernel: int
     stride: int = 1
     same: bool = False
+    pad: bool = True
+    dilation: int = 1
+    shifted: bool = False
+    """As a sum of matrix products of shifted images. Many kernels at once (`vmap`) then make no grouped convolution, on
+    whose gradient over several devices XLA's partitioner aborts (jaxlib 0.10.2)."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
         """The convolved map, in the type of `x`."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
         if self.kernel == 1:  # on a CPU faster than XLA's convolution
             return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]) + bias
+        pads = [padding(size, self.kernel, self.stride, self.same) if self.pad else (0, 0) for size in x.shape[1:3]]
+        if self.shifted:
+            return sum(
+                (seen @ kernel[i, j] for i, j, seen in shifts(x, self.kernel, self.stride, pads, self.dilation)), bias
+            )
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
             (self.stride, self.stride),
-            [padding(size, self.kernel, self.stride, self.same) for size in x.shape[1:3]],
+            pads,
+            rhs_dilation=(self.dilation, self.dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + bias
@@ -61,18 +88,12 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """The filtered map, in the type of `x`."""
-        b, *size, c = x.shape
-        kernel = self.param("kernel", nn.initializers.zeros, (self.kernel, self.kernel, 1, c), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
-        pads = [padding(n, self.kernel, self.stride, self.same) for n in size]
-        rows, columns = ((n + sum(pad) - self.kernel) // self.stride for n, pad in zip(size, pads, strict=True))
-        padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
+        kernel = self.param("kernel", nn.initializers.zeros, (self.kernel, self.kernel, 1, x.shape[-1]), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        pads = [padding(n, self.kernel, self.stride, self.same) for n in x.shape[1:3]]
         y = bias.astype(jnp.float32)
-        for i in range(self.kernel):
-            for j in range(self.kernel):
-                last = (b, i + rows * self.stride + 1, j + columns * self.stride + 1, c)
-                shifted = jax.lax.slice(padded, (0, i, j, 0), last, (1, self.stride, self.stride, 1))
-                y = y + shifted * kernel[i, j, 0].astype(jnp.float32)
+        for i, j, seen in shifts(x.astype(jnp.float32), self.kernel, self.stride, pads):
+            y = y + seen * kernel[i, j, 0].astype(jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -83,29 +104,29 @@ class Source(NamedTuple):
     norm: str | None
     """None: the convolution has a bias of its own."""
     eps: float = 1e-5
+    biased: bool = False
+    """The convolution has a bias of its own before the batch norm."""
 
     def shapes(self, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors wanted for a kernel of that HWIO shape."""
         h, w, i, o = kernel
-        vectors = (
-            [f"{self.conv}.bias"]
-            if self.norm is None
-            else [f"{self.norm}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
-        )
+        vectors = [f"{self.conv}.bias"] if self.norm is None or self.biased else []
+        if self.norm is not None:
+            vectors += [f"{self.norm}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
         return {f"{self.conv}.weight": (o, i, h, w)} | dict.fromkeys(vectors, (o,))
 
     def fold(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The kernel (HWIO) and the bias of the convolution with its batch norm, computed in float64."""
         kernel = tensors[f"{self.conv}.weight"].astype(np.float64).transpose(2, 3, 1, 0)
-        if self.norm is None:
-            bias = tensors[f"{self.conv}.bias"].astype(np.float64)
-        else:
+        own = tensors[f"{self.conv}.bias"].astype(np.float64) if self.norm is None or self.biased else 0.0
+        bias = own
+        if self.norm is not None:
             gain, shift, mean, variance = (
                 tensors[f"{self.norm}.{leaf}"].astype(np.float64)
                 for leaf in ("weight", "bias", "running_mean", "running_var")
             )
             scale = gain / np.sqrt(variance + self.eps)
-            kernel, bias = kernel * scale, shift - mean * scale
+            kernel, bias = kernel * scale, shift + (own - mean) * scale
         return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jaxad.backbones import convolution, efficientnet, pdn, registry, resnet, transformer
-from jaxad.base import EmbedFn, Frozen, Key
+from jaxad.backbones import convolution, efficientnet, patchnet, pdn, registry, resnet, transformer, vgg
+from jaxad.base import EmbedFn, Frozen, Key, PyTree
+from jaxad.nn import ConvNorm, without_norm
+from jaxad.ops.gradient import torch_uniform
+from jaxad.ops.image import levels
 
 
 class Backbone(NamedTuple):
@@ -66,8 +69,15 @@ def _network(entry: registry.Entry) -> _Network:
     if _is_transformer(entry):
         layers = transformer.default_layers(name)
         return _Network(transformer.Transformer(name), transformer.stages(name), layers, layers, normalized=True)
+    if name in pdn.PUBLISHED:
+        layers = pdn.PUBLISHED_STAGES
+        return _Network(pdn.PublishedNetwork(name), layers, layers, layers)
+    if name in patchnet.LAYERS:
+        return _Network(patchnet.PatchNetwork(name), patchnet.STAGES, ("stride4",), ("stride4",))
     if name == "pdn_small":
         module, family = pdn.PatchDescriptionNetwork(), pdn
+    elif name in vgg.ARCHITECTURES:
+        module, family = vgg.Vgg(name), vgg
     elif name in resnet.BLOCKS:
         module, family = resnet.ResNet(name, entry.stride_in_1x1), resnet
     else:
@@ -93,9 +103,15 @@ def _fold(entry: registry.Entry, stages: tuple[str, ...], tensors: Mapping[str, 
         wanted = {m: {f"{m}.{leaf}": shape for leaf, shape in leaves.items()} for m, leaves in modules.items()}
         convolution.held(stages, wanted, tensors)
         return pdn.fold(tensors)
-    source = resnet.source
-    if entry.architecture not in resnet.BLOCKS:
-        source = functools.partial(efficientnet.source, entry.architecture, keys=tensors.keys())
+    if entry.architecture in resnet.BLOCKS:
+        source = resnet.source
+    elif entry.architecture in vgg.ARCHITECTURES:
+        source = functools.partial(vgg.source, entry.architecture)
+    elif entry.architecture in patchnet.LAYERS:
+        source = patchnet.source
+    else:
+        family = pdn if entry.architecture in pdn.PUBLISHED else efficientnet
+        source = functools.partial(family.source, entry.architecture, keys=tensors.keys())
     return convolution.fold(stages, {m: leaves["kernel"] for m, leaves in modules.items()}, source, tensors)
 
 
@@ -105,8 +121,9 @@ def backbone(name: str) -> Backbone:
 
     Args:
         name: `resnet18/34/50/101/152`, `wide_resnet50_2`, `wide_resnet101_2`, `efficientnet_b0..b7`,
-            `tf_efficientnet_b0..b7`, a DeiT (`deit_base_distilled_patch16_384`), a CaiT (`cait_m48_448`), `pdn_small`,
-            or one of them with a training recipe (`resnet50.caffe_in1k`).
+            `tf_efficientnet_b0..b7`, `vgg11/13/16/19` and the same with batch norm (`vgg16_bn`), a DeiT
+            (`deit_base_distilled_patch16_384`), a CaiT (`cait_m48_448`), `pdn_small`, `efficientad_small/medium`,
+            `patch17/33/65`, or one of them with a training recipe (`resnet50.caffe_in1k`).
 
     Raises:
         ValueError: There is no such backbone.
@@ -152,22 +169,87 @@ def backbone(name: str) -> Backbone:
     return Backbone(name, *network[1:], init, apply, fold)
 
 
+def residual_blocks(name: str) -> resnet.ResidualBlocks:
+    """Those of a ResNet.
+
+    Raises:
+        ValueError: There is no such backbone, or it is no ResNet.
+    """
+    architecture = registry.lookup(name).architecture
+    if architecture not in resnet.BLOCKS:
+        raise ValueError(f"the backbone must be a ResNet, got {name}")
+    return resnet.BLOCKS[architecture]
+
+
+class Student(NamedTuple):
+    """A backbone that is trained from scratch, with batch norm."""
+
+    init: Callable[[Key], PyTree]
+    """Variables: parameters, and the running statistics of the batch norms."""
+    apply: Callable[[PyTree, Frozen, Array, Bool[Array, "b"]], tuple[dict[str, Float[Array, "b _ _ _"]], PyTree]]
+    """(variables, frozen, image, valid) -> the maps of the stages as in training, and the new running statistics. Of
+    `frozen` only the normalization of images is used; what is not valid does not count."""
+    freeze: Callable[[PyTree], PyTree]
+    """Variables -> parameters of the backbone of that name, which gives the maps by the running statistics."""
+
+
+@functools.lru_cache
+def student(name: str, layers: tuple[str, ...], copies: int = 1) -> Student:
+    """An untrained network of a backbone's architecture, up to the deepest of some stages.
+
+    Args:
+        name: A ResNet, or a patch-description network.
+        layers: Names of its stages.
+        copies: The last stage of EfficientAD's networks or of `pdn_small` has so many times its channels.
+
+    Raises:
+        ValueError: There is no such backbone or stage, or it is of another kind.
+    """
+    entry = registry.lookup(name)
+    _check(name, _network(entry).stages, layers)
+    trained = functools.partial(convolution.Conv, kernel_init=torch_uniform)
+    normed = False
+    if entry.architecture == "pdn_small":
+        module = pdn.PatchDescriptionNetwork(copies * pdn.OUT, trained)
+    elif entry.architecture in pdn.PUBLISHED:
+        module = pdn.PublishedNetwork(entry.architecture, copies * pdn.OUT, trained)
+    elif entry.architecture in patchnet.LAYERS:
+        module = patchnet.PatchNetwork(entry.architecture, functools.partial(trained, shifted=True))
+    else:
+        residual_blocks(name)  # raises for what is no ResNet
+        module, normed = resnet.ResNet(entry.architecture, entry.stride_in_1x1, ConvNorm), True
+
+    def init(key: Key) -> PyTree:
+        options = {"valid": jnp.ones(1, bool)} if normed else {}
+        return module.init(key, jnp.zeros((1, 64, 64, 3)), layers, **options)
+
+    def apply(variables: PyTree, frozen: Frozen, image: Array, valid: Array | None) -> Any:
+        x = normalize(frozen, image, jnp.float32)
+        if not normed:
+            return module.apply(variables, x, layers), {}
+        maps, new = module.apply(variables, x, layers, valid=valid, mutable=["batch_stats"])
+        return maps, new["batch_stats"]
+
+    return Student(init, apply, without_norm if normed else lambda variables: variables["params"])
+
+
 def _check(name: str, stages: tuple[str, ...], layers: tuple[str, ...]) -> None:
     if not layers or not set(layers) <= set(stages):
         raise ValueError(f"{name} has the stages {', '.join(stages)}; choose one or more, got layers={tuple(layers)}")
 
 
 @functools.lru_cache
-def features(name: str, layers: tuple[str, ...], pool: bool = False) -> EmbedFn:
+def features(name: str, layers: tuple[str, ...], pool: bool = False, image: bool = False) -> EmbedFn:
     """The `embed` of methods on pretrained features; the same arguments give the same function, so caches are shared.
 
     Args:
         name: A backbone.
         layers: Names of its stages.
         pool: Average every map over its positions.
+        image: Give the image too, as 256 levels, for methods with a network of their own that sees it.
 
     Returns:
-        (frozen, image b h w 3) -> {layer: b h' w' c}, or {layer: b c} with `pool`; float32.
+        (frozen, image b h w 3) -> {layer: b h' w' c}, or {layer: b c} with `pool`; float32; and "image": b h w 3.
 
     Raises:
         ValueError: There is no such backbone or stage.
@@ -175,8 +257,9 @@ def features(name: str, layers: tuple[str, ...], pool: bool = False) -> EmbedFn:
     network = backbone(name)
     _check(name, network.stages, layers)
 
-    def embed(frozen: Frozen, image: Array) -> dict[str, Array]:
-        maps = network.apply(frozen, image, layers)
-        return {k: v.mean((1, 2)) for k, v in maps.items()} if pool else maps
+    def embed(frozen: Frozen, given: Array) -> dict[str, Array]:
+        maps = network.apply(frozen, given, layers)
+        own = {"image": levels(given)} if image else {}
+        return own | ({k: v.mean((1, 2)) for k, v in maps.items()} if pool else maps)
 
     return embed

@@ -39,6 +39,9 @@ ENTRIES = {
     entry.name: entry
     for entry in (
         Entry("pdn_small", official=False),
+        Entry("efficientad_small", official=False),
+        Entry("efficientad_medium", official=False),
+        *(Entry(f"patch{size}", official=False) for size in (17, 33, 65)),
         Entry("resnet18.tv_in1k", sha256="694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81"),
         Entry("resnet34.tv_in1k"),
         Entry("resnet50.tv_in1k", sha256="5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888"),
@@ -50,6 +53,7 @@ ENTRIES = {
         Entry("wide_resnet50_2.tv_in1k", sha256="df6fb6c4824769769de18e14088475fd6ee94236849aa4e5d8022ba9d9a9a16c"),
         Entry("wide_resnet50_2.racm_in1k"),
         Entry("wide_resnet101_2.tv_in1k"),
+        *(Entry(f"vgg{depth}{norm}.tv_in1k") for norm in ("", "_bn") for depth in (11, 13, 16, 19)),
         Entry("efficientnet_b0.ra_in1k"),
         Entry("efficientnet_b1.ft_in1k"),
         Entry("efficientnet_b2.ra_in1k"),

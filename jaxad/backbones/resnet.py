@@ -6,6 +6,8 @@ Reference: torchvision.models.resnet (parameter names, "v1.5": a stage's stride 
     original Caffe release ("v1": the stride sits in the first 1x1 convolution).
 """
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
@@ -15,14 +17,27 @@ from jaxad.backbones.convolution import Conv, Source
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PATCH_LAYERS = ("layer2", "layer3")
 PYRAMID_LAYERS = ("layer1", "layer2", "layer3")
+
+
+class ResidualBlocks(NamedTuple):
+    """What a ResNet is made of."""
+
+    counts: tuple[int, int, int, int]
+    """Of its stages."""
+    width: float = 0.25
+    """Channels within a block over those that it gives; 1 for basic blocks."""
+    channels: int = 64
+    """Of the stem, and within the first stage of basic blocks."""
+
+
 BLOCKS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-    "wide_resnet50_2": (3, 4, 6, 3),
-    "wide_resnet101_2": (3, 4, 23, 3),
+    "resnet18": ResidualBlocks((2, 2, 2, 2), 1.0),
+    "resnet34": ResidualBlocks((3, 4, 6, 3), 1.0),
+    "resnet50": ResidualBlocks((3, 4, 6, 3)),
+    "resnet101": ResidualBlocks((3, 4, 23, 3)),
+    "resnet152": ResidualBlocks((3, 8, 36, 3)),
+    "wide_resnet50_2": ResidualBlocks((3, 4, 6, 3), 0.5),
+    "wide_resnet101_2": ResidualBlocks((3, 4, 23, 3), 0.5),
 }
 
 
@@ -31,32 +46,41 @@ class ResNet(nn.Module):
 
     architecture: str
     stride_in_1x1: bool = False
+    conv: Any = Conv
+    """What makes a convolution of (features, kernel, stride, name)."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
-        """The maps of those stages of a normalized image."""
+    def __call__(
+        self, x: Float[Array, "b h w 3"], layers: tuple[str, ...], **how: Any
+    ) -> dict[str, Float[Array, "b _ _ _"]]:
+        """The maps of those stages of a normalized image; what else is given is given to all convolutions."""
+
+        def conv(x: Array, *shape: int, name: str) -> Array:
+            return self.conv(*shape, name=name)(x, **how)
+
         relu = jax.nn.relu
-        bottleneck = self.architecture not in ("resnet18", "resnet34")
-        width_factor = 2 if self.architecture.startswith("wide") else 1
-        x = relu(Conv(64, 7, 2, name="conv1")(x))
+        counts, width, channels = BLOCKS[self.architecture]
+        bottleneck = width < 1
+        x = relu(conv(x, channels, 7, 2, name="conv1"))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         maps = {}
         for s in range(max(map(STAGES.index, layers)) + 1):
-            planes = 64 * 2**s
+            planes = channels * 2**s
             out = planes * 4 if bottleneck else planes
-            for i in range(BLOCKS[self.architecture][s]):
+            inner = int(out * width)
+            for i in range(counts[s]):
                 stride = 2 if i == 0 and s > 0 else 1
                 prefix = f"{STAGES[s]}.{i}."
                 if bottleneck:
                     first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
-                    y = relu(Conv(planes * width_factor, 1, first, name=prefix + "conv1")(x))
-                    y = relu(Conv(planes * width_factor, 3, second, name=prefix + "conv2")(y))
-                    y = Conv(out, 1, name=prefix + "conv3")(y)
+                    y = relu(conv(x, inner, 1, first, name=prefix + "conv1"))
+                    y = relu(conv(y, inner, 3, second, name=prefix + "conv2"))
+                    y = conv(y, out, 1, name=prefix + "conv3")
                 else:
-                    y = relu(Conv(planes, 3, stride, name=prefix + "conv1")(x))
-                    y = Conv(planes, 3, name=prefix + "conv2")(y)
+                    y = relu(conv(x, planes, 3, stride, name=prefix + "conv1"))
+                    y = conv(y, planes, 3, name=prefix + "conv2")
                 if stride != 1 or x.shape[-1] != out:
-                    x = Conv(out, 1, stride, name=prefix + "downsample.0")(x)
+                    x = conv(x, out, 1, stride, name=prefix + "downsample.0")
                 x = relu(x + y)
             maps[STAGES[s]] = x
         return {layer: maps[layer] for layer in layers}

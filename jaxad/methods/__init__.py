@@ -3,26 +3,38 @@
 from collections.abc import Callable
 
 from jaxad.base import Method
+from jaxad.methods.cfa import cfa
 from jaxad.methods.cflow import cflow
 from jaxad.methods.csflow import csflow
 from jaxad.methods.differnet import differnet
+from jaxad.methods.efficientad import efficientad
 from jaxad.methods.fastflow import fastflow
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+from jaxad.methods.mkd import mkd
 from jaxad.methods.nf import nf
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
+from jaxad.methods.rd4ad import rd4ad
 from jaxad.methods.spade import spade
+from jaxad.methods.stfpm import stfpm
+from jaxad.methods.uninformed_students import uninformed_students
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "cfa": cfa,
     "cflow": cflow,
     "csflow": csflow,
     "differnet": differnet,
+    "efficientad": efficientad,
     "fastflow": fastflow,
     "mahalanobis_ad": mahalanobis_ad,
+    "mkd": mkd,
     "nf": nf,
     "padim": padim,
     "patchcore": patchcore,
+    "rd4ad": rd4ad,
     "spade": spade,
+    "stfpm": stfpm,
+    "uninformed_students": uninformed_students,
 }
 """Name -> factory."""
 

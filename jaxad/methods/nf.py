@@ -49,8 +49,9 @@ from jaxad.bijectors import (
     quadrant_mask,
 )
 from jaxad.bijectors import coupling as half_coupling
-from jaxad.ops.gaussian import Moments, moments_init, moments_update
+from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.image import levels
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
@@ -118,7 +119,7 @@ class Residual(nn.Module):
 def pixels(frozen: Frozen, image: Array) -> UInt8[Array, "b h w 3"]:
     """The `embed` of flows on pixels: the image itself, in 256 levels."""
     del frozen
-    return image if image.dtype == jnp.uint8 else jnp.round(image * 255).astype(jnp.uint8)
+    return levels(image)
 
 
 def dequantize(
@@ -326,16 +327,12 @@ def nf(
     def measure(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
         del key, frozen
         x, _ = seen(batch.x, lambda shape: jnp.full(shape, 0.5))
-        rows = x.reshape(-1, x.shape[-1], 1)
-        valid = jnp.repeat(batch.valid, len(rows) // len(x))
-        return state._replace(moments=moments_update(state.moments, rows, valid)), {}
+        return state._replace(moments=channels_update(state.moments, x, batch.valid)), {}
 
     def standardize(key: Key, state: NfTraining, frozen: Frozen) -> NfTraining:
         del key, frozen
-        variance = state.moments.scatter[:, 0, 0] / jnp.maximum(state.moments.count, 1)
-        log_scale = -0.5 * jnp.log(jnp.where(variance > 0, variance, 1))
-        shift = -state.moments.mean[:, 0] * jnp.exp(log_scale)
-        params = state.trained.params | {"log_scale": log_scale, "shift": shift}
+        mean, deviation = channels(state.moments)
+        params = state.trained.params | {"log_scale": -jnp.log(deviation), "shift": -mean / deviation}
         return state._replace(trained=state.trained._replace(params=params))
 
     def train(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:

@@ -41,6 +41,18 @@ def moments_update(moments: Moments, x: Float[Array, "b *l d"], valid: Bool[Arra
     return moments_merge(moments, Moments(count, mean, scatter))
 
 
+def channels_update(moments: Moments, x: Float[Array, "b *s c"], valid: Bool[Array, "b"]) -> Moments:
+    """The moments of every channel on its own, begun by `moments_init((c, 1))`, after the positions of a batch."""
+    rows = x.reshape(-1, x.shape[-1], 1)
+    return moments_update(moments, rows, jnp.repeat(valid, len(rows) // len(x)))
+
+
+def channels(moments: Moments) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+    """The mean and the deviation of every channel; of a constant one the deviation is 1."""
+    variance = moments.scatter[:, 0, 0] / jnp.maximum(moments.count, 1)
+    return moments.mean[:, 0], jnp.sqrt(jnp.where(variance > 0, variance, 1))
+
+
 def moments_merge(a: Moments, b: Moments) -> Moments:
     """The moments of two disjoint sets together (Chan et al., 1979, Eq. 2.1)."""
     count = a.count + b.count

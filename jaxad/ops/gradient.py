@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jaxad.base import Metrics, PyTree
 
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""How torch draws the weights of its layers."""
+"""How torch draws the weights of its linear layers and convolutions."""
 
 
 class Trained(NamedTuple):
@@ -33,11 +33,22 @@ def descend(
     rate: Float[Array, ""] | float = 1.0,
 ) -> tuple[Trained, Metrics]:
     """One step down the gradient of a loss, `rate` times as long as the optimizer's, and the loss before it."""
-    value, gradient = jax.value_and_grad(loss)(trained.params)
+    trained, metrics, _ = descend_with(optimizer, trained, lambda params: (loss(params), None), rate)
+    return trained, metrics
+
+
+def descend_with(
+    optimizer: optax.GradientTransformation,
+    trained: Trained,
+    loss: Callable[[PyTree], tuple[Float[Array, ""], Any]],
+    rate: Float[Array, ""] | float = 1.0,
+) -> tuple[Trained, Metrics, Any]:
+    """`descend` for a loss that comes with something else, which is returned (the statistics of batch norms)."""
+    (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(trained.params)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers with floats
         updates, state = optimizer.update(gradient, trained.optimizer, trained.params)
     updates = jax.tree.map(lambda leaf: rate * leaf, updates)
-    return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}
+    return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}, rest
 
 
 def torch_adam(
@@ -46,6 +57,23 @@ def torch_adam(
     """Adam with weight decay added to the gradient, as `torch.optim.Adam` does; optax's `adamw` decouples it."""
     adam = optax.adam(learning_rate, **options)
     return optax.chain(optax.add_decayed_weights(weight_decay), adam) if weight_decay else adam
+
+
+def torch_amsgrad_w(learning_rate: float, weight_decay: float, b2: float = 0.999) -> optax.GradientTransformation:
+    """AdamW with AMSGrad, as `torch.optim.AdamW` does it: the largest second moment is sought before its correction.
+
+    Source: Reddi et al., On the convergence of Adam and beyond, ICLR 2018.
+    """
+
+    def correction(step: Array) -> Array:
+        return jnp.sqrt(1 - b2 ** (step + 1.0))
+
+    return optax.chain(
+        optax.scale_by_amsgrad(b2=b2, bias_correction_nu=False),
+        optax.scale_by_schedule(correction),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale(-learning_rate),
+    )
 
 
 def mean_of_valid(x: Float[Array, "b"], valid: Bool[Array, "b"]) -> Float[Array, ""]:

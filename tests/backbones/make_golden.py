@@ -22,6 +22,8 @@ KEPT = 192
 """Entries of a feature map that are stored."""
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
+VGGS = tuple(f"vgg{depth}{norm}" for norm in ("", "_bn") for depth in (11, 13, 16, 19))
+PATCH_NETWORKS = ("efficientad_small", "efficientad_medium")
 TRANSFORMERS = ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "cait_xxs24_224")
 
 
@@ -54,7 +56,6 @@ def kept(maps: np.ndarray) -> np.ndarray:
 
 def original(name: str):
     """The PyTorch module of a golden file's name, and its submodules whose outputs are our stages."""
-    import timm
     import torch
     import torchvision
 
@@ -66,17 +67,40 @@ def original(name: str):
                 if isinstance(block, torchvision.models.resnet.Bottleneck):
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         stages = {stage: module.get_submodule(stage) for stage in ("layer1", "layer2", "layer3", "layer4")}
+    elif architecture in VGGS:
+        module = torchvision.models.get_model(architecture)
+        pools = [layer for layer in module.features if isinstance(layer, torch.nn.MaxPool2d)]
+        stages = {f"pool{i + 1}": pool for i, pool in enumerate(pools)}
+        module.classifier = torch.nn.Identity()
+    elif architecture in PATCH_NETWORKS:
+        module = patch_network(architecture)
+        stages = {"head": module[-1]}
     elif variant == "torchvision":
         module = torchvision.models.get_model(architecture)
         names = ("stem", *(f"blocks.{i}" for i in range(7)), "head")
         stages = dict(zip(names, module.features, strict=True))
     else:
+        import timm
+
         module = timm.create_model(architecture)
         blocks = {f"blocks.{i}": block for i, block in enumerate(module.blocks)}
         stages = {"stem": module.bn1, **blocks, "head": module.bn2}
     state = {k: torch.from_numpy(synthetic(k, v.shape)) for k, v in module.state_dict().items() if v.ndim}
     module.load_state_dict(state, strict=False)
     return module.eval(), stages
+
+
+def patch_network(name: str):
+    """EfficientAD's network, laid out as in nelson1425/EfficientAD."""
+    from torch import nn
+
+    if name == "efficientad_small":
+        widths, rest = (128, 256), [nn.Conv2d(256, 256, 3), nn.ReLU(), nn.Conv2d(256, 384, 4)]
+    else:
+        widths, rest = (256, 512), [nn.Conv2d(512, 512, 1), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.ReLU()]
+        rest += [nn.Conv2d(512, 384, 4), nn.ReLU(), nn.Conv2d(384, 384, 1)]
+    first = [nn.Conv2d(3, widths[0], 4), nn.ReLU(), nn.AvgPool2d(2, 2)]
+    return nn.Sequential(*first, nn.Conv2d(*widths, 4), nn.ReLU(), nn.AvgPool2d(2, 2), *rest)
 
 
 def convolutional(name: str):
@@ -135,6 +159,8 @@ if __name__ == "__main__":
     everything = (
         *RESNETS,
         "resnet50.caffe_in1k",
+        *VGGS,
+        *PATCH_NETWORKS,
         *EFFICIENTNETS,
         *(f"tf_{name}" for name in EFFICIENTNETS),
         *(f"{name}.torchvision" for name in EFFICIENTNETS),

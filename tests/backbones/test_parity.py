@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, efficientnet, networks, resnet, transformer
+from jaxad.backbones import backbone, efficientnet, networks, pdn, resnet, transformer, vgg
+from tests.cases import TINY
 
 from .make_golden import GOLDEN, PATCHED, SIZES, TRANSFORMERS, image, kept, sizes, synthetic
 
@@ -19,6 +20,10 @@ SMALL = (
     ("resnet50", SIZES[1:2]),
     ("resnet50.caffe_in1k", SIZES[1:2]),
     ("wide_resnet50_2", SIZES[1:2]),
+    ("vgg11", SIZES[2:]),
+    ("vgg16_bn", SIZES[:1]),
+    ("efficientad_small", SIZES[1:2]),
+    ("efficientad_medium", SIZES[:1]),
     ("efficientnet_b0", SIZES[2:]),
     ("tf_efficientnet_b0", SIZES[:2]),
     ("efficientnet_b0.torchvision", SIZES[:1]),
@@ -35,7 +40,11 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
         groups = transformer.wanted(networks.shapes(name)).values()
         return {key: synthetic(key, shape) for group in groups for key, shape in group.items()}
     source = resnet.source
-    if "efficientnet" in name:
+    if name in vgg.ARCHITECTURES:
+        source = functools.partial(vgg.source, name)
+    elif name in pdn.PUBLISHED:
+        source = functools.partial(pdn.source, name, keys=())
+    elif "efficientnet" in name:
         keys = ("features.0.0.weight",) if plain != name else ()
         source = functools.partial(efficientnet.source, plain, keys=keys)
     kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(plain).items()}
@@ -66,9 +75,12 @@ def test_every_stage_equals_the_original(name, sizes):
 
 def test_golden_files_are_small_and_complete():
     files = list(GOLDEN.glob("*.npz"))
-    assert {file.stem.removesuffix(".torchvision") for file in files} >= {*resnet.BLOCKS, "resnet50.caffe_in1k"} | {
-        f"{prefix}efficientnet_b{i}" for prefix in ("", "tf_") for i in range(8)
-    } | {*TRANSFORMERS}
+    assert {file.stem.removesuffix(".torchvision") for file in files} >= {
+        *set(resnet.BLOCKS).difference(TINY),
+        *vgg.ARCHITECTURES,
+        *pdn.PUBLISHED,
+        "resnet50.caffe_in1k",
+    } | {f"{prefix}efficientnet_b{i}" for prefix in ("", "tf_") for i in range(8)} | {*TRANSFORMERS}
     assert sum(file.stat().st_size for file in files) < 1.5e6
 
 

@@ -1,0 +1,218 @@
+"""Distills a teacher of Uninformed Students: a network of 17, 33 or 65 px patches learns from a ResNet-18.
+
+The loss adds three: a linear decoder gives the ResNet's pooled description of the (enlarged) patch (knowledge
+distillation, Eq. 1); a patch is nearer to itself moved, brightened and with noise than to another one (metric learning,
+Eq. 2-4); the channels of the description are uncorrelated (compactness, Eq. 5).
+
+Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1. Differences: the layer3 of the ResNet, the deepest
+of the weights at hand, not its last; correlations are squared, so that their sum has a minimum.
+
+    python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33
+
+Writes patch33.safetensors and results/distill_patch33.json. A killed run resumes in --workdir. `--smoke` is the variant
+that the tests run: a few patches of noise, random weights.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import linen as nn
+from PIL import Image
+from safetensors.numpy import save_file
+
+import jaxad
+from jaxad.artifact import write_json
+from jaxad.backbones import backbone, load, normalize
+from jaxad.backbones.convolution import Conv
+from jaxad.backbones.patchnet import PatchNetwork
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.data import Preprocess, open_data
+from jaxad.fit import fit, score_all
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.image import levels
+
+LAYER = "layer3"
+ENLARGED = 96
+"""Height and width of a patch that the ResNet sees."""
+MARGIN = 1.0
+"""By which another patch must be farther away (delta)."""
+
+
+@dataclasses.dataclass
+class Options:
+    """Distill a teacher of patches."""
+
+    images: Path = Path("imagenet")
+    """Folder of photographs."""
+    weights: Path = Path("resnet18.tv_in1k.safetensors")
+    """The ResNet's."""
+    patch: Literal[17, 33, 65] = 33
+    """Height and width of a patch in pixels."""
+    patches: int = 20_000
+    """Of all photographs together; a twentieth of them is held out."""
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-5
+    seed: int = 0
+    out: Path | None = None
+    """None: patch33.safetensors."""
+    results: Path = Path(__file__).parent / "results"
+    workdir: Path = Path("runs/distill_teacher")
+    smoke: bool = False
+    """A few patches of noise."""
+
+
+class Distilling(NamedTuple):
+    """Network and decoder while they are trained."""
+
+    trained: Trained
+
+
+def crops(options: Options) -> np.ndarray:
+    """Patches of photographs of many sizes, with a quarter of a patch around them to move in, n s s 3."""
+    side = options.patch + 2 * (options.patch // 4)
+    rng = np.random.default_rng(options.seed)
+    if options.smoke:
+        return rng.integers(0, 256, (80, side, side, 3), np.uint8)
+    paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not paths:
+        raise ValueError(f"a teacher needs photographs, found none in {options.images}")
+    found = []
+    for i in range(options.patches):
+        image = Image.open(paths[i % len(paths)]).convert("RGB")
+        cut = (
+            int(min(image.size) * rng.uniform(side / min(image.size), 1)) if min(image.size) > side else min(image.size)
+        )
+        left, top = (int(rng.integers(0, length - cut + 1)) for length in image.size)
+        found.append(image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + cut, top + cut)))
+    return np.stack(found)
+
+
+def distillation(options: Options, teacher: str) -> Method:
+    """The distillation as a method; its image score is the decoder's squared error over the description's."""
+    around, size = options.patch // 4, options.patch
+    module = PatchNetwork(
+        f"patch{size}", lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, **how), alone=True
+    )
+    network = backbone(teacher)
+    optimizer = torch_adam(options.learning_rate, options.weight_decay)
+
+    def embed(frozen: Frozen, image: jax.Array) -> PyTree:
+        inner = levels(image)[:, around : around + size, around : around + size].astype(jnp.float32) / 255
+        enlarged = jax.image.resize(inner, (len(inner), ENLARGED, ENLARGED, 3), "linear")
+        return {"image": levels(image), "target": network.apply(frozen, enlarged, (LAYER,))[LAYER].mean((1, 2))}
+
+    def describe(params: PyTree, frozen: Frozen, image: jax.Array) -> jax.Array:
+        found = module.apply(params["network"], normalize(frozen, image, jnp.float32), ("stride1",))
+        return found["stride1"][:, 0, 0]
+
+    def decoder(x: PyTree) -> nn.Dense:
+        return nn.Dense(x["target"].shape[-1])
+
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> Distilling:
+        del frozen
+        first, second = jax.random.split(key)
+        params = {"network": module.init(first, jnp.zeros((1, size, size, 3)), ("stride1",))}
+        params["decoder"] = decoder(spec).init(second, jnp.zeros((1, 128)))
+        return Distilling(begin(optimizer, params))
+
+    def train(key: Key, state: Distilling, frozen: Frozen, batch: Batch) -> tuple[Distilling, Metrics]:
+        image, target = batch.x["image"].astype(jnp.float32) / 255, batch.x["target"]
+        shift, light, noise = jax.random.split(key, 3)
+        corners = jax.random.randint(shift, (len(image), 2), 0, 2 * around + 1)
+        cut = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), (size, size, 3))  # noqa: E731
+        moved = jax.vmap(cut)(image, corners) * jax.random.uniform(light, (len(image), 1, 1, 1), minval=0.9, maxval=1.1)
+        moved = jnp.clip(moved + 0.02 * jax.random.normal(noise, moved.shape), 0, 1)
+        inner = image[:, around : around + size, around : around + size]
+
+        def loss(params: PyTree) -> jax.Array:
+            own, near = jnp.split(describe(params, frozen, jnp.concatenate([inner, moved])), 2)
+            other = jnp.roll(own, 1, 0)
+            apart = lambda a, b: jnp.sum((a - b) ** 2, -1)  # noqa: E731
+            distilled = apart(decoder(batch.x).apply(params["decoder"], own), target)
+            metric = nn.relu(MARGIN + apart(own, near) - jnp.minimum(apart(own, other), apart(near, other)))
+            standard = (own - own.mean(0)) / jnp.maximum(own.std(0), 1e-6)
+            correlation = standard.T @ standard / len(own)
+            compact = jnp.sum(correlation**2) - jnp.sum(jnp.diagonal(correlation) ** 2)
+            return mean_of_valid(distilled + metric, batch.valid) + compact / len(correlation)
+
+        trained, metrics = descend(optimizer, state.trained, loss)
+        return Distilling(trained), metrics
+
+    def finish(key: Key, state: Distilling, frozen: Frozen) -> PyTree:
+        del key, frozen
+        return state.trained.params
+
+    def score(state: PyTree, frozen: Frozen, x: PyTree) -> Scores:
+        image = x["image"].astype(jnp.float32)[:, around : around + size, around : around + size] / 255
+        decoded = decoder(x).apply(state["decoder"], describe(state, frozen, image))
+        return Scores(jnp.mean((decoded - x["target"]) ** 2, -1), None)
+
+    stage = Stage("train", train, finish, epochs=options.epochs, batch_size=options.batch_size, shuffle=True)
+    return Method(embed, init, (stage,), score)
+
+
+def progress(what: str, done: int, total: int) -> None:
+    """One line, rewritten."""
+    print(f"\r{what} {done}/{total} patches", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def main(options: Options) -> None:
+    """Distills and writes."""
+    name = f"patch{options.patch}"
+    teacher = "resnet18.tv_in1k"
+    frozen = backbone(teacher).init(jax.random.key(0)) if options.smoke else load(teacher, options.weights)
+    patches = crops(options)
+    kept = len(patches) - len(patches) // 20
+    data = {
+        part: open_data(patches[rows], preprocess=Preprocess(None))["arrays"].train
+        for part, rows in (("train", slice(kept)), ("held out", slice(kept, None)))
+    }
+    method, key = distillation(options, teacher), jax.random.key(options.seed)
+    fitted = fit(
+        method,
+        frozen,
+        data["train"],
+        key,
+        batch_size=options.batch_size,
+        checkpoint_dir=options.workdir / name,
+        progress=progress,
+    )
+    error = np.asarray(score_all(method, fitted.state, frozen, data["held out"], batch_size=options.batch_size).image)
+    embed: Any = jax.jit(method.embed)
+    target = np.asarray(embed(frozen, data["held out"].images(range(len(data["held out"]))))["target"])
+    explained = 1 - float(error.mean()) / float(target.var(0).mean())
+    params = fitted.state["network"]["params"]
+    tensors = {f"{module}.weight": np.asarray(leaf["kernel"]).transpose(3, 2, 0, 1) for module, leaf in params.items()}
+    tensors |= {f"{module}.bias": np.asarray(leaf["bias"]) for module, leaf in params.items()}
+    out = options.out or Path(f"{name}.safetensors")
+    temporary = out.with_suffix(".partial")
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata={"backbone": name})
+    os.replace(temporary, out)
+    record = {
+        "experiment": f"distill_{name}",
+        "teacher": teacher,
+        "patches": len(patches),
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "variance_explained": explained,
+        "seconds": fitted.run_seconds,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    write_json(options.results / f"distill_{name}.json", record)
+    print(f"{name}: {explained:.3f} of the variance of held-out patches explained", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,43 @@
+"""CFA, arXiv:2206.04325: 30 epochs of 4 images, AdamW with AMSGrad at 1e-3.
+
+    python experiments/run.py cfa_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python experiments/run.py cfa_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py cfa_demo --data demo --weights resnet50.caffe_in1k.safetensors
+
+The last epoch counts, whatever the test images say.
+"""
+
+from recipes import BOTTLE, MTD, RESNET50, Recipe, published
+
+SMALL = {"layers": ("layer2", "layer3"), "gamma_d": 4, "epochs": 10}
+NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 10 epochs."
+
+RECIPES = {
+    "cfa_bottle": Recipe(
+        "cfa",
+        backbone="resnet18.tv_in1k",
+        hyperparameters={"epochs": 10},
+        published=published("anomalib, ResNet-18, 256 px", image_AUROC=0.991, pixel_AUROC=0.986),
+        notes="10 epochs instead of 30.",
+        **BOTTLE,
+    ),
+    "cfa_mtd": Recipe(
+        "cfa",
+        backbone=RESNET50,
+        image_size=160,
+        hyperparameters=SMALL | {"epochs": 5},
+        seeds=(0, 1, 2),
+        published=published(
+            "IM-IAD, 256 px",
+            image_AUROC=0.913,
+            image_AP=0.959,
+            pixel_AUROC=0.731,
+            pixel_AP=0.246,
+            pixel_AUPRO=0.528,
+        ),
+        notes="A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 5 epochs.",
+        **MTD,
+    ),
+    "cfa_pillqc": Recipe("cfa", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
+    "cfa_demo": Recipe("cfa", "demo", RESNET50, SMALL, image_size=160, notes=NOTES),
+}

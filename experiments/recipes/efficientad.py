@@ -1,0 +1,47 @@
+"""EfficientAD, arXiv:2303.14535: 70,000 steps of one image, Adam 1e-4, a penalty on photographs of ImageNet.
+
+    python experiments/run.py efficientad_bottle --data BOTTLE_FOLDER --auxiliary IMAGENET_FOLDER
+    python experiments/run.py efficientad_mtd --data MTD_FOLDER --auxiliary IMAGENET_FOLDER
+    python experiments/run.py efficientad_demo --data demo --auxiliary IMAGENET_FOLDER
+
+The teacher is the embedded `pdn_small`, distilled from a ResNet-50, not EfficientAD-S's own, whose weights are not at
+hand; the number of steps is what two CPU cores can do, at a higher rate. The last step counts, whatever the test images
+say.
+"""
+
+from recipes import MTD, Recipe, published
+
+FEW = {"learning_rate": 1e-3, "train_batch_size": 2}
+TEACHER = "pdn_small"
+NOTES = "The embedded teacher, 128 px, 20 epochs of 2 images a step at 1e-3."
+SMALL = FEW | {"epochs": 20}
+
+RECIPES = {
+    "efficientad_bottle": Recipe(
+        "efficientad",
+        "mvtec_bottle",
+        backbone=TEACHER,
+        image_size=256,
+        hyperparameters=FEW | {"epochs": 10},
+        published=published("paper, EfficientAD-S, mean of all classes", image_AUROC=0.988),
+        notes="The embedded teacher; 10 epochs of 2 images a step at 1e-3 instead of 70,000 steps of one at 1e-4.",
+        smoke_backbone=TEACHER,
+    ),
+    "efficientad_mtd": Recipe(
+        "efficientad",
+        backbone=TEACHER,
+        image_size=128,
+        hyperparameters=FEW | {"epochs": 6},
+        seeds=(0, 1, 2),
+        published=published("AnomalyNCD, EfficientAD", pixel_AUPRO=0.731),
+        notes="The embedded teacher, 128 px, 6 epochs of 2 images a step at 1e-3.",
+        smoke_backbone=TEACHER,
+        **MTD,
+    ),
+    "efficientad_pillqc": Recipe(
+        "efficientad", "pillqc", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone=TEACHER
+    ),
+    "efficientad_demo": Recipe(
+        "efficientad", "demo", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone=TEACHER
+    ),
+}

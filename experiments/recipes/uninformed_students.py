@@ -1,0 +1,45 @@
+"""Uninformed Students, arXiv:1911.02357: 3 students of each of 3 patch sizes, 256 px, Adam 1e-4, one image a step.
+
+    python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33
+    python experiments/run.py uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
+    python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
+
+The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size, distilled
+on few photographs, and descriptions of every eighth pixel. The last epoch counts, whatever the test images say.
+"""
+
+from recipes import MTD, Recipe, published
+
+TEACHER = "patch33"
+FEW = {"train_batch_size": 2, "learning_rate": 5e-4}
+SMALL = FEW | {"stride": 8, "epochs": 10}
+NOTES = "33 px patches alone, of every eighth pixel, 128 px, 10 epochs of 2 images a step at 5e-4."
+
+RECIPES = {
+    "uninformed_students_bottle": Recipe(
+        "uninformed_students",
+        "mvtec_bottle",
+        backbone=TEACHER,
+        image_size=256,
+        hyperparameters=FEW | {"stride": 8, "epochs": 6},
+        published=published("paper, mean of all classes, by DRAEM's table", image_AUROC=0.877, pixel_AUROC=0.939),
+        notes="33 px patches alone, of every eighth pixel, 6 epochs of 2 images a step at 5e-4 instead of 100 of 1.",
+        smoke_backbone="patch17",
+    ),
+    "uninformed_students_mtd": Recipe(
+        "uninformed_students",
+        backbone=TEACHER,
+        image_size=128,
+        hyperparameters=FEW | {"stride": 8, "epochs": 3},
+        seeds=(0, 1, 2),
+        notes="33 px patches alone, of every eighth pixel, 128 px, 3 epochs of 2 images a step at 5e-4.",
+        smoke_backbone="patch17",
+        **MTD,
+    ),
+    "uninformed_students_pillqc": Recipe(
+        "uninformed_students", "pillqc", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone="patch17"
+    ),
+    "uninformed_students_demo": Recipe(
+        "uninformed_students", "demo", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone="patch17"
+    ),
+}

@@ -1,0 +1,109 @@
+"""EfficientAD: hard loss, autoencoder, what is held out, the scale of the maps, and the penalty."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxad.backbones import backbone, features, normalize, student
+from jaxad.data import Preprocess, open_data
+from jaxad.fit import fit, score_all
+from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
+from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.holdout import held_out, learned_from
+
+KEY = jax.random.key(0)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
+SMALL = dict(backbone="pdn_small", image_size=(64, 64), epochs=2, train_batch_size=4, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return backbone("pdn_small").init(jax.random.key(1))
+
+
+@given(st.integers(1, 3), st.integers(1, 400), st.sampled_from([0.0, 0.5, 0.9, 0.999]))
+@settings(deadline=None)
+def test_hard_loss_is_the_mean_above_the_quantile(b, n, share):
+    errors = np.random.default_rng(n).random((b, n, 1, 1), np.float32)
+    flat = errors.reshape(b, n)
+    threshold = np.quantile(flat, share, axis=1, keepdims=True)
+    expected = [row[row >= t].mean() for row, t in zip(flat, threshold, strict=True)]
+    np.testing.assert_allclose(hard_mean(jnp.asarray(errors), share), expected, rtol=1e-4)
+
+
+def test_autoencoder_is_the_published_one_at_256_px():
+    made = jax.eval_shape(Autoencoder((56, 56), 384).init, KEY, jnp.zeros((1, 256, 256, 3)), None)
+    kernels = [made["params"][f"Conv_{i}"]["kernel"].shape for i in range(len(made["params"]))]
+    encoder = [(4, 4, 3, 32), (4, 4, 32, 32), (4, 4, 32, 64), (4, 4, 64, 64), (4, 4, 64, 64), (8, 8, 64, 64)]
+    assert kernels == [*encoder, *[(4, 4, 64, 64)] * 6, (3, 3, 64, 64), (3, 3, 64, 384)]
+
+
+@pytest.mark.parametrize("grid", [(56, 56), (32, 32)])
+def test_autoencoder_gives_the_teachers_grid(grid):
+    image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
+    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8).init_with_output(KEY, image, KEY), image)
+    assert found.shape == (2, *grid, 8)
+
+
+def test_jitter_changes_one_property_by_a_fifth_at_most():
+    image = jnp.asarray(IMAGES, jnp.float32) / 255
+    found = jax.jit(jitter)(KEY, image)
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+    change = np.abs(np.asarray(found - image)).max((1, 2, 3))
+    assert (change > 0).all() and (change <= 0.2 + 1e-6).all()
+    gray = np.asarray(image * 0 + 0.5)
+    kept = np.asarray(jax.jit(jitter)(KEY, jnp.asarray(gray)))
+    scaled = np.abs(kept - gray).max((1, 2, 3)) > 1e-6  # only brightness changes a plain gray image
+    assert scaled.any() and not scaled.all()
+
+
+@given(st.integers(1, 300))
+def test_images_are_held_out_or_learned_from(n):
+    out, rest = held_out(n), learned_from(n)
+    assert len(out) and len(rest)
+    if n > 1:
+        assert sorted([*out, *rest]) == list(range(n))
+
+
+def maps_of(frozen, state, images):
+    """Both maps of squared errors, in numpy from the networks' outputs."""
+    x = jax.jit(features("pdn_small", ("layer3",)))(frozen, images)["layer3"]
+    teacher = (np.asarray(x) - np.asarray(state.mean)) / np.asarray(state.deviation)
+    learner = student("pdn_small", ("layer3",), copies=2)
+    found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["layer3"])
+    decoder, normalized = Autoencoder((8, 8), 384), normalize(frozen, jnp.asarray(images), jnp.float32)
+    decoded = np.asarray(jax.jit(decoder.apply, static_argnums=2)(state.params["autoencoder"], normalized, None))
+    own, second = np.split(found, 2, axis=-1)
+    return np.stack([((teacher - own) ** 2).mean(-1), ((decoded - second) ** 2).mean(-1)], -1)
+
+
+def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen):
+    method = efficientad(**SMALL, penalty=False)
+    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+    state = fit(method, frozen, data, KEY).state
+    normal = maps_of(frozen, state, IMAGES[held_out(12)])
+    np.testing.assert_allclose(state.low, np.quantile(normal, 0.9, (0, 1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(state.high, np.quantile(normal, 0.995, (0, 1, 2)), rtol=1e-3)
+    scaled = (0.1 * (maps_of(frozen, state, IMAGES) - state.low) / (state.high - state.low)).mean(-1)
+    expected = np.asarray(upsample_blur(scaled, (64, 64), 0.0))
+    scores = score_all(method, state, frozen, data)
+    np.testing.assert_allclose(scores.pixel, expected, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(scores.image, expected.max((1, 2)), rtol=1e-2, atol=1e-3)
+
+
+def test_penalty_needs_photographs(frozen):
+    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+    with pytest.raises(ValueError, match="penalty needs photographs of other things: give auxiliary"):
+        fit(efficientad(**SMALL), frozen, data, KEY)
+
+
+def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen):
+    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+    photographs = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    fitted = fit(efficientad(**SMALL), frozen | {"auxiliary": photographs}, data, KEY)
+    alone = fit(efficientad(**SMALL, penalty=False), frozen, data, KEY)
+    assert np.isfinite(fitted.metrics["loss"]).all()
+    assert fitted.metrics["loss"][0] > alone.metrics["loss"][0]
