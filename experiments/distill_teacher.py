@@ -81,7 +81,7 @@ def crops(options: Options) -> np.ndarray:
     side = options.patch + 2 * (options.patch // 4)
     rng = np.random.default_rng(options.seed)
     if options.smoke:
-        return rng.integers(0, 256, (80, side, side, 3), np.uint8)
+        return rng.integers(0, 256, (40, side, side, 3), np.uint8)
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise ValueError(f"a teacher needs photographs, found none in {options.images}")

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxad.backbones import backbone, load
 from jaxad.report.tables import APART
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -266,3 +268,34 @@ def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="flows must be of"):
         experiment.main(experiment.Options(flows=names[2:], aligned=tmp_path / "bolt", **options))
     assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
+
+
+@pytest.mark.usefixtures("_standard_promotion")
+def test_the_benchmark_of_latency(tmp_path: Path) -> None:
+    bench = script("bench_latency")
+    for methods in (("padim",), ("efficientad",)):
+        bench.main(bench.Options(methods=methods, results=tmp_path, smoke=True))
+    rows = json.loads((tmp_path / "bench_latency.json").read_text())["methods"]
+    assert list(rows) == ["efficientad", "padim"]
+    for row in rows.values():
+        assert set(row["batches"]) == {"1", "2"}
+        for found in row["batches"].values():
+            assert found["images_a_second"] > 0 and 0 < found["backbone_share"] <= 1 and found["peak_share"] > 0
+    table = script("update_readme").latency({"methods": rows})
+    assert "`efficientad` | pdn_small" in table and "`padim` | resnet18" in table
+
+
+@pytest.mark.usefixtures("_standard_promotion")
+def test_a_distilled_teacher_of_patches_can_be_loaded(tmp_path: Path) -> None:
+    distill, out = script("distill_teacher"), tmp_path / "patch17.safetensors"
+    options = distill.Options(
+        patch=17, epochs=1, batch_size=4, out=out, results=tmp_path, workdir=tmp_path / "work", smoke=True
+    )
+    distill.main(options)
+    result = json.loads((tmp_path / "distill_patch17.json").read_text())
+    assert result["patches"] == 40 and result["variance_explained"] < 1
+    maps = backbone("patch17").apply(load("patch17", out), jnp.zeros((1, 24, 24, 3)), ("stride8",))
+    assert maps["stride8"].shape == (1, 3, 3, 128) and np.isfinite(maps["stride8"]).all()
+    with pytest.raises(ValueError, match="needs photographs, found none"):
+        (tmp_path / "empty").mkdir()
+        distill.crops(distill.Options(images=tmp_path / "empty"))
