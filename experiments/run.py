@@ -84,7 +84,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
             splits = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
             few = slice(None, None, 4 if options.smoke else 1)
             opened = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
-            frozen = random_weights(backbone, splits) if options.smoke else detector.load_frozen()
+            frozen = random_weights(backbone, splits) if options.smoke else detector.load_frozen(learning=True)
         detector.frozen = frozen
         for category, (train, test) in opened.items():
             assert train is not None

@@ -96,3 +96,5 @@ class Method(NamedTuple):
     vary: tuple[tuple[str, VaryFn], ...] = ()
     """Hyper-parameters that a fitted state can still change, by name: (state, value) -> the state of a fit with that
     value, for values up to the method's own. A sweep over them is one more mapped axis."""
+    auxiliary: bool = False
+    """Whether it learns from photographs of other things too: uint8 n h w 3 in `frozen["auxiliary"]`."""

@@ -137,7 +137,7 @@ class BenchmarkData(Data):
     """What to compare on what, and where to write.
 
     Args:
-        methods: Names in `jaxad list`, each with its default hyper-parameters; none means all.
+        methods: Names in `jaxad list`, each with its default hyper-parameters; none means all that the backbone suits.
         seeds: Repetitions, counted up from the seed; several go to OUTPUT/seedN/METHOD/DATASET/CATEGORY.
         sweep: NAME=VALUE,VALUE,... compares values of a hyper-parameter from one fit with the largest, for those that a
             fitted model can change (PatchCore's coreset_sampling_ratio and num_neighbors).
@@ -198,8 +198,16 @@ def benchmark(argv: list[str]) -> None:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
     sweep = _sweep(data.sweep) if data.sweep else None
     _join(data)
-    names = data.methods or tuple(METHODS)
-    detectors = [_detector(name, data, options | vars(_method_options(name)())) for name in names]
+    detectors = []
+    for name in data.methods or METHODS:
+        try:
+            detector = _detector(name, data, options | vars(_method_options(name)()))
+            detector.check_auxiliary()
+            detectors.append(detector)
+        except ValueError as error:
+            if data.methods or not detectors:
+                raise
+            say(f"without {name}: {error}")
     opened = _open(data, detectors[0])
     without = [category for category, split in opened.items() if split.test is None]
     if without:

@@ -271,15 +271,21 @@ class Detector:
             for name, file in zip(self.backbones, files, strict=True)
         ]
 
-    def load_frozen(self) -> Frozen:
-        """The pretrained weights, read once; assign `frozen` to share them between detectors."""
+    def load_frozen(self, learning: bool = False) -> Frozen:
+        """The pretrained weights, read once; assign `frozen` to share them between detectors.
+
+        Args:
+            learning: With the auxiliary photographs, if the method learns from such.
+
+        Raises:
+            ValueError: There are no such photographs.
+        """
         if self.frozen is None:
             files = zip(self.backbones, self.weights, strict=True)
             loaded = [jaxad.backbones.load(name, file, self.precision) for name, file in files]
-            if self.auxiliary is not None:
-                photographs = self._photographs(self.auxiliary)
-                loaded = [one | {"auxiliary": photographs} for one in loaded]
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
+        if learning and self.method.auxiliary and "auxiliary" not in self.frozen:
+            self.frozen = self.frozen | {"auxiliary": self._photographs()}
         return self.frozen
 
     def varied(self, name: str, value: Any) -> "Detector":
@@ -339,13 +345,22 @@ class Detector:
             self._built = image_size, make(**accepted, **self.hyperparameters)
         return self._built[1]
 
-    def _photographs(self, folder: Path) -> np.ndarray:
+    def check_auxiliary(self) -> None:
+        """Raises a ValueError where the method needs auxiliary photographs and none are given."""
+        if self.method.auxiliary and self.auxiliary is None:
+            raise ValueError(
+                f"{self.method_name} learns from photographs of other things too: give auxiliary, a folder of them, or "
+                "set penalty to False"
+            )
+
+    def _photographs(self) -> jax.Array:
         """The auxiliary images, at the size of the others; of many some, evenly spread."""
-        assert self._built is not None
-        (split,) = open_data(folder, preprocess=Preprocess(self._built[0]), layout="flat").values()
+        self.check_auxiliary()
+        assert self._built is not None and self.auxiliary is not None
+        (split,) = open_data(self.auxiliary, preprocess=Preprocess(self._built[0]), layout="flat").values()
         data = split.train
         assert data is not None
-        return data.images(np.unique(np.linspace(0, len(data) - 1, AUXILIARY).astype(int)))
+        return jax.numpy.asarray(data.images(np.unique(np.linspace(0, len(data) - 1, AUXILIARY).astype(int))))
 
     def _one(self, source: Any, category: str | None, mask_threshold: int, split: str) -> Dataset:
         """The only category of a source, or the one asked for."""
@@ -430,7 +445,7 @@ def fit_together(
     values = sweep.values if sweep else (0,)
     first, several = detectors[int(np.argmax(values)) if sweep else 0], len(detectors) > 1
     methods = [detector._build(data.image_size) for detector, data in zip(detectors, datasets, strict=True)]
-    method, frozen = first.method, first.load_frozen()
+    method, frozen = first.method, first.load_frozen(learning=True)
     if sweep and sweep.name not in dict(method.vary):
         can = ", ".join(name for name, _ in method.vary) or "nothing"
         raise ValueError(f"{first.method_name} up to {max(values)} can sweep {can} at once, got {sweep.name}")
@@ -530,7 +545,7 @@ def plan_together(
     chosen, held = [part[0] for part in parts], [part[1] for part in parts]
     return estimate(
         method,
-        first.frozen if first.frozen is not None else first.load_frozen(),
+        first.load_frozen(learning=True),
         chosen if several else chosen[0],
         mesh=mesh,
         classes_per_step=classes_per_step,

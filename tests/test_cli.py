@@ -18,7 +18,7 @@ import safetensors.numpy
 from PIL import Image
 
 import jaxad
-from jaxad import artifact, rundir, runs
+from jaxad import artifact, methods, rundir, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
@@ -196,6 +196,20 @@ def test_benchmark_gives_what_fit_and_evaluate_give(
     assert benchmarked["metrics"] == pytest.approx(artifact.read_json(alone / "metrics.json")["metrics"], abs=1e-3)
 
 
+def test_a_benchmark_of_all_methods_leaves_out_those_that_the_backbone_does_not_suit(
+    mvtec: Path,
+    backbone_options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(methods, "METHODS", {name: METHODS[name] for name in ("padim", "efficientad", "stfpm")})
+    assert main(["benchmark", str(mvtec), *backbone_options, "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert "without efficientad: efficientad learns from photographs of other things" in told
+    assert "without stfpm: " in told and sorted(path.name for path in tmp_path.iterdir()) == ["padim"]
+
+
 def test_categories_of_about_as_many_images_are_fitted_together() -> None:
     """The rest would be padded."""
     counts = {"a": 30, "b": 5, "c": 12, "d": 6, "e": 11, "f": 10}
@@ -317,6 +331,7 @@ MISTAKES = {
     "no sweep": (["benchmark", "parts", "--methods", "padim", "--sweep", "sigma=1,2"], "can sweep nothing at once"),
     "a sweep of one value": (["benchmark", "parts", "--sweep", "sigma=1"], "needs two different values"),
     "unknown command": (["train", "photos"], "no command 'train'"),
+    "no photographs": (["fit", "photos", "--method", "efficientad"], "efficientad learns from photographs of other"),
     "offline": (["weights", "fetch", "resnet18"], "JAXAD_OFFLINE is set"),
 }
 

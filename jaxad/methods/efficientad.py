@@ -260,4 +260,4 @@ def efficientad(
         ),
         Stage("calibrate", calibrate, finish, rows=held_out),
     )
-    return Method(features(backbone, (layer,), image=True), init, stages, score)
+    return Method(features(backbone, (layer,), image=True), init, stages, score, auxiliary=penalty)

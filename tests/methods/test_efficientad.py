@@ -1,12 +1,17 @@
 """EfficientAD: hard loss, autoencoder, what is held out, the scale of the maps, and the penalty."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import jaxad
+from jaxad import Detector
 from jaxad.backbones import backbone, features, normalize, student
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
@@ -98,6 +103,22 @@ def test_penalty_needs_photographs(frozen):
     data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
     with pytest.raises(ValueError, match="penalty needs photographs of other things: give auxiliary"):
         fit(efficientad(**SMALL), frozen, data, KEY)
+
+
+def test_a_detector_takes_photographs_from_a_folder_to_learn_but_not_to_score(tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for i, pixels in enumerate(IMAGES[:3]):
+        Image.fromarray(pixels).save(photographs / f"{i}.png")
+    few = dict(image_size=64, holdout=0.5, epochs=1, train_batch_size=4)
+    with pytest.raises(ValueError, match="efficientad learns from photographs of other things too: give auxiliary"):
+        Detector("efficientad", **few).fit(IMAGES)
+    detector = Detector("efficientad", auxiliary=photographs, **few).fit(IMAGES)
+    assert detector.frozen["auxiliary"].shape == (3, 64, 64, 3)
+    detector.save(tmp_path / "model")
+    shutil.rmtree(photographs)
+    found = jaxad.load(tmp_path / "model").predict(IMAGES)
+    np.testing.assert_array_equal(found.pred_score, detector.predict(IMAGES).pred_score)
 
 
 def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen):
