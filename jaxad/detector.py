@@ -354,10 +354,12 @@ class Detector:
             )
 
     def _photographs(self) -> jax.Array:
-        """The auxiliary images, at the size of the others; of many some, evenly spread."""
+        """The inner halves of the auxiliary images, at the size of the others; of many some, evenly spread."""
         self.check_auxiliary()
         assert self._built is not None and self.auxiliary is not None
-        (split,) = open_data(self.auxiliary, preprocess=Preprocess(self._built[0]), layout="flat").values()
+        (h, w), _ = self._built
+        preprocess = Preprocess((2 * h, 2 * w), (h, w))
+        (split,) = open_data(self.auxiliary, preprocess=preprocess, layout="flat").values()
         data = split.train
         assert data is not None
         return jax.numpy.asarray(data.images(np.unique(np.linspace(0, len(data) - 1, AUXILIARY).astype(int))))

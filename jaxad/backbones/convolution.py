@@ -1,5 +1,6 @@
 """Convolutions with torch's and TensorFlow's padding, and the folding of a torch checkpoint into their parameters."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,13 +53,14 @@ class Conv(nn.Module):
     """As a sum of matrix products of shifted images. Many kernels at once (`vmap`) then make no grouped convolution, on
     whose gradient over several devices XLA's partitioner aborts (jaxlib 0.10.2)."""
     kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+    bias_init: Callable[[int], nn.initializers.Initializer] = lambda fan_in: nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
         """The convolved map, in the type of `x`."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", self.bias_init(math.prod(shape[:-1])), (self.features,), jnp.float32)
         kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
         if self.kernel == 1:  # on a CPU faster than XLA's convolution
             return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]) + bias

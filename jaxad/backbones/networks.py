@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxad.backbones import convolution, efficientnet, patchnet, pdn, registry, resnet, transformer, vgg
 from jaxad.base import EmbedFn, Frozen, Key, PyTree
 from jaxad.nn import ConvNorm, without_norm
-from jaxad.ops.gradient import torch_uniform
+from jaxad.ops.gradient import torch_bias, torch_uniform
 from jaxad.ops.image import levels
 
 
@@ -200,15 +200,17 @@ def student(name: str, layers: tuple[str, ...], copies: int = 1) -> Student:
     Args:
         name: A ResNet, or a patch-description network.
         layers: Names of its stages.
-        copies: The last stage of EfficientAD's networks or of `pdn_small` has so many times its channels.
+        copies: The description of EfficientAD's networks or of `pdn_small` has so many times its channels.
 
     Raises:
         ValueError: There is no such backbone or stage, or it is of another kind.
     """
     entry = registry.lookup(name)
     _check(name, _network(entry).stages, layers)
-    trained = functools.partial(convolution.Conv, kernel_init=torch_uniform)
+    trained = functools.partial(convolution.Conv, kernel_init=torch_uniform, bias_init=torch_bias)
     normed = False
+    if copies > 1 and entry.architecture not in ("pdn_small", *pdn.PUBLISHED):
+        raise ValueError(f"the backbone must be pdn_small, {' or '.join(pdn.PUBLISHED)}, got {name}")
     if entry.architecture == "pdn_small":
         module = pdn.PatchDescriptionNetwork(copies * pdn.OUT, trained)
     elif entry.architecture in pdn.PUBLISHED:

@@ -1,6 +1,6 @@
 """Networks of 17, 33 or 65 px patches, evaluated on a whole image at once: the teachers of Uninformed Students.
 
-A stage is a density: `stride1` describes the patch around every pixel, `stride4` that around every fourth. Where a
+A stage is a density: `stride1` describes the patch around every pixel, `stride4` that in the middle of every 4 x 4. Where a
 network of patches halves its map, a dense one halves it as long as the stride allows, and from then on looks at
 positions twice as far apart (dilation): every position has just what the network makes of its patch alone.
 
@@ -35,7 +35,7 @@ def patch_size(architecture: str) -> int:
 
 
 class PatchNetwork(nn.Module):
-    """Descriptions of patches; the image is surrounded by zeros, half a patch wide."""
+    """Descriptions of patches; the image is surrounded by zeros."""
 
     architecture: str
     conv: Any = Conv
@@ -50,8 +50,9 @@ class PatchNetwork(nn.Module):
         finest, stride, dilation = min(strides.values()), 1, 1
         grid = tuple(-(-size // finest) for size in x.shape[1:3])
         if not self.alone:
-            around = (patch_size(self.architecture) - 1) // 2
-            x = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
+            around, middle = (patch_size(self.architecture) - 1) // 2, finest // 2
+            pads = ((around - middle, around + middle),) * 2
+            x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         convolutions = LAYERS[self.architecture]
         for i, (kernel, features, pooled) in enumerate(convolutions):
             last = i == len(convolutions) - 1

@@ -62,6 +62,7 @@ class PublishedNetwork(nn.Module):
 
     architecture: str
     out: int = OUT
+    """Channels of the description, and of whatever else has as many."""
     conv: Any = Conv
 
     @nn.compact
@@ -69,9 +70,8 @@ class PublishedNetwork(nn.Module):
         """The description of a normalized image, its only stage."""
         shapes = PUBLISHED[self.architecture]
         for i, (kernel, features) in enumerate(shapes):
-            last = i == len(shapes) - 1
-            x = self.conv(self.out if last else features, kernel, pad=False, name=f"conv{i + 1}")(x)
-            if not last:
+            x = self.conv(self.out if features == OUT else features, kernel, pad=False, name=f"conv{i + 1}")(x)
+            if i < len(shapes) - 1:
                 x = jax.nn.relu(x)
             if i < 2:
                 x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4

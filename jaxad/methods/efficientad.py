@@ -8,10 +8,11 @@ held-out normal images become 0 and 0.1 (section 3.4); a position scores their m
 
 Paper: EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies, WACV 2024, arXiv:2303.14535.
 Reference: https://github.com/nelson1425/EfficientAD (no official code); anomalib.
-Differences: the teacher may be `pdn_small`, which pads; the decoder of the autoencoder stops at twice the teacher's
-    grid, which for the published networks is the published one, and its sizes follow the image's; every tenth training
-    image is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 images on MVTec's
-    classes of about 240); photographs are halved and doubled, not doubled and halved; biases begin as zeros.
+Differences: the teacher may be `pdn_small`, which pads and has stride 8; the decoder of the autoencoder stops at twice
+    the teacher's grid, which for the published networks is the published one, and its sizes follow the image's; every
+    tenth training image is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 of them
+    on MVTec's classes of about 240 images); photographs are drawn from 1,000 at most. As in the reference, what the
+    teacher does not describe at the border scores 0, and the heat map has the size that the network sees.
 Results: experiments/recipes/efficientad.py
 """
 
@@ -23,14 +24,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxad.backbones import Backbone, features, normalize, student
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features, normalize, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import ONE_OF, held_out, learned_from
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
@@ -79,6 +80,8 @@ class Autoencoder(nn.Module):
 
     grid: tuple[int, int]
     out: int
+    stride: int
+    """Of the grid, in pixels."""
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], dropout: Key | None) -> Float[Array, "b gh gw c"]:
@@ -86,7 +89,8 @@ class Autoencoder(nn.Module):
         size = image.shape[1:3]
 
         def conv(x: Array, features: int, kernel: tuple[int, int], stride: int = 1, pad: Any = 1) -> Array:
-            return nn.Conv(features, kernel, stride, pad, kernel_init=torch_uniform)(x)
+            bias = torch_bias(math.prod(kernel) * x.shape[-1])
+            return nn.Conv(features, kernel, stride, pad, kernel_init=torch_uniform, bias_init=bias)(x)
 
         def resized(x: Array, to: tuple[int, int]) -> Array:
             return jax.image.resize(x, (x.shape[0], *to, x.shape[-1]), "linear", antialias=False)
@@ -96,9 +100,8 @@ class Autoencoder(nn.Module):
             x = nn.relu(conv(x, width, (4, 4), 2))
         x = conv(x, 64, (x.shape[1], x.shape[2]), pad=0)
         keys = iter(() if dropout is None else jax.random.split(dropout, 6))
-        stride = 2 ** int(math.log2(size[0] / self.grid[0]))
         for divisor, less in ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1)):
-            if divisor >= stride // 2:
+            if divisor >= self.stride // 2:
                 x = resized(x, (max(1, size[0] // divisor - less), max(1, size[1] // divisor - less)))
                 x = nn.relu(conv(x, 64, (4, 4), pad=2))
                 if dropout is not None:
@@ -123,13 +126,21 @@ def gray_of(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
 
 
 def draw_photographs(key: Key, photographs: Array, n: int) -> Float[Array, "n h w 3"]:
-    """The inner halves of some photographs at full size, in [0, 1], three of ten in gray (section 3.2)."""
+    """Some photographs, in [0, 1], three of ten in gray (section 3.2)."""
     which, how = jax.random.split(key)
-    _, h, w, _ = photographs.shape
-    found = photographs[jax.random.randint(which, (n,), 0, len(photographs))].astype(jnp.float32) / 255
-    inner = found[:, h // 4 : h // 4 + h // 2, w // 4 : w // 4 + w // 2]
-    image = jax.image.resize(inner, (n, h, w, 3), "linear")
+    image = photographs[jax.random.randint(which, (n,), 0, len(photographs))].astype(jnp.float32) / 255
     return jnp.where(jax.random.uniform(how, (n, 1, 1, 1)) < 0.3, gray_of(image), image)
+
+
+def stride_of(network: Backbone, layer: str) -> int:
+    """Pixels between the positions of a stage, whatever it leaves out at the border."""
+    frozen = jax.eval_shape(network.init, jax.eval_shape(jax.random.key, 0))
+
+    def positions(side: int) -> int:
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        return jax.eval_shape(lambda f, x: network.apply(f, x, (layer,))[layer], frozen, image).shape[1]
+
+    return 128 // (positions(256) - positions(128))
 
 
 def hard_mean(errors: Float[Array, "b h w c"], share: float) -> Float[Array, "b"]:
@@ -145,7 +156,7 @@ def efficientad(
     image_size: tuple[int, int] = (256, 256),
     penalty: bool = True,
     hard_share: float = 0.999,
-    epochs: int = 300,
+    epochs: int = 325,
     train_batch_size: int = 1,
     learning_rate: float = 1e-4,
     weight_decay: float = 1e-5,
@@ -168,18 +179,19 @@ def efficientad(
     """
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
+    zero_or_more(weight_decay=weight_decay)
     if not 0 <= hard_share < 1:
         raise ValueError(f"hard_share must be in [0, 1), got {hard_share}")
     if image_size[0] % 32 or image_size[1] % 32:
         raise ValueError(f"image_size must be multiples of 32, got {image_size}")
     network = architecture(backbone)
     layer = network.stages[-1]
-    learner = student(backbone, (layer,), copies=2)
+    learner, stride = student(backbone, (layer,), copies=2), stride_of(network, layer)
     optimizer = torch_adam(learning_rate, weight_decay)
 
     def decoder(x: PyTree) -> Autoencoder:
         _, h, w, c = x[layer].shape
-        return Autoencoder((h, w), c)
+        return Autoencoder((h, w), c, stride)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> EfficientadMeasuring:
         del frozen
@@ -248,7 +260,6 @@ def efficientad(
 
     def score(state: EfficientadStudent, frozen: Frozen, x: dict[str, Array]) -> Scores:
         found = (0.1 * (errors(state, frozen, x) - state.low) / (state.high - state.low)).mean(-1)
-        stride = 2 ** int(math.log2(image_size[0] / found.shape[1]))
         pads = [((size // stride - grid) // 2,) * 2 for size, grid in zip(image_size, found.shape[1:], strict=True)]
         pixel = upsample_blur(jnp.pad(found, ((0, 0), *pads)), image_size, 0.0)
         return Scores(pixel.max((1, 2)), pixel)

@@ -7,10 +7,11 @@ that with respect to it, smoothed (section 3.2).
 
 Paper: Multiresolution Knowledge Distillation for Anomaly Detection, CVPR 2021, arXiv:2011.11108.
 Reference: https://github.com/rohban-lab/Knowledge_Distillation_AD
-Differences: any backbone may teach; heat maps are neither scaled to [0, 1] image by image nor opened morphologically,
-    so that pixels of different images compare; images are normalized for the teacher; SmoothGrad's noise is a share of
-    the range of pixels, as in its paper (arXiv:1706.03825), not of its inverse's square; convolutions with batch norm
-    begin as a ResNet's do; the last epoch counts, not the best on the test images.
+Differences: any backbone may teach; heat maps are neither clipped, nor scaled to [0, 1] image by image, nor opened
+    morphologically, so that pixels of different images compare; images are normalized for the teacher; SmoothGrad
+    averages gradients with their signs, and its noise, the same for all images, is a share of the range of pixels, as
+    in its paper (arXiv:1706.03825), not of its inverse's square; convolutions with batch norm begin as a ResNet's do;
+    steps are of full batches.
 Results: experiments/recipes/mkd.py
 """
 
@@ -140,6 +141,8 @@ def mkd(
         channels = {}
         for layer in layers:
             stride = image_size[0] / x[layer].shape[1]
+            if not 2 <= stride <= 32:
+                raise ValueError(f"layers must have strides of 2 to 32, got {layer} of stride {stride:g}")
             if (stride, stride) != (image_size[1] / x[layer].shape[2], 2 ** round(math.log2(stride))):
                 raise ValueError(
                     f"image_size must be multiples of the stride of {layer}, got {image_size} for a map of "

@@ -8,8 +8,9 @@ both standardized and added (Eq. 10); several patch sizes are averaged (Eq. 11),
 Paper: Uninformed Students: Student-Teacher Anomaly Detection with Discriminative Latent Embeddings, CVPR 2020,
     arXiv:1911.02357.
 Reference: https://github.com/denguir/student-teacher-anomaly-detection (no official code)
-Differences: descriptions may be less dense than pixels (`stride`); images are surrounded by zeros, not mirrored; every
-    tenth training image is held out for the scales.
+Differences: descriptions may be less dense than pixels (`stride`), in the middle of as many pixels but for half a one;
+    images are surrounded by zeros after they are normalized; every tenth training image is held out for the scales;
+    students learn descriptions without an activation, and images are not flipped, as they are in the reference.
 Results: experiments/recipes/uninformed_students.py; teachers come from experiments/distill_teacher.py.
 """
 

@@ -14,6 +14,12 @@ torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """How torch draws the weights of its linear layers and convolutions."""
 
 
+def torch_bias(fan_in: int) -> jax.nn.initializers.Initializer:
+    """How torch draws their biases: evenly within +- 1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Trained(NamedTuple):
     """Parameters with the state of their optimizer."""
 

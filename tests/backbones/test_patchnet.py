@@ -22,8 +22,8 @@ def test_dense_equals_patch_wise(architecture, stride):
     image = jnp.asarray(np.random.default_rng(0).normal(size=(1, *SIZE, 3)), jnp.float32)
     variables = dense.init(jax.random.key(0), image, (layer,))
     found = jax.jit(dense.apply, static_argnums=2)(variables, image, (layer,))[layer]
-    around = (p - 1) // 2
-    padded = np.pad(image, ((0, 0), (around, around), (around, around), (0, 0)))
+    before, behind = ((p - 1) // 2 + shift for shift in (-(stride // 2), stride // 2))
+    padded = np.pad(image, ((0, 0), (before, behind), (before, behind), (0, 0)))
     rows, columns = (range(0, n, stride) for n in SIZE)
     patches = np.concatenate([padded[:, i : i + p, j : j + p] for i in rows for j in columns])
     one_by_one = jax.jit(alone.apply, static_argnums=2)(variables, patches, ("stride1",))["stride1"]

@@ -15,7 +15,7 @@ from jaxad import Detector
 from jaxad.backbones import backbone, features, normalize, student
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
-from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
+from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter, stride_of
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
 
@@ -40,16 +40,32 @@ def test_hard_loss_is_the_mean_above_the_quantile(b, n, share):
 
 
 def test_autoencoder_is_the_published_one_at_256_px():
-    made = jax.eval_shape(Autoencoder((56, 56), 384).init, KEY, jnp.zeros((1, 256, 256, 3)), None)
+    made = jax.eval_shape(Autoencoder((56, 56), 384, 4).init, KEY, jnp.zeros((1, 256, 256, 3)), None)
     kernels = [made["params"][f"Conv_{i}"]["kernel"].shape for i in range(len(made["params"]))]
     encoder = [(4, 4, 3, 32), (4, 4, 32, 32), (4, 4, 32, 64), (4, 4, 64, 64), (4, 4, 64, 64), (8, 8, 64, 64)]
     assert kernels == [*encoder, *[(4, 4, 64, 64)] * 6, (3, 3, 64, 64), (3, 3, 64, 384)]
 
 
-@pytest.mark.parametrize("grid", [(56, 56), (32, 32)])
-def test_autoencoder_gives_the_teachers_grid(grid):
+@pytest.mark.parametrize(("name", "stride"), [("efficientad_small", 4), ("efficientad_medium", 4), ("pdn_small", 8)])
+def test_strides_are_told_without_padding(name, stride):
+    network = backbone(name)
+    assert stride_of(network, network.stages[-1]) == stride
+
+
+def test_the_student_of_the_medium_network_is_twice_as_wide_where_it_describes():
+    made = jax.eval_shape(student("efficientad_medium", ("head",), copies=2).init, KEY)
+    assert [made["params"][f"conv{i}"]["kernel"].shape[-1] for i in range(1, 7)] == [256, 512, 512, 512, 768, 768]
+
+
+def test_other_backbones_are_refused():
+    with pytest.raises(ValueError, match="must be pdn_small, efficientad_small .* got resnet18"):
+        efficientad(backbone="resnet18")
+
+
+@pytest.mark.parametrize(("grid", "stride"), [((56, 56), 4), ((32, 32), 8)])
+def test_autoencoder_gives_the_teachers_grid(grid, stride):
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8).init_with_output(KEY, image, KEY), image)
+    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8, stride).init_with_output(KEY, image, KEY), image)
     assert found.shape == (2, *grid, 8)
 
 
@@ -79,7 +95,7 @@ def maps_of(frozen, state, images):
     teacher = (np.asarray(x) - np.asarray(state.mean)) / np.asarray(state.deviation)
     learner = student("pdn_small", ("layer3",), copies=2)
     found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["layer3"])
-    decoder, normalized = Autoencoder((8, 8), 384), normalize(frozen, jnp.asarray(images), jnp.float32)
+    decoder, normalized = Autoencoder((8, 8), 384, 8), normalize(frozen, jnp.asarray(images), jnp.float32)
     decoded = np.asarray(jax.jit(decoder.apply, static_argnums=2)(state.params["autoencoder"], normalized, None))
     own, second = np.split(found, 2, axis=-1)
     return np.stack([((teacher - own) ** 2).mean(-1), ((decoded - second) ** 2).mean(-1)], -1)
