@@ -2,10 +2,11 @@
 
 The loss adds three: a linear decoder gives the ResNet's pooled description of the (enlarged) patch (knowledge
 distillation, Eq. 1); a patch is nearer to itself moved, brightened and with noise than to another one (metric learning,
-Eq. 2-4); the channels of the description are uncorrelated (compactness, Eq. 5).
+Eq. 2-4); the channels of the description are uncorrelated (compactness, Eq. 5). A tenth of the triplets is gray.
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1. Differences: the layer3 of the ResNet, the deepest
-of the weights at hand, not its last; correlations are squared, so that their sum has a minimum.
+of the weights at hand, not its last, which sees patches of 96 px; correlations are squared, so that their sum has a
+minimum, and divided by the number of channels; fewer steps.
 
     python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33
 
@@ -35,7 +36,7 @@ from jaxad.backbones.patchnet import PatchNetwork
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
 from jaxad.ops.image import levels
 
 LAYER = "layer3"
@@ -43,6 +44,8 @@ ENLARGED = 96
 """Height and width of a patch that the ResNet sees."""
 MARGIN = 1.0
 """By which another patch must be farther away (delta)."""
+ONE_OF = 20
+"""A patch of so many, and a photograph, is held out."""
 
 
 @dataclasses.dataclass
@@ -56,7 +59,7 @@ class Options:
     patch: Literal[17, 33, 65] = 33
     """Height and width of a patch in pixels."""
     patches: int = 20_000
-    """Of all photographs together; a twentieth of them is held out."""
+    """Of all photographs together; those of a twentieth of the photographs are held out."""
     epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 2e-4
@@ -77,7 +80,10 @@ class Distilling(NamedTuple):
 
 
 def crops(options: Options) -> np.ndarray:
-    """Patches of photographs of many sizes, with a quarter of a patch around them to move in, n s s 3."""
+    """Patches of photographs, n s s 3, with a quarter of a patch around them to move in; the held-out ones last.
+
+    A photograph is 4 to 16 patches wide.
+    """
     side = options.patch + 2 * (options.patch // 4)
     rng = np.random.default_rng(options.seed)
     if options.smoke:
@@ -85,12 +91,12 @@ def crops(options: Options) -> np.ndarray:
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise ValueError(f"a teacher needs photographs, found none in {options.images}")
+    kept, held = (of - of // ONE_OF for of in (options.patches, len(paths)))
     found = []
     for i in range(options.patches):
-        image = Image.open(paths[i % len(paths)]).convert("RGB")
-        cut = (
-            int(min(image.size) * rng.uniform(side / min(image.size), 1)) if min(image.size) > side else min(image.size)
-        )
+        of = i % held if i < kept or held == len(paths) else held + i % (len(paths) - held)
+        image = Image.open(paths[of]).convert("RGB")
+        cut = round(min(image.size) / rng.uniform(4, 16) * side / options.patch)
         left, top = (int(rng.integers(0, length - cut + 1)) for length in image.size)
         found.append(image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + cut, top + cut)))
     return np.stack(found)
@@ -100,7 +106,7 @@ def distillation(options: Options, teacher: str) -> Method:
     """The distillation as a method; its image score is the decoder's squared error over the description's."""
     around, size = options.patch // 4, options.patch
     module = PatchNetwork(
-        f"patch{size}", lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, **how), alone=True
+        f"patch{size}", lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, bias_init=torch_bias, **how), alone=True
     )
     network = backbone(teacher)
     optimizer = torch_adam(options.learning_rate, options.weight_decay)
@@ -126,12 +132,14 @@ def distillation(options: Options, teacher: str) -> Method:
 
     def train(key: Key, state: Distilling, frozen: Frozen, batch: Batch) -> tuple[Distilling, Metrics]:
         image, target = batch.x["image"].astype(jnp.float32) / 255, batch.x["target"]
-        shift, light, noise = jax.random.split(key, 3)
+        shift, light, noise, color = jax.random.split(key, 4)
         corners = jax.random.randint(shift, (len(image), 2), 0, 2 * around + 1)
         cut = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), (size, size, 3))  # noqa: E731
         moved = jax.vmap(cut)(image, corners) * jax.random.uniform(light, (len(image), 1, 1, 1), minval=0.9, maxval=1.1)
-        moved = jnp.clip(moved + 0.02 * jax.random.normal(noise, moved.shape), 0, 1)
+        moved = jnp.clip(moved + 0.1 * jax.random.normal(noise, moved.shape), 0, 1)
         inner = image[:, around : around + size, around : around + size]
+        plain = jax.random.uniform(color, (len(image), 1, 1, 1)) < 0.1
+        inner, moved = (jnp.where(plain, x @ jnp.full((3, 3), 1 / 3), x) for x in (inner, moved))
 
         def loss(params: PyTree) -> jax.Array:
             own, near = jnp.split(describe(params, frozen, jnp.concatenate([inner, moved])), 2)
@@ -171,7 +179,7 @@ def main(options: Options) -> None:
     teacher = "resnet18.tv_in1k"
     frozen = backbone(teacher).init(jax.random.key(0)) if options.smoke else load(teacher, options.weights)
     patches = crops(options)
-    kept = len(patches) - len(patches) // 20
+    kept = len(patches) - len(patches) // ONE_OF
     data = {
         part: open_data(patches[rows], preprocess=Preprocess(None))["arrays"].train
         for part, rows in (("train", slice(kept)), ("held out", slice(kept, None)))
