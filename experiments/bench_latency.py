@@ -5,7 +5,8 @@
 One program goes from images to scores and heat maps. Methods that train see a few images once, since scores cost the
 same whatever was learned; those that remember images remember all of them. The share of the backbone is the time of
 `embed` alone over that of the whole, and the share of the peak the arithmetic of the whole a second (loops multiplied
-out; those whose rounds data decide count one) over that of a product of large matrices. `--smoke` is the small variant that the tests run.
+out; those whose rounds data decide count one) over that of a product of large matrices. `--smoke` is the small variant
+that the tests run.
 """
 
 import inspect

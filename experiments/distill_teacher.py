@@ -106,7 +106,9 @@ def distillation(options: Options, teacher: str) -> Method:
     """The distillation as a method; its image score is the decoder's squared error over the description's."""
     around, size = options.patch // 4, options.patch
     module = PatchNetwork(
-        f"patch{size}", lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, bias_init=torch_bias, **how), alone=True
+        f"patch{size}",
+        lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, bias_init=torch_bias, **how),
+        alone=True,
     )
     network = backbone(teacher)
     optimizer = torch_adam(options.learning_rate, options.weight_decay)
@@ -117,7 +119,7 @@ def distillation(options: Options, teacher: str) -> Method:
         return {"image": levels(image), "target": network.apply(frozen, enlarged, (LAYER,))[LAYER].mean((1, 2))}
 
     def describe(params: PyTree, frozen: Frozen, image: jax.Array) -> jax.Array:
-        found = module.apply(params["network"], normalize(frozen, image, jnp.float32), ("stride1",))
+        found: Any = module.apply(params["network"], normalize(frozen, image, jnp.float32), ("stride1",))
         return found["stride1"][:, 0, 0]
 
     def decoder(x: PyTree) -> nn.Dense:

@@ -4,6 +4,8 @@
 for a method's name. Keep it tiny: 64 px, few channels, few steps.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxad.backbones import patchnet, pdn, registry, resnet
@@ -42,7 +44,7 @@ class Case(NamedTuple):
     jumps: bool = False
     """Whether the heat map is a gradient through ReLUs, which jumps where rounding moves an activation over 0."""
 
-    longer: dict[str, Any] = {}
+    longer: Mapping[str, Any] = MappingProxyType({})
     """Hyper-parameters with which it learns enough to find a defect, where steps so long magnify rounding."""
 
     @property
@@ -91,9 +93,7 @@ CASES = {
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "efficientad": Case("efficientad", EFFICIENTAD, "tiny_pdn", random=True, determined=False),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
-    "mkd": Case(
-        "mkd", MKD, random=True, streaming=True, determined=False, jumps=True, longer=dict(learning_rate=1e-3)
-    ),
+    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False, jumps=True, longer=dict(learning_rate=1e-3)),
     "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
     "nf-pixels": Case(
         "nf",

@@ -120,7 +120,7 @@ class Source(NamedTuple):
     def fold(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The kernel (HWIO) and the bias of the convolution with its batch norm, computed in float64."""
         kernel = tensors[f"{self.conv}.weight"].astype(np.float64).transpose(2, 3, 1, 0)
-        own = tensors[f"{self.conv}.bias"].astype(np.float64) if self.norm is None or self.biased else 0.0
+        own: Any = tensors[f"{self.conv}.bias"].astype(np.float64) if self.norm is None or self.biased else 0.0
         bias = own
         if self.norm is not None:
             gain, shift, mean, variance = (

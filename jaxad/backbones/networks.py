@@ -186,9 +186,9 @@ class Student(NamedTuple):
 
     init: Callable[[Key], PyTree]
     """Variables: parameters, and the running statistics of the batch norms."""
-    apply: Callable[[PyTree, Frozen, Array, Bool[Array, "b"]], tuple[dict[str, Float[Array, "b _ _ _"]], PyTree]]
+    apply: Callable[[PyTree, Frozen, Array, Bool[Array, "b"] | None], tuple[dict[str, Float[Array, "b _ _ _"]], PyTree]]
     """(variables, frozen, image, valid) -> the maps of the stages as in training, and the new running statistics. Of
-    `frozen` only the normalization of images is used; what is not valid does not count."""
+    `frozen` only the normalization of images is used; what is not valid does not count (None: as when scoring)."""
     freeze: Callable[[PyTree], PyTree]
     """Variables -> parameters of the backbone of that name, which gives the maps by the running statistics."""
 
@@ -222,7 +222,7 @@ def student(name: str, layers: tuple[str, ...], copies: int = 1) -> Student:
         module, normed = resnet.ResNet(entry.architecture, entry.stride_in_1x1, ConvNorm), True
 
     def init(key: Key) -> PyTree:
-        options = {"valid": jnp.ones(1, bool)} if normed else {}
+        options: dict[str, Any] = {"valid": jnp.ones(1, bool)} if normed else {}
         return module.init(key, jnp.zeros((1, 64, 64, 3)), layers, **options)
 
     def apply(variables: PyTree, frozen: Frozen, image: Array, valid: Array | None) -> Any:

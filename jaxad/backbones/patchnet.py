@@ -1,7 +1,7 @@
 """Networks of 17, 33 or 65 px patches, evaluated on a whole image at once: the teachers of Uninformed Students.
 
-A stage is a density: `stride1` describes the patch around every pixel, `stride4` that in the middle of every 4 x 4. Where a
-network of patches halves its map, a dense one halves it as long as the stride allows, and from then on looks at
+A stage is a density: `stride1` describes the patch around every pixel, `stride4` that in the middle of every 4 x 4.
+Where a network of patches halves its map, a dense one halves it as long as the stride allows, and from then on looks at
 positions twice as far apart (dilation): every position has just what the network makes of its patch alone.
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1 and appendix; Fast Dense Feature Extraction with

@@ -226,7 +226,7 @@ def efficientad(
         def loss(params: PyTree) -> Float[Array, ""]:
             maps, _ = learner.apply(params["student"], frozen, jnp.concatenate(seen), batch.valid)
             parts = jnp.split(maps[layer], len(seen))
-            decoded = decoder(x).apply(params["autoencoder"], normalize(frozen, seen[1], jnp.float32), keys[2])
+            decoded: Any = decoder(x).apply(params["autoencoder"], normalize(frozen, seen[1], jnp.float32), keys[2])
             found = hard_mean((own - parts[0][..., :c]) ** 2, hard_share)
             found = found + jnp.mean((other - decoded) ** 2 + (decoded - parts[1][..., c:]) ** 2, (1, 2, 3))
             if penalty:
@@ -245,7 +245,8 @@ def efficientad(
         """The student's map and that of student and autoencoder."""
         own, c = (x[layer] - state.mean) / state.deviation, x[layer].shape[-1]
         found = learner.apply(state.params["student"], frozen, x["image"], None)[0][layer]
-        decoded = decoder(x).apply(state.params["autoencoder"], normalize(frozen, x["image"], jnp.float32), None)
+        image = normalize(frozen, x["image"], jnp.float32)
+        decoded: Any = decoder(x).apply(state.params["autoencoder"], image, None)
         return jnp.stack([((own - found[..., :c]) ** 2).mean(-1), ((decoded - found[..., c:]) ** 2).mean(-1)], -1)
 
     def calibrate(key: Key, state: EfficientadCalibrating, frozen: Frozen, batch: Batch) -> tuple[Any, Metrics]:

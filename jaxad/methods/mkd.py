@@ -189,7 +189,7 @@ def mkd(
         activation = guided_relu if localization == "guided_backprop" else nn.relu
 
         def differ(image: Array, teacher: dict[str, Array]) -> Float[Array, "b"]:
-            found = cloner(x, activation).apply(variables, normalize(frozen, image, jnp.float32), None)
+            found: Any = cloner(x, activation).apply(variables, normalize(frozen, image, jnp.float32), None)
             return discrepancy(found, teacher, among)
 
         image = x["image"].astype(jnp.float32) / 255

@@ -169,7 +169,7 @@ def rd4ad(
 
     def score(state: Rd4adStudent, frozen: Frozen, x: Maps) -> Scores:
         del frozen
-        found = network(x).apply({"params": state.params, "batch_stats": state.running}, x, None)
+        found: Any = network(x).apply({"params": state.params, "batch_stats": state.running}, x, None)
         pixel = jnp.zeros(())
         for layer in LAYERS:
             pixel = pixel + upsample_blur(cosine_distance(x[layer], found[layer]), image_size, sigma)

@@ -17,7 +17,7 @@ torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_bias(fan_in: int) -> jax.nn.initializers.Initializer:
     """How torch draws their biases: evenly within +- 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=None, out_sharding=None: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Trained(NamedTuple):
@@ -71,7 +71,7 @@ def torch_amsgrad_w(learning_rate: float, weight_decay: float, b2: float = 0.999
     Source: Reddi et al., On the convergence of Adam and beyond, ICLR 2018.
     """
 
-    def correction(step: Array) -> Array:
+    def correction(step: Any) -> Any:
         return jnp.sqrt(1 - b2 ** (step + 1.0))
 
     return optax.chain(

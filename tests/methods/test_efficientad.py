@@ -58,7 +58,7 @@ def test_the_student_of_the_medium_network_is_twice_as_wide_where_it_describes()
 
 
 def test_other_backbones_are_refused():
-    with pytest.raises(ValueError, match="must be pdn_small, efficientad_small .* got resnet18"):
+    with pytest.raises(ValueError, match=r"must be pdn_small, efficientad_small .* got resnet18"):
         efficientad(backbone="resnet18")
 
 
