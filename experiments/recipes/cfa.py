@@ -7,7 +7,7 @@
 The last epoch counts, whatever the test images say.
 """
 
-from recipes import BOTTLE, MTD, RESNET50, Recipe, published
+from recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer2", "layer3"), "gamma_d": 4, "epochs": 10}
 NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 10 epochs."
@@ -15,11 +15,12 @@ NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_
 RECIPES = {
     "cfa_bottle": Recipe(
         "cfa",
+        "mvtec_bottle",
         backbone="resnet18.tv_in1k",
+        image_size=256,
         hyperparameters={"epochs": 10},
         published=published("anomalib, ResNet-18, 256 px", image_AUROC=0.991, pixel_AUROC=0.986),
         notes="10 epochs instead of 30.",
-        **BOTTLE,
     ),
     "cfa_mtd": Recipe(
         "cfa",
