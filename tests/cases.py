@@ -15,11 +15,12 @@ from jaxad.methods import METHODS
 IMAGE_SIZE = (64, 64)
 TWO = ("layer1", "layer2")
 
-TINY = ("tiny_resnet", "tiny_pdn", "patch9")
-"""Networks of the tests alone, with few channels: a ResNet of a block a stage, EfficientAD's, one of 9 px patches."""
+TINY = ("tiny_resnet", "tiny_pdn", "patch9", "patch13")
+"""Networks of the tests alone, with few channels: a ResNet of a block a stage, EfficientAD's, two of small patches."""
 resnet.BLOCKS["tiny_resnet"] = resnet.ResidualBlocks((1, 1, 1, 1), 1.0, 16)
 pdn.PUBLISHED["tiny_pdn"] = ((4, 8), (4, 16), (3, 16), (4, pdn.OUT))
 patchnet.LAYERS["patch9"] = ((4, 8, True), (3, patchnet.OUT, False))
+patchnet.LAYERS["patch13"] = ((4, 8, True), (5, patchnet.OUT, False))
 for _name in TINY:
     registry.ENTRIES[_name] = registry.PLAIN[_name] = registry.Entry(_name, official=False)
 

@@ -11,16 +11,18 @@ from jaxad.fit import fit
 from jaxad.methods.uninformed_students import uninformed_students
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out
+from tests.cases import TINY
 
 KEY = jax.random.key(0)
+assert {"patch9", "patch13"} < set(TINY)
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
-SMALL = dict(backbone="patch17", image_size=(32, 32), num_students=2, stride=8, epochs=1, train_batch_size=4)
+SMALL = dict(backbone="patch9", image_size=(32, 32), num_students=2, stride=8, epochs=1, train_batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def fitted():
     """The weights, the method and what it learned."""
-    frozen = backbone("patch17").init(jax.random.key(1))
+    frozen = backbone("patch9").init(jax.random.key(1))
     method = uninformed_students(**SMALL)
     data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
     return frozen, method, fit(method, frozen, data, KEY)
@@ -29,12 +31,12 @@ def fitted():
 def recomputed(frozen, method, state, images):
     """Errors and variances of every position, in float64."""
     x = jax.jit(method.embed)(frozen, images)
-    apply = jax.jit(student("patch17", ("stride8",)).apply)
-    variables = [jax.tree.map(lambda leaf, i=i: leaf[i], state.students["patch17"]) for i in range(2)]
+    apply = jax.jit(student("patch9", ("stride8",)).apply)
+    variables = [jax.tree.map(lambda leaf, i=i: leaf[i], state.students["patch9"]) for i in range(2)]
     found = [apply(v, frozen, images, jnp.ones(len(images), bool))[0]["stride8"] for v in variables]
     found = np.asarray(found, np.float64)
-    scale = state.teacher["patch17"]
-    teacher = (np.asarray(x["patch17"], np.float64) - np.asarray(scale.mean)) / np.asarray(scale.deviation)
+    scale = state.teacher["patch9"]
+    teacher = (np.asarray(x["patch9"], np.float64) - np.asarray(scale.mean)) / np.asarray(scale.deviation)
     mean = found.mean(0)
     error = ((mean - teacher) ** 2).sum(-1)
     variance = (found**2).sum(-1).mean(0) - (mean**2).sum(-1)
@@ -44,7 +46,7 @@ def recomputed(frozen, method, state, images):
 def test_scores_are_standardized_errors_and_variances(fitted):
     frozen, method, (state, *_) = fitted
     x, error, variance = recomputed(frozen, method, state, IMAGES)
-    own = state.scores["patch17"]
+    own = state.scores["patch9"]
     expected = sum((m - float(own.mean[i])) / float(own.deviation[i]) for i, m in enumerate((error, variance)))
     scores = jax.jit(method.score)(state, frozen, x)
     pixel = upsample_blur(jnp.asarray(expected, jnp.float32), (32, 32), 0.0)
@@ -55,20 +57,20 @@ def test_scores_are_standardized_errors_and_variances(fitted):
 def test_the_scales_are_those_of_held_out_images(fitted):
     frozen, method, (state, *_) = fitted
     _, error, variance = recomputed(frozen, method, state, IMAGES[held_out(12)])
-    own = state.scores["patch17"]
+    own = state.scores["patch9"]
     np.testing.assert_allclose(own.mean, [error.mean(), variance.mean()], rtol=1e-3)
     np.testing.assert_allclose(own.deviation, [error.std(), variance.std()], rtol=1e-3)
 
 
 def test_students_differ_and_learn(fitted):
     _, _, (state, _, _, metrics) = fitted
-    kernels = state.students["patch17"]["params"]["conv1"]["kernel"]
+    kernels = state.students["patch9"]["params"]["conv1"]["kernel"]
     assert not np.allclose(kernels[0], kernels[1])
     assert metrics["loss"][-1] < metrics["loss"][0]
 
 
 def test_several_patch_sizes_are_averaged():
-    names = ("patch17", "patch33")
+    names = ("patch9", "patch13")
     weights = tuple(backbone(name).init(jax.random.key(i)) for i, name in enumerate(names))
     method = uninformed_students(**SMALL | {"backbone": names})
     data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
