@@ -10,6 +10,7 @@ that the tests run.
 """
 
 import inspect
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -35,11 +36,22 @@ from jaxad.program import Program
 
 FEW = 8
 """Images that a method sees that trains."""
-OWN = {"efficientad": "pdn_small", "uninformed_students": "patch33"}
-"""Backbones of methods that take no ResNet; random weights of the second."""
-SETTINGS: dict[str, dict[str, Any]] = {"efficientad": {"penalty": False}, "uninformed_students": {"stride": 4}}
-PYRAMID = ("layer1", "layer2", "layer3")
-"""The stages of the weights at hand."""
+OWN: dict[str, tuple[str, ...]] = {
+    "efficientad": ("efficientad_small", "efficientad_medium"),
+    "uninformed_students": ("patch33",),
+}
+"""Backbones of methods that take no ResNet, with random weights."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cflow": {"layers": ("layer2", "layer3")},
+    "csflow": {"layer": "layer3"},
+    "differnet": {"layer": "layer3"},
+    "efficientad": {"penalty": False},
+    "mahalanobis_ad": {"layers": ("layer3",)},
+    "nf": {"layers": ("layer3",)},
+    "spade": {"image_layer": "layer3"},
+    "uninformed_students": {"stride": 4},
+}
+"""What differs from the defaults: weights may end at layer3."""
 
 
 @dataclass
@@ -50,9 +62,9 @@ class Options:
     weights: Path | None = None
     """A ResNet's; none: random ones of a ResNet-18."""
     methods: tuple[str, ...] = ()
-    """None: all. Rows of others that bench_latency.json holds of the same device and size stay."""
+    """None: all. Rows of others, and of other devices, that bench_latency.json holds of the same sizes stay."""
     size: int = 256
-    batches: tuple[int, ...] = (1, 32)
+    batches: list[int] = field(default_factory=lambda: [1, 32])
     repeats: int = 5
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     smoke: bool = False
@@ -77,18 +89,9 @@ def peak(repeats: int, n: int = 4096) -> float:
     return 2 * n**3 / seconds(lambda: multiply(a), repeats)
 
 
-def layers_of(name: str) -> dict[str, Any]:
-    """What the weights at hand have no deeper stages for."""
-    known = inspect.signature(METHODS[name]).parameters
-    if name == "differnet" or name == "csflow":
-        return {"layer": PYRAMID[-1]}
-    return {"layers": PYRAMID[-1:]} if name in ("mahalanobis_ad", "nf") and "layers" in known else {}
-
-
-def measure(name: str, options: Options, most: float) -> dict[str, Any]:
-    """One method at every batch size."""
-    own = OWN.get(name)
-    chosen = own or ("resnet18" if options.weights is None else of_file(options.weights))
+def measure(name: str, chosen: str, options: Options, most: float) -> dict[str, Any]:
+    """One method on a backbone, at every batch size."""
+    own = chosen in OWN.get(name, ())
     known = inspect.signature(METHODS[name]).parameters
     once = {k: v for k, v in {"epochs": 1, "train_batch_size": FEW // 2}.items() if k in known}
     detector = jaxad.Detector(
@@ -98,10 +101,9 @@ def measure(name: str, options: Options, most: float) -> dict[str, Any]:
         image_size=options.size,
         holdout=0,
         **once,
-        **(layers_of(name) if own is None else {}),
         **SETTINGS.get(name, {}),
     )
-    if chosen != "pdn_small" and (own or options.weights is None):
+    if own or options.weights is None:
         detector.frozen = backbone(chosen).init(jax.random.key(0))
     data = next(iter(open_data(options.data, preprocess=detector.preprocess).values())).train
     assert data is not None
@@ -110,7 +112,7 @@ def measure(name: str, options: Options, most: float) -> dict[str, Any]:
     method, frozen, state = detector.method, detector.load_frozen(), detector.state
     embed = Program(method.embed)
     whole = Program(lambda state, frozen, image: method.score(state, frozen, method.embed(frozen, image)))
-    row: dict[str, Any] = {"backbone": chosen, "batches": {}}
+    row: dict[str, Any] = {"batches": {}}
     for size in options.batches:
         image = jnp.asarray(data.images([i % len(data) for i in range(size)]))
         took = seconds(lambda image=image: whole(state, frozen, image), options.repeats)
@@ -127,23 +129,28 @@ def measure(name: str, options: Options, most: float) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Measures every method and writes the table's rows."""
     if options.smoke:
-        options.size, options.batches, options.repeats = 64, (1, 2), 1
+        options.size, options.batches, options.repeats = 64, [1, 2], 1
     record: dict[str, Any] = {
         "experiment": "bench_latency",
-        "device": jax.devices()[0].device_kind,
         "image_size": options.size,
+        "batches": options.batches,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
     }
-    path = options.results / "bench_latency.json"
+    path, device = options.results / "bench_latency.json", jax.devices()[0].device_kind
     old = read_json(path) if path.exists() else {}
-    rows = old["methods"] if record.items() <= old.items() else {}
+    rows = old["rows"] if record.items() <= old.items() else []
     most = peak(options.repeats, 256 if options.smoke else 4096)
+    resnet = "resnet18" if options.weights is None else of_file(options.weights)
     for name in options.methods or METHODS:
-        rows[name] = measure(name, options, most) | {"command": " ".join(["python", *sys.argv])}
-        print(name, rows[name]["batches"], flush=True)
-        rows[name]["peak_flops_a_second"] = most
-        write_json(path, record | {"methods": dict(sorted(rows.items()))})
-        jax.clear_caches()
+        for chosen in OWN.get(name, (resnet,)):
+            of = {"method": name, "backbone": chosen, "device": device}
+            row = of | measure(name, chosen, options, most)
+            row |= {"peak_flops_a_second": most, "command": shlex.join(["python", *sys.argv])}
+            rows = [other for other in rows if not of.items() <= other.items()] + [row]
+            rows.sort(key=lambda row: (row["device"], row["method"], row["backbone"]))
+            write_json(path, record | {"rows": rows})
+            print(name, chosen, row["batches"], flush=True)
+            jax.clear_caches()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ that the tests run: a few patches of noise, random weights.
 """
 
 import dataclasses
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ ENLARGED = 96
 """Height and width of a patch that the ResNet sees."""
 MARGIN = 1.0
 """By which another patch must be farther away (delta)."""
+SETTINGS = ("images", "weights", "patch", "patches", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")
+"""Options that a checkpoint belongs to."""
 ONE_OF = 20
 """A patch of so many, and a photograph, is held out."""
 
@@ -186,6 +189,7 @@ def main(options: Options) -> None:
         part: open_data(patches[rows], preprocess=Preprocess(None))["arrays"].train
         for part, rows in (("train", slice(kept)), ("held out", slice(kept, None)))
     }
+    settings = [getattr(options, field) for field in SETTINGS]
     method, key = distillation(options, teacher), jax.random.key(options.seed)
     fitted = fit(
         method,
@@ -193,7 +197,7 @@ def main(options: Options) -> None:
         data["train"],
         key,
         batch_size=options.batch_size,
-        checkpoint_dir=options.workdir / name,
+        checkpoint_dir=options.workdir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}",
         progress=progress,
     )
     error = np.asarray(score_all(method, fitted.state, frozen, data["held out"], batch_size=options.batch_size).image)

@@ -83,15 +83,16 @@ def after_epochs(
         progress: Told of the images done and all of them.
         seed: Of the state and of the order of images.
     """
-    n, order = length(x), np.random.default_rng(seed)
+    order = np.random.default_rng(seed)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     state = method.init(jax.random.key(seed), frozen, spec)
     last = max(i for i, stage in enumerate(method.stages) if stage.shuffle)
     for i, stage in enumerate(method.stages[: last + 1]):
-        update, size = Program(stage.update), min(stage.batch_size or PART, n)
-        steps = n // size
+        seen = np.asarray(stage.rows(length(x)))
+        update, size = Program(stage.update), min(stage.batch_size or PART, len(seen))
+        steps = len(seen) // size
         for epoch in range(stage.epochs):
-            rows = order.permutation(n) if stage.shuffle else np.arange(n)
+            rows = order.permutation(seen) if stage.shuffle else seen
             for step in range(steps):
                 at = epoch * steps + step
                 batch = batch_of(x, rows[step * size : (step + 1) * size], at / steps / stage.epochs)

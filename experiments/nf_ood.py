@@ -16,6 +16,7 @@ of a test image's corner each), CIFAR-10's images, and those with defects.
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -241,7 +242,7 @@ def main(options: Options) -> None:
 
     for flow, hyperparameters in chosen.items():
         found = on_adbench() if flow == ADBENCH else on_images(flow)
-        rows[flow] = {"hyperparameters": hyperparameters, **found, "command": " ".join(["python", *sys.argv])}
+        rows[flow] = {"hyperparameters": hyperparameters, **found, "command": shlex.join(["python", *sys.argv])}
         print(f"\n{flow}", found, flush=True)
         write_json(path, record | {"flows": rows})
 

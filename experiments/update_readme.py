@@ -67,18 +67,17 @@ def speed_of_flows(record: dict[str, Any]) -> str:
 
 def latency(record: dict[str, Any]) -> str:
     """Images a second of every method, of bench_latency.json."""
-    sizes = list(next(iter(record["methods"].values()))["batches"])
-    heads = ["method", "backbone"]
-    for size in sizes:
+    heads = ["method", "backbone", "device"]
+    for size in record["batches"]:
         heads += [f"images/s, batch {size}", "backbone", "of the peak"]
 
-    def row(name: str, method: dict[str, Any]) -> list[str]:
-        cells = [f"`{name}`", method["backbone"]]
-        for found in method["batches"].values():
+    def cells_of(row: dict[str, Any]) -> list[str]:
+        cells = [f"`{row['method']}`", row["backbone"], row["device"]]
+        for found in row["batches"].values():
             cells += [f"{found['images_a_second']:.1f}", f"{found['backbone_share']:.0%}", f"{found['peak_share']:.0%}"]
         return cells
 
-    return markdown_table(heads, [row(*item) for item in record["methods"].items()])
+    return markdown_table(heads, [cells_of(row) for row in record["rows"]], left=3)
 
 
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:

@@ -198,16 +198,20 @@ def benchmark(argv: list[str]) -> None:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
     sweep = _sweep(data.sweep) if data.sweep else None
     _join(data)
-    detectors = []
+    detectors, refused = [], {}
     for name in data.methods or METHODS:
         try:
             detector = _detector(name, data, options | vars(_method_options(name)()))
             detector.check_auxiliary()
             detectors.append(detector)
         except ValueError as error:
-            if data.methods or not detectors:
+            if data.methods:
                 raise
-            say(f"without {name}: {error}")
+            refused[name] = error
+    if not detectors:
+        raise next(iter(refused.values()))
+    for name, error in refused.items():
+        say(f"without {name}: {error}")
     opened = _open(data, detectors[0])
     without = [category for category, split in opened.items() if split.test is None]
     if without:

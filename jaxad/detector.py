@@ -284,8 +284,11 @@ class Detector:
             files = zip(self.backbones, self.weights, strict=True)
             loaded = [jaxad.backbones.load(name, file, self.precision) for name, file in files]
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
-        if learning and self.method.auxiliary and "auxiliary" not in self.frozen:
-            self.frozen = self.frozen | {"auxiliary": self._photographs()}
+        if learning and self.method.auxiliary:
+            assert self._built is not None
+            given = self.frozen.get("auxiliary")
+            if given is None or given.shape[1:3] != self._built[0]:
+                self.frozen = self.frozen | {"auxiliary": self._photographs()}
         return self.frozen
 
     def varied(self, name: str, value: Any) -> "Detector":

@@ -125,6 +125,9 @@ CASES = {
     "uninformed_students": Case(
         "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
     ),
+    "uninformed_students-two": Case(
+        "uninformed_students", STUDENTS, ("patch9", "patch13"), random=True, streaming=True, determined=False
+    ),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(

@@ -10,6 +10,7 @@ from jaxad.backbones.networks import (
     features,
     normalize,
     residual_blocks,
+    stride,
     student,
 )
 from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
@@ -30,5 +31,6 @@ __all__ = [
     "residual_blocks",
     "resolve",
     "source",
+    "stride",
     "student",
 ]

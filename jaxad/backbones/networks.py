@@ -50,6 +50,17 @@ def normalize(frozen: Frozen, image: Array, dtype: DTypeLike) -> Float[Array, "b
     return ((image.astype(jnp.float32) * scale - frozen["mean"]) / frozen["std"]).astype(dtype)
 
 
+def stride(network: Backbone, layer: str) -> int:
+    """Pixels between the positions of a stage, whatever it leaves out at the border."""
+    frozen = jax.eval_shape(network.init, jax.eval_shape(jax.random.key, 0))
+
+    def positions(side: int) -> int:
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        return jax.eval_shape(lambda f, x: network.apply(f, x, (layer,))[layer], frozen, image).shape[1]
+
+    return 128 // (positions(256) - positions(128))
+
+
 class _Network(NamedTuple):
     """The module of an architecture, and what `Backbone` says of it."""
 

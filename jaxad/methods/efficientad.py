@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jaxad.backbones import Backbone, features, normalize, student
 from jaxad.backbones import backbone as architecture
+from jaxad.backbones import features, normalize, stride, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
@@ -132,17 +132,6 @@ def draw_photographs(key: Key, photographs: Array, n: int) -> Float[Array, "n h 
     return jnp.where(jax.random.uniform(how, (n, 1, 1, 1)) < 0.3, gray_of(image), image)
 
 
-def stride_of(network: Backbone, layer: str) -> int:
-    """Pixels between the positions of a stage, whatever it leaves out at the border."""
-    frozen = jax.eval_shape(network.init, jax.eval_shape(jax.random.key, 0))
-
-    def positions(side: int) -> int:
-        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        return jax.eval_shape(lambda f, x: network.apply(f, x, (layer,))[layer], frozen, image).shape[1]
-
-    return 128 // (positions(256) - positions(128))
-
-
 def hard_mean(errors: Float[Array, "b h w c"], share: float) -> Float[Array, "b"]:
     """The mean of the errors of each image that are at or above their quantile of that share (Eq. 1)."""
     flat = errors.reshape(len(errors), -1)
@@ -186,12 +175,12 @@ def efficientad(
         raise ValueError(f"image_size must be multiples of 32, got {image_size}")
     network = architecture(backbone)
     layer = network.stages[-1]
-    learner, stride = student(backbone, (layer,), copies=2), stride_of(network, layer)
+    learner, apart = student(backbone, (layer,), copies=2), stride(network, layer)
     optimizer = torch_adam(learning_rate, weight_decay)
 
     def decoder(x: PyTree) -> Autoencoder:
         _, h, w, c = x[layer].shape
-        return Autoencoder((h, w), c, stride)
+        return Autoencoder((h, w), c, apart)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> EfficientadMeasuring:
         del frozen
@@ -261,7 +250,7 @@ def efficientad(
 
     def score(state: EfficientadStudent, frozen: Frozen, x: dict[str, Array]) -> Scores:
         found = (0.1 * (errors(state, frozen, x) - state.low) / (state.high - state.low)).mean(-1)
-        pads = [((size // stride - grid) // 2,) * 2 for size, grid in zip(image_size, found.shape[1:], strict=True)]
+        pads = [((size // apart - grid) // 2,) * 2 for size, grid in zip(image_size, found.shape[1:], strict=True)]
         pixel = upsample_blur(jnp.pad(found, ((0, 0), *pads)), image_size, 0.0)
         return Scores(pixel.max((1, 2)), pixel)
 

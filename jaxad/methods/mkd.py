@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features, normalize
+from jaxad.backbones import features, normalize, stride
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
 from jaxad.ops.cosine import cosine_distance
@@ -127,12 +127,13 @@ def mkd(
     at_least_one(hidden=hidden, samples=samples, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(value_weight=value_weight, noise=noise, sigma=sigma)
-    known = ("gradients", "smooth_grad", "guided_backprop")
-    if localization not in known:
-        raise ValueError(f"localization must be one of {', '.join(known)}, got {localization}")
+    gradients = ("gradients", "smooth_grad", "guided_backprop")
+    if localization not in gradients:
+        raise ValueError(f"localization must be one of {', '.join(gradients)}, got {localization}")
     network = architecture(backbone)
     if layers is None:
-        layers = network.stages[1:] if network.stages[0] == "pool1" else network.pyramid_layers
+        known = network.stages[1:] if network.stages[0] == "pool1" else network.pyramid_layers
+        layers = tuple({stride(network, layer): layer for layer in known}.values())
     embed = features(backbone, tuple(layers), image=True)
     layers = tuple(layer for layer in network.stages if layer in layers)
     optimizer = optax.adam(learning_rate)
@@ -140,15 +141,15 @@ def mkd(
     def cloner(x: PyTree, activation: Callable[[Array], Array] = nn.relu) -> Cloner:
         channels = {}
         for layer in layers:
-            stride = image_size[0] / x[layer].shape[1]
-            if not 2 <= stride <= 32:
-                raise ValueError(f"layers must have strides of 2 to 32, got {layer} of stride {stride:g}")
-            if (stride, stride) != (image_size[1] / x[layer].shape[2], 2 ** round(math.log2(stride))):
+            apart = image_size[0] / x[layer].shape[1]
+            if apart != image_size[1] / x[layer].shape[2] or apart % 1:
                 raise ValueError(
                     f"image_size must be multiples of the stride of {layer}, got {image_size} for a map of "
                     f"{x[layer].shape[1]} x {x[layer].shape[2]}"
                 )
-            channels[round(math.log2(stride))] = x[layer].shape[-1]
+            if apart not in (2, 4, 8, 16, 32):
+                raise ValueError(f"layers must have strides of 2, 4, 8, 16 or 32, got {layer} of stride {apart:g}")
+            channels[round(math.log2(apart))] = x[layer].shape[-1]
         if len(channels) < len(layers):
             raise ValueError(f"layers must have different strides, got {', '.join(layers)}")
         return Cloner(tuple(channels.get(i + 1, 0) for i in range(max(channels))), hidden, activation)

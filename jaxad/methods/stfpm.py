@@ -75,7 +75,7 @@ def stfpm(
         weight_decay: Of SGD, added to the gradient.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyper-parameter is out of its range, or the backbone no ResNet.
     """
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)

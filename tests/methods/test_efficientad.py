@@ -12,10 +12,10 @@ from PIL import Image
 
 import jaxad
 from jaxad import Detector
-from jaxad.backbones import backbone, features, normalize, student
+from jaxad.backbones import backbone, features, normalize, stride, student
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
-from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter, stride_of
+from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
 
@@ -39,17 +39,17 @@ def test_hard_loss_is_the_mean_above_the_quantile(b, n, share):
     np.testing.assert_allclose(hard_mean(jnp.asarray(errors), share), expected, rtol=1e-4)
 
 
-def test_autoencoder_is_the_published_one_at_256_px():
+def test_autoencoder_has_the_published_kernels_at_256_px():
     made = jax.eval_shape(Autoencoder((56, 56), 384, 4).init, KEY, jnp.zeros((1, 256, 256, 3)), None)
     kernels = [made["params"][f"Conv_{i}"]["kernel"].shape for i in range(len(made["params"]))]
     encoder = [(4, 4, 3, 32), (4, 4, 32, 32), (4, 4, 32, 64), (4, 4, 64, 64), (4, 4, 64, 64), (8, 8, 64, 64)]
     assert kernels == [*encoder, *[(4, 4, 64, 64)] * 6, (3, 3, 64, 64), (3, 3, 64, 384)]
 
 
-@pytest.mark.parametrize(("name", "stride"), [("efficientad_small", 4), ("efficientad_medium", 4), ("pdn_small", 8)])
-def test_strides_are_told_without_padding(name, stride):
+@pytest.mark.parametrize(("name", "pixels"), [("efficientad_small", 4), ("efficientad_medium", 4), ("pdn_small", 8)])
+def test_strides_are_told_without_padding(name, pixels):
     network = backbone(name)
-    assert stride_of(network, network.stages[-1]) == stride
+    assert stride(network, network.stages[-1]) == pixels
 
 
 def test_the_student_of_the_medium_network_is_twice_as_wide_where_it_describes():
@@ -62,10 +62,10 @@ def test_other_backbones_are_refused():
         efficientad(backbone="resnet18")
 
 
-@pytest.mark.parametrize(("grid", "stride"), [((56, 56), 4), ((32, 32), 8)])
-def test_autoencoder_gives_the_teachers_grid(grid, stride):
+@pytest.mark.parametrize(("grid", "apart"), [((56, 56), 4), ((32, 32), 8)])
+def test_autoencoder_gives_the_teachers_grid(grid, apart):
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8, stride).init_with_output(KEY, image, KEY), image)
+    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8, apart).init_with_output(KEY, image, KEY), image)
     assert found.shape == (2, *grid, 8)
 
 
@@ -144,3 +144,10 @@ def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen):
     alone = fit(efficientad(**SMALL, penalty=False), frozen, data, KEY)
     assert np.isfinite(fitted.metrics["loss"]).all()
     assert fitted.metrics["loss"][0] > alone.metrics["loss"][0]
+    learner = student("pdn_small", ("layer3",), copies=2)
+
+    def shown(state):
+        maps = jax.jit(learner.apply)(state.params["student"], frozen, photographs, None)[0]["layer3"]
+        return float((maps[..., :384] ** 2).mean())
+
+    assert shown(fitted.state) < 0.95 * shown(alone.state)

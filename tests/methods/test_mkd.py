@@ -98,7 +98,26 @@ def test_maps_must_have_strides_of_powers_of_two_that_differ(frozen):
             frozen,
             jax.eval_shape(mkd(**SMALL).embed, frozen, jax.ShapeDtypeStruct((1, 36, 36, 3), jnp.uint8)),
         )
+    method = mkd(**SMALL | {"image_size": (60, 60)})
+    spec = {"image": jax.ShapeDtypeStruct((1, 60, 60, 3), jnp.uint8)}
+    spec |= {layer: jax.ShapeDtypeStruct((1, 20, 20, 4), jnp.float32) for layer in SMALL["layers"]}
+    with pytest.raises(ValueError, match="strides of 2, 4, 8, 16 or 32, got layer1 of stride 3"):
+        method.init(KEY, frozen, spec)
     method = mkd(**SMALL | {"layers": ("layer2", "layer3")})
     spec = jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8))
     with pytest.raises(ValueError, match="layers must have different strides, got layer2, layer3"):
         method.init(KEY, frozen, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("pdn_small", ("layer1", "layer3")), ("resnet18", ("layer1", "layer2", "layer3")), ("vgg11", None)],
+)
+def test_one_stage_of_every_stride_is_compared(name, layers):
+    network = backbone(name)
+    x = jax.eval_shape(
+        mkd(backbone=name, image_size=(64, 64)).embed,
+        jax.eval_shape(network.init, KEY),
+        jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8),
+    )
+    assert set(x) == {"image", *(layers or ("pool2", "pool3", "pool4", "pool5"))}
