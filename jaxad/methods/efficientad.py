@@ -188,7 +188,7 @@ def efficientad(
         image = jnp.zeros((1, *image_size, 3))
         params = {"student": learner.init(first), "autoencoder": decoder(spec).init(second, image, None)}
         n, h, w, c = spec[layer].shape
-        maps = jnp.full((-(-n // ONE_OF), h, w, 2), jnp.nan)
+        maps = jnp.full((-(-n // ONE_OF), h, w, 2), jnp.nan, jnp.float32)
         return EfficientadMeasuring(params, moments_init((c, 1)), maps)
 
     def measure(key: Key, state: EfficientadMeasuring, frozen: Frozen, batch: Batch) -> tuple[Any, Metrics]:
