@@ -29,6 +29,10 @@ from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import save_file
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run
+
 import jaxad
 from jaxad.artifact import write_json
 from jaxad.backbones import backbone, load, normalize
@@ -93,7 +97,7 @@ def crops(options: Options) -> np.ndarray:
         return rng.integers(0, 256, (40, side, side, 3), np.uint8)
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
-        raise ValueError(f"a teacher needs photographs, found none in {options.images}")
+        raise SystemExit(f"a teacher needs photographs, found none in {options.images}")
     kept, held = (of - of // ONE_OF for of in (options.patches, len(paths)))
     found = []
     for i in range(options.patches):
@@ -173,11 +177,6 @@ def distillation(options: Options, teacher: str) -> Method:
     return Method(embed, init, (stage,), score)
 
 
-def progress(what: str, done: int, total: int) -> None:
-    """One line, rewritten."""
-    print(f"\r{what} {done}/{total} patches", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
 def main(options: Options) -> None:
     """Distills and writes."""
     name = f"patch{options.patch}"
@@ -198,7 +197,7 @@ def main(options: Options) -> None:
         key,
         batch_size=options.batch_size,
         checkpoint_dir=options.workdir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}",
-        progress=progress,
+        progress=run.progress("patches"),
     )
     error = np.asarray(score_all(method, fitted.state, frozen, data["held out"], batch_size=options.batch_size).image)
     embed: Any = jax.jit(method.embed)

@@ -59,7 +59,7 @@ class Options:
 def of_jaxad(name: str, method: Method, frozen: Frozen, learn: PyTree, test: PyTree) -> Iterator[np.ndarray]:
     """Heat maps of the test images after every epoch."""
     finish, score, n = Program(method.stages[-1].finalize), Program(method.score), loops.length(test)
-    for state in loops.after_epochs(method, frozen, learn, functools.partial(run.progress, name)):
+    for state in loops.after_epochs(method, frozen, learn, functools.partial(run.progress(), name)):
         final = finish(jax.random.key(0), state, frozen)
         parts = [loops.batch_of(test, range(i, min(i + loops.PART, n))).x for i in range(0, n, loops.PART)]
         yield np.concatenate([score(final, frozen, part).pixel for part in parts])

@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 sys.path.insert(0, str(Path(__file__).parent))
 
 import loops
+import run
 
 import jaxad
 from jaxad.artifact import read_json, write_json
@@ -121,6 +122,8 @@ def resized(options: Options, folder: Path, n: int) -> np.ndarray:
         return digits(n)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
+    if not paths:
+        raise SystemExit(f"{folder} has no images: give a folder of .jpg, .jpeg or .png files")
     opened = (Image.open(path).convert("RGB") for path in paths)
     return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
 
@@ -158,19 +161,6 @@ def against(scores: np.ndarray, foreign: np.ndarray) -> float:
     """The AUROC of foreign images."""
     labels = np.r_[np.zeros(len(scores), int), np.ones(len(foreign), int)]
     return auroc(np.r_[scores, foreign], labels)
-
-
-def progress(name: str) -> Any:
-    """One line, rewritten, with a rate and the time left."""
-    started = time.perf_counter()
-
-    def show(what: str, done: int, total: int) -> None:
-        seconds = time.perf_counter() - started
-        rate = done / seconds if seconds else 0
-        left = f"{(total - done) / rate:.0f} s left" if rate else ""
-        print(f"\r{name}: {what} {done}/{total} images, {rate:.0f}/s, {left}   ", end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 def main(options: Options) -> None:
@@ -213,7 +203,7 @@ def main(options: Options) -> None:
     def on_images(flow: str) -> dict[str, Any]:
         method, pixels = nf(backbone=network, **chosen[flow]), chosen[flow].get("on") == "pixels"
         side = SIZE if pixels or options.smoke else ENLARGED
-        fitted = fit(method, frozen, data_of(train, side), jax.random.key(0), progress=progress(flow))
+        fitted = fit(method, frozen, data_of(train, side), jax.random.key(0), progress=run.progress())
 
         def scored(images: np.ndarray) -> np.ndarray:
             data, size = data_of(images, side), min(64, options.test)
@@ -241,6 +231,7 @@ def main(options: Options) -> None:
         return {"bits_per_dimension": None, "auroc": auroc, "seconds": seconds}
 
     for flow, hyperparameters in chosen.items():
+        print(flow, file=sys.stderr, flush=True)
         found = on_adbench() if flow == ADBENCH else on_images(flow)
         rows[flow] = {"hyperparameters": hyperparameters, **found, "command": shlex.join(["python", *sys.argv])}
         print(f"\n{flow}", found, flush=True)

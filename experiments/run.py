@@ -12,6 +12,7 @@ import pkgutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,9 +132,9 @@ def random_weights(backbone: str, splits: dict[str, Any]) -> Any:
 
 def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:
     """Fits on one category, scores its test set and evaluates."""
-    detector.fit(train, cache=cache, progress=progress)
+    detector.fit(train, cache=cache, progress=progress())
     started, compiled = time.perf_counter(), compile_seconds()
-    parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress)]
+    parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress())]
     compiled = compile_seconds() - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
     maps = [s.pixel for s in parts if s.pixel is not None]
@@ -162,9 +163,20 @@ def evaluated(categories: dict[str, Any]) -> list[str]:
     return [k for k in first if all(k in c["metrics"] for c in categories.values())]
 
 
-def progress(what: str, done: int, total: int) -> None:
-    """One line, rewritten."""
-    print(f"\r{what} {done}/{total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def progress(unit: str = "images") -> Callable[[str, int, int], None]:
+    """Shows one line, rewritten, with the rate and the time left of the part under way."""
+    part, started = "", 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal part, started
+        if what != part:
+            part, started = what, time.perf_counter()
+        rate = done / (time.perf_counter() - started)
+        left = f", {rate:.0f}/s, {(total - done) / rate:.0f} s left  " if done else ""
+        end = "\n" if done == total else ""
+        print(f"\r{what} {done}/{total} {unit}{left}", end=end, file=sys.stderr, flush=True)
+
+    return show
 
 
 def main(options: Options) -> None:

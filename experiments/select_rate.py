@@ -61,7 +61,7 @@ def curve(name: str, method: Method, still: Method, frozen: Frozen, learn: PyTre
     def loss(state: PyTree) -> float:
         return float(np.mean([look(jax.random.key(0), state, frozen, part)[1]["loss"] for part in parts]))
 
-    states = loops.after_epochs(method, frozen, learn, functools.partial(run.progress, name))
+    states = loops.after_epochs(method, frozen, learn, functools.partial(run.progress(), name))
     return [loss(state) for state in states]
 
 

@@ -266,6 +266,8 @@ def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
     }
     assert set(aligned["flows"][names[0]]["auroc"]) == set(aligned["foreign_images"])
     assert "flow, trained on bolt" in script("update_readme").foreign_images(aligned)
+    with pytest.raises(SystemExit, match="bolt has no images"):
+        experiment.resized(experiment.Options(), tmp_path / "bolt", 8)
     with pytest.raises(SystemExit, match="flows must be of"):
         experiment.main(experiment.Options(flows=names[2:], aligned=tmp_path / "bolt", **options))
     assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
@@ -310,6 +312,6 @@ def test_a_distilled_teacher_of_patches_can_be_loaded(tmp_path: Path) -> None:
     assert result["patches"] == 40 and np.isfinite(result["variance_explained"])
     maps = backbone("patch17").apply(load("patch17", out), jnp.zeros((1, 24, 24, 3)), ("stride8",))
     assert maps["stride8"].shape == (1, 3, 3, 128) and np.isfinite(maps["stride8"]).all()
-    with pytest.raises(ValueError, match="needs photographs, found none"):
+    with pytest.raises(SystemExit, match="needs photographs, found none"):
         (tmp_path / "empty").mkdir()
         distill.crops(distill.Options(images=tmp_path / "empty"))
