@@ -23,7 +23,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=256,
         hyperparameters={"layer": "layer3", "hidden": 64, "epochs": 12, **SHORT},
-        published=published("anomalib, EfficientNet-B5, 256 px, mean of all classes", image_AUROC=0.972),
+        published=published("anomalib, EfficientNet-B5, 768 px", image_AUROC=1.0, pixel_AUROC=0.889),
         notes="64 hidden channels, 12 epochs of 4 images a step at 1e-3.",
     ),
     "csflow_mtd": Recipe(

@@ -19,7 +19,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=256,
         hyperparameters={"epochs": 20, "train_batch_size": 8},
-        published=published("anomalib, WRN-50, 256 px", image_AUROC=1.0),
+        published=published("anomalib, WRN-50, 256 px", image_AUROC=1.0, pixel_AUROC=0.984),
         notes="A ResNet-18, 20 epochs of 8 images a step instead of 200 of 16.",
     ),
     "rd4ad_mtd": Recipe(
