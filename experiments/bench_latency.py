@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -154,4 +153,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import sklearn
 import sklearn.neighbors
-import tyro
 
 import jaxad
 from jaxad.artifact import write_json
@@ -177,4 +176,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -367,4 +367,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from rich.progress import track
@@ -213,4 +212,6 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Recipe))
+    from command import start
+
+    start(main, Recipe)

@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import save_file
@@ -97,7 +96,7 @@ def crops(options: Options) -> np.ndarray:
         return rng.integers(0, 256, (40, side, side, 3), np.uint8)
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
-        raise SystemExit(f"a teacher needs photographs, found none in {options.images}")
+        raise ValueError(f"a teacher needs photographs, found none in {options.images}")
     kept, held = (of - of // ONE_OF for of in (options.patches, len(paths)))
     found = []
     for i in range(options.patches):
@@ -228,4 +227,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

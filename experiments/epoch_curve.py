@@ -77,7 +77,7 @@ def of_freia(python: Path, method: dict, size: tuple[int, int], learn: PyTree, t
             for line in child.stdout:
                 yield np.load(line.strip())
         if child.returncode:
-            raise SystemExit(f"freia_fastflow.py must end well, got exit code {child.returncode}")
+            raise ValueError(f"freia_fastflow.py must end well, got exit code {child.returncode}")
 
 
 def main(options: Options) -> None:
@@ -86,10 +86,10 @@ def main(options: Options) -> None:
     detector, frozen, (train, test) = opened
     method = detector.method
     if not method.stages[-1].shuffle or test is None:
-        raise SystemExit(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
+        raise ValueError(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
     blocks = {k: v for k, v in detector.hyperparameters.items() if k not in ("epochs", "train_batch_size")}
     if options.torch_python is not None and (detector.method_name, blocks) != ("fastflow", {"conv3x3_only": True}):
-        raise SystemExit(f"FrEIA's blocks are those of a FastFlow of 8 3x3 couplings, got {options.name}: {blocks}")
+        raise ValueError(f"FrEIA's blocks are those of a FastFlow of 8 3x3 couplings, got {options.name}: {blocks}")
     learn, foreign = (loops.embedded(method, frozen, part) for part in (train, test))
     record = {
         "experiment": f"epochs_{options.name}",
@@ -109,7 +109,7 @@ def main(options: Options) -> None:
         of, maps = "FrEIA", of_freia(options.torch_python, trained, test.image_size, learn, foreign)
     masks = test.masks(range(len(test)))
     if masks is None:
-        raise SystemExit(f"the data must have masks, got none in {options.data}")
+        raise ValueError(f"the data must have masks, got none in {options.data}")
     defects = (masks > 0).ravel().astype(int)
     curve: dict[str, list[float]] = {"image_AUROC": [], "pixel_AUROC": []}
     for pixel in maps:
@@ -132,4 +132,6 @@ def stopped(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

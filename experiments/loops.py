@@ -30,11 +30,11 @@ def opened(
     """The detector of a recipe that learns at a rate, its weights, and its first category.
 
     Raises:
-        SystemExit: There is no such recipe.
+        ValueError: There is no such recipe.
     """
     recipe = run.all_recipes().get(name)
     if recipe is None or "learning_rate" not in inspect.signature(METHODS[recipe.method]).parameters:
-        raise SystemExit(f"the recipe must be one of a method with a learning rate, got {name}")
+        raise ValueError(f"the recipe must be one of a method with a learning rate, got {name}")
     hyperparameters: dict[str, Any] = dict(recipe.hyperparameters) | ({} if epochs is None else {"epochs": epochs})
     detector = jaxad.Detector(
         recipe.method,

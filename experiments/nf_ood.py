@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-import tyro
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -104,7 +103,7 @@ def flows(options: Options) -> dict[str, dict[str, Any]]:
     if options.aligned is not None:
         del known[ADBENCH]
     if not set(options.flows) <= set(known):
-        raise SystemExit(f"flows must be of {', '.join(known)}, got {', '.join(options.flows)}")
+        raise ValueError(f"flows must be of {', '.join(known)}, got {', '.join(options.flows)}")
     return {name: known[name] for name in options.flows or known}
 
 
@@ -123,7 +122,7 @@ def resized(options: Options, folder: Path, n: int) -> np.ndarray:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
     if not paths:
-        raise SystemExit(f"{folder} has no images: give a folder of .jpg, .jpeg or .png files")
+        raise ValueError(f"{folder} has no images: give a folder of .jpg, .jpeg or .png files")
     opened = (Image.open(path).convert("RGB") for path in paths)
     return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
 
@@ -239,4 +238,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -184,7 +184,7 @@ def main(options: Options) -> None:
     known = all_recipes()
     unknown = [name for name in options.names if name not in known]
     if unknown or not options.names:
-        raise SystemExit(f"recipes are {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}")
+        raise ValueError(f"recipes are {', '.join(sorted(known))}; got {', '.join(unknown) or 'none'}")
     if len(options.names) == 1:
         run(options.names[0], known[options.names[0]], options)
         return
@@ -194,4 +194,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -70,7 +70,7 @@ def main(options: Options) -> None:
     opened = loops.opened(options.name, options.epochs, options.data, options.weights, options.smoke)
     detector, frozen, (data, _) = opened
     if options.learn + options.hold_out > len(data):
-        raise SystemExit(
+        raise ValueError(
             f"learn + hold_out must be at most the {len(data)} images, got {options.learn + options.hold_out}"
         )
     order = np.random.default_rng(0).permutation(len(data))
@@ -98,4 +98,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from jaxad.artifact import read_json, write_atomically
 from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
 
@@ -132,15 +130,14 @@ def main(options: Options) -> None:
     """Writes the documents, or checks them."""
     for path in options.documents:
         old = path.read_text(encoding="utf-8")
-        try:
-            new = updated(old, options.results)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+        new = updated(old, options.results)
         if options.check and new != old:
-            raise SystemExit(f"{path} is out of date: run python experiments/update_readme.py")
+            raise ValueError(f"{path} is out of date: run python experiments/update_readme.py")
         if new != old:
             write_atomically(path, new)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    from command import start
+
+    start(main, Options)

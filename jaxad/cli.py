@@ -57,12 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        if os.environ.get("JAXAD_DEBUG"):
-            raise
-        words = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            words = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        return _fail(f"error: {' '.join(words.split())}", 2)
+        return refused(error)
+
+
+def refused(error: ValueError | OSError) -> int:
+    """Says in one line what is wrong with the input, and returns the exit code; with JAXAD_DEBUG raises the error."""
+    if os.environ.get("JAXAD_DEBUG"):
+        raise error
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        words = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return _fail(f"error: {' '.join(words.split())}", 2)
 
 
 def _dispatch(argv: list[str]) -> int:

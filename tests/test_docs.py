@@ -85,7 +85,7 @@ def test_update_readme(tmp_path):
     )
     result = {"recipe": "padim_mtd", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
     (results / "padim_mtd.json").write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match="out of date"):
+    with pytest.raises(ValueError, match="out of date"):
         update_readme.main(update_readme.Options((readme,), results, check=True))
     update_readme.main(options)
     update_readme.main(update_readme.Options((readme,), results, check=True))
@@ -97,7 +97,7 @@ def test_update_readme(tmp_path):
     assert readme.read_text() == f"<!-- results pillqc -->\n{update_readme.NONE.format('run')}<!-- /results -->\n"
     for text in ("no markers\n", "<!-- results -->\n<!-- /results -->\n" * 2):
         readme.write_text(text)
-        with pytest.raises(SystemExit, match="each pair once"):
+        with pytest.raises(ValueError, match="each pair once"):
             update_readme.main(options)
 
 

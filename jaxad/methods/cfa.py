@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, torch_uniform, zero_padding
 from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
@@ -142,9 +142,8 @@ def cfa(
 
     def collect(key: Key, state: CfaCollecting, frozen: Frozen, batch: Batch) -> tuple[CfaCollecting, Metrics]:
         del key, frozen
-        valid = batch.valid[:, None, None, None]
-        found = describe(state.descriptor, {layer: jnp.where(valid, batch.x[layer], 0) for layer in layers})
-        total = state.total + jnp.where(valid, found, 0).sum(0)
+        found = describe(state.descriptor, zero_padding(batch.x, batch.valid))
+        total = state.total + zero_padding(found, batch.valid).sum(0)
         return state._replace(total=total, images=state.images + batch.valid.sum().astype(total.dtype)), {}
 
     def memorize(key: Key, state: CfaCollecting, frozen: Frozen) -> CfaTraining:
@@ -161,7 +160,7 @@ def cfa(
 
     def train(key: Key, state: CfaTraining, frozen: Frozen, batch: Batch) -> tuple[CfaTraining, Metrics]:
         del key, frozen
-        x = {layer: jnp.where(batch.valid[:, None, None, None], batch.x[layer], 0) for layer in layers}
+        x = zero_padding(batch.x, batch.valid)
 
         def loss(params: PyTree) -> Float[Array, ""]:
             found = describe(params["descriptor"], x)

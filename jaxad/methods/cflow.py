@@ -30,7 +30,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, block_params, random_orthogonal
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.lapack import key_after
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -178,7 +178,7 @@ def cflow(
         del frozen
         done, losses = {}, []
         for number, layer in enumerate(layers):
-            x, code = fibers(jnp.where(batch.valid[:, None, None, None], batch.x[layer], 0))
+            x, code = fibers(zero_padding(batch.x[layer], batch.valid))
             valid = jnp.repeat(batch.valid, x.shape[0] // batch.valid.shape[0])
             size = min(fiber_batch_size, x.shape[0])
             order = jax.random.permutation(jax.random.fold_in(key, number), x.shape[0])

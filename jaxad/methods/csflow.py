@@ -27,7 +27,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import CrossScaleCoupling, GlowNetworks, Permutation
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -164,7 +164,7 @@ def csflow(
 
     def train(key: Key, state: CsflowTraining, frozen: Frozen, batch: Batch) -> tuple[CsflowTraining, Metrics]:
         del key, frozen
-        x = tuple(jnp.where(batch.valid[:, None, None, None], scale, 0) for scale in batch.x)
+        x = zero_padding(batch.x, batch.valid)
 
         def loss(params: PyTree) -> Float[Array, ""]:
             z, log_det = latent(params, state.permutations, x)

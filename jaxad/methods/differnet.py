@@ -27,7 +27,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import GlowNetworks, Permutation, Scan, glow_coupling
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
 from jaxad.ops.heatmap import blur_matrix
 from jaxad.ops.loops import each
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -201,7 +201,7 @@ def differnet(
 
     def train(key: Key, state: DiffernetTraining, frozen: Frozen, batch: Batch) -> tuple[DiffernetTraining, Metrics]:
         del frozen
-        feature = jnp.where(batch.valid[:, None, None], batch.x.feature, 0)
+        feature = zero_padding(batch.x.feature, batch.valid)
         order = jnp.argsort(jax.random.uniform(key, feature.shape[:2]), 1)[:, :train_rotations]
         x = jnp.take_along_axis(feature, order[..., None], 1)
 

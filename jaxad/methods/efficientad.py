@@ -28,7 +28,16 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, normalize, stride, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
+from jaxad.ops.gradient import (
+    Trained,
+    begin,
+    descend,
+    mean_of_valid,
+    torch_adam,
+    torch_bias,
+    torch_uniform,
+    zero_padding,
+)
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import ONE_OF, held_out, learned_from
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -201,7 +210,7 @@ def efficientad(
 
     def train(key: Key, state: EfficientadTraining, frozen: Frozen, batch: Batch) -> tuple[Any, Metrics]:
         keys = jax.random.split(key, 3)
-        x = jax.tree.map(lambda leaf: jnp.where(batch.valid[:, None, None, None], leaf, jnp.zeros_like(leaf)), batch.x)
+        x = zero_padding(batch.x, batch.valid)
         image = x["image"].astype(jnp.float32) / 255
         n, c = x[layer].shape[0], x[layer].shape[-1]
         seen = [image, jitter(keys[0], image)]

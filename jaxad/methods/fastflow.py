@@ -26,7 +26,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -160,7 +160,7 @@ def fastflow(
         def loss(params: PyTree) -> Float[Array, ""]:
             total = jnp.zeros(batch.valid.shape)
             for layer in layers:
-                x = jnp.where(batch.valid[:, None, None, None], batch.x[layer], 0)
+                x = zero_padding(batch.x[layer], batch.valid)
                 z, log_det = latent(params[layer], state.permutations[layer], x)
                 total = total + 0.5 * jnp.sum(z**2, (1, 2, 3)) - log_det
             return mean_of_valid(total, batch.valid)

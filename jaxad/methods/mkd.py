@@ -30,7 +30,7 @@ from jaxad.backbones import features, normalize, stride
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
 from jaxad.ops.cosine import cosine_distance
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid
+from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -169,7 +169,7 @@ def mkd(
 
     def train(key: Key, state: MkdTraining, frozen: Frozen, batch: Batch) -> tuple[MkdTraining, Metrics]:
         del key
-        x = jax.tree.map(lambda leaf: jnp.where(batch.valid[:, None, None, None], leaf, jnp.zeros_like(leaf)), batch.x)
+        x = zero_padding(batch.x, batch.valid)
         image = normalize(frozen, x["image"], jnp.float32)
 
         def loss(params: PyTree) -> Any:

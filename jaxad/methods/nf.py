@@ -50,7 +50,7 @@ from jaxad.bijectors import (
 )
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 from jaxad.ops.image import levels
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -338,7 +338,7 @@ def nf(
     def train(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
         del frozen
         x, log_det = seen(batch.x, lambda shape: jax.random.uniform(key, shape))
-        x = jnp.where(batch.valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+        x = zero_padding(x, batch.valid)
         trained, metrics = descend(
             optimizer, state.trained, lambda params: mean_of_valid(nats(params, x, log_det), batch.valid)
         )

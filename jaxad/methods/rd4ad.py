@@ -24,7 +24,7 @@ from jaxad.backbones import features, residual_blocks
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
 from jaxad.ops.cosine import cosine_distance
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid
+from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -150,7 +150,7 @@ def rd4ad(
 
     def train(key: Key, state: Rd4adTraining, frozen: Frozen, batch: Batch) -> tuple[Rd4adTraining, Metrics]:
         del key, frozen
-        x = {layer: jnp.where(batch.valid[:, None, None, None], batch.x[layer], 0) for layer in LAYERS}
+        x = zero_padding(batch.x, batch.valid)
 
         def loss(params: PyTree) -> Any:
             variables = {"params": params, "batch_stats": state.running}

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid
+from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
@@ -93,7 +93,7 @@ def stfpm(
 
     def train(key: Key, state: StfpmTraining, frozen: Frozen, batch: Batch) -> tuple[StfpmTraining, Metrics]:
         del key
-        x = jax.tree.map(lambda leaf: jnp.where(batch.valid[:, None, None, None], leaf, 0), batch.x)
+        x = zero_padding(batch.x, batch.valid)
 
         def loss(params: PyTree) -> Any:
             variables = {"params": params, "batch_stats": state.running}

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import features, student
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam
+from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -158,7 +158,7 @@ def uninformed_students(
 
     def train(key: Key, state: Teaching, frozen: Frozen, batch: Batch) -> tuple[Teaching, Metrics]:
         del key
-        x = jax.tree.map(lambda leaf: jnp.where(batch.valid[:, None, None, None], leaf, jnp.zeros_like(leaf)), batch.x)
+        x = zero_padding(batch.x, batch.valid)
         wanted = standardized(state.teacher, x)
 
         def loss(students: PyTree) -> Float[Array, ""]:

@@ -82,6 +82,13 @@ def torch_amsgrad_w(learning_rate: float, weight_decay: float, b2: float = 0.999
     )
 
 
+def zero_padding(x: PyTree, valid: Bool[Array, "b"]) -> PyTree:
+    """Arrays of a batch with zeros in place of whatever padding holds (0 * nan is nan)."""
+    return jax.tree.map(
+        lambda leaf: jnp.where(valid.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf)), x
+    )
+
+
 def mean_of_valid(x: Float[Array, "b"], valid: Bool[Array, "b"]) -> Float[Array, ""]:
     """The mean over what is no padding; 0 where all is."""
     return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1).astype(x.dtype)
