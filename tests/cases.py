@@ -70,11 +70,14 @@ CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epoch
 DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
-EFFICIENTAD: dict[str, Any] = dict(penalty=False, epochs=2, train_batch_size=4)
+EFFICIENTAD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4, learning_rate=1e-5)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
 RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-5)
+SIMPLENET: dict[str, Any] = dict(
+    layers=TWO, hidden=8, epochs=2, train_batch_size=4, learning_rate=1e-6, adaptor_learning_rate=1e-6
+)
 STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
 STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
 """A step of gradient descent takes what fills a batch of the tests."""
@@ -112,6 +115,14 @@ CASES = {
         streaming=True,
         determined=False,
         longer=dict(epochs=4, learning_rate=1e-3),
+    ),
+    "simplenet": Case(
+        "simplenet",
+        SIMPLENET,
+        random=True,
+        streaming=True,
+        determined=False,
+        longer=dict(epochs=10, noise=0.3, learning_rate=1e-2, adaptor_learning_rate=1e-2),
     ),
     "stfpm": Case(
         "stfpm",

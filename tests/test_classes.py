@@ -12,7 +12,7 @@ from jaxad import mesh as meshes
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.fit import class_state, fit, fit_classes, score_all, score_classes
 from tests.cases import CASES
-from tests.test_conformance import assert_close, defective, frozen_of, photographs
+from tests.test_conformance import assert_close, defective, frozen_for, photographs
 
 KEY = jax.random.key(5)
 COUNTS = (12, 7, 9)
@@ -38,8 +38,7 @@ TRAIN, TEST = ([part[i] for part in CLASSES] for i in (0, 1))
 
 @functools.cache
 def made(name: str):
-    case = CASES[name]
-    return case.make(), frozen_of(case.backbones, 0)
+    return CASES[name].make(), frozen_for(name, 0)
 
 
 @functools.cache

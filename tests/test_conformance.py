@@ -49,6 +49,12 @@ def frozen_of(names: tuple[str, ...], seed: int) -> Frozen:
     return made if len(made) > 1 else made[0]
 
 
+def frozen_for(name: str, seed: int) -> Frozen:
+    """The weights of a row, and the photographs that it learns from too."""
+    frozen = frozen_of(CASES[name].backbones, seed)
+    return frozen | {"auxiliary": photographs(8, 3)} if CASES[name].make().auxiliary else frozen
+
+
 def rows(x: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[np.asarray(index)], x)
 
@@ -130,7 +136,7 @@ class Fitted(NamedTuple):
 @functools.cache
 def fitted(name: str, longer: bool = False) -> Fitted:
     case = CASES[name]
-    method, frozen = case.make(longer), frozen_of(case.backbones, 0)
+    method, frozen = case.make(longer), frozen_for(name, 0)
     embed = embed_program(method.embed)
     train = embed(frozen, photographs(0, ROWS))
     unseen = photographs(0, ROWS + 2)[ROWS:]
@@ -292,7 +298,7 @@ def stack(trees):
 def test_weights_are_an_argument(name):
     """Other weights in the same compiled functions give other scores."""
     f = fitted(name)
-    other = frozen_of(CASES[name].backbones, 7)
+    other = frozen_for(name, 7)
     batches = stacked(f.embed(other, photographs(0, ROWS)), N, B)
     test = f.embed(other, np.concatenate([photographs(0, 2), defective(photographs(0, 2))]))
     scores = f.score(f.learn(KEY, other, batches), other, test)

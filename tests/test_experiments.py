@@ -306,14 +306,14 @@ def test_latency_is_measured_on_stages_that_the_weights_at_hand_have() -> None:
 
 @pytest.mark.usefixtures("_standard_promotion")
 def test_a_distilled_teacher_of_patches_can_be_loaded(tmp_path: Path) -> None:
-    distill, out = script("distill_teacher"), tmp_path / "patch17.safetensors"
+    distill, out = script("distill_teacher"), tmp_path / "patch9.safetensors"
     options = distill.Options(
-        patch=17, epochs=1, batch_size=4, out=out, results=tmp_path, workdir=tmp_path / "work", smoke=True
+        patch=9, epochs=1, batch_size=4, out=out, results=tmp_path, workdir=tmp_path / "work", smoke=True
     )
     distill.main(options)
-    result = json.loads((tmp_path / "distill_patch17.json").read_text())
+    result = json.loads((tmp_path / "distill_patch9.json").read_text())
     assert result["patches"] == 40 and np.isfinite(result["variance_explained"])
-    maps = backbone("patch17").apply(load("patch17", out), jnp.zeros((1, 24, 24, 3)), ("stride8",))
+    maps = backbone("patch9").apply(load("patch9", out), jnp.zeros((1, 24, 24, 3)), ("stride8",))
     assert maps["stride8"].shape == (1, 3, 3, 128) and np.isfinite(maps["stride8"]).all()
     with pytest.raises(ValueError, match="needs photographs, found none"):
         (tmp_path / "empty").mkdir()

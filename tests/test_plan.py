@@ -23,7 +23,7 @@ from jaxad.methods import padim, patchcore
 from jaxad.plan import estimate, size
 from jaxad.program import Program, compile_seconds
 from tests.cases import CASES
-from tests.test_conformance import frozen_of, photographs
+from tests.test_conformance import frozen_for, frozen_of, photographs
 
 KEY = jax.random.key(0)
 BATCH = 4
@@ -45,7 +45,7 @@ def needs(found: plan.Plan) -> dict[str, plan.Need]:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "padim-all"])  # slow, and as "padim"
 def test_a_fit_finds_its_programs_compiled(name):
     case = CASES[name]
-    method, frozen = case.make(), frozen_of(case.backbones, 0)
+    method, frozen = case.make(), frozen_for(name, 0)
     estimate(method, frozen, DATA, batch_size=BATCH)
     compiled = compile_seconds()
     state = fit(method, frozen, DATA, KEY, batch_size=BATCH).state
@@ -58,7 +58,7 @@ def test_a_fit_finds_its_programs_compiled(name):
 def test_so_do_classes_on_a_mesh(name, shape, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     case = CASES[name]
-    method, frozen = case.make(), frozen_of(case.backbones, 0)
+    method, frozen = case.make(), frozen_for(name, 0)
     classes, mesh = [DATA, images(6, 1), DATA], shape and jaxad.make_mesh(shape=shape)
     options = {"batch_size": BATCH, "mesh": mesh, "classes_per_step": 2}
     found = estimate(method, frozen, classes, **options)

@@ -15,6 +15,7 @@ from jaxad.methods.nf import nf
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
 from jaxad.methods.rd4ad import rd4ad
+from jaxad.methods.simplenet import simplenet
 from jaxad.methods.spade import spade
 from jaxad.methods.stfpm import stfpm
 from jaxad.methods.uninformed_students import uninformed_students
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "padim": padim,
     "patchcore": patchcore,
     "rd4ad": rd4ad,
+    "simplenet": simplenet,
     "spade": spade,
     "stfpm": stfpm,
     "uninformed_students": uninformed_students,

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, normalize, stride, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.ops.color import apart_from, gray_of
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import (
     Trained,
@@ -44,7 +45,6 @@ from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
-GRAY = (0.299, 0.587, 0.114)
 
 
 class EfficientadMeasuring(NamedTuple):
@@ -126,12 +126,7 @@ def jitter(key: Key, image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     kind = jax.random.randint(which, (len(image), 1, 1, 1), 0, 3)
     base = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, gray.mean((1, 2), keepdims=True), gray))
     factor = jax.random.uniform(by, (len(image), 1, 1, 1), minval=0.8, maxval=1.2)
-    return jnp.clip(base + factor * (image - base), 0, 1)
-
-
-def gray_of(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
-    """The brightness of pixels."""
-    return jnp.sum(image * jnp.asarray(GRAY), -1, keepdims=True)
+    return apart_from(base, image, factor)
 
 
 def draw_photographs(key: Key, photographs: Array, n: int) -> Float[Array, "n h w 3"]:

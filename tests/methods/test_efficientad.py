@@ -18,15 +18,28 @@ from jaxad.fit import fit, score_all
 from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
+from tests.cases import TINY
 
 KEY = jax.random.key(0)
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
-SMALL = dict(backbone="pdn_small", image_size=(64, 64), epochs=2, train_batch_size=4, learning_rate=1e-3)
+NAME = TINY[1]
+SMALL = dict(backbone=NAME, image_size=(64, 64), epochs=2, train_batch_size=4, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    return backbone("pdn_small").init(jax.random.key(1))
+    return backbone(NAME).init(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+
+
+@pytest.fixture(scope="module")
+def alone(frozen, data):
+    """A fit without photographs."""
+    return fit(efficientad(**SMALL, penalty=False), frozen, data, KEY)
 
 
 @given(st.integers(1, 3), st.integers(1, 400), st.sampled_from([0.0, 0.5, 0.9, 0.999]))
@@ -91,32 +104,29 @@ def test_images_are_held_out_or_learned_from(n):
 
 def maps_of(frozen, state, images):
     """Both maps of squared errors, in numpy from the networks' outputs."""
-    x = jax.jit(features("pdn_small", ("layer3",)))(frozen, images)["layer3"]
+    x = jax.jit(features(NAME, ("head",)))(frozen, images)["head"]
     teacher = (np.asarray(x) - np.asarray(state.mean)) / np.asarray(state.deviation)
-    learner = student("pdn_small", ("layer3",), copies=2)
-    found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["layer3"])
-    decoder, normalized = Autoencoder((8, 8), 384, 8), normalize(frozen, jnp.asarray(images), jnp.float32)
+    learner = student(NAME, ("head",), copies=2)
+    found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["head"])
+    decoder, normalized = Autoencoder((8, 8), 384, 4), normalize(frozen, jnp.asarray(images), jnp.float32)
     decoded = np.asarray(jax.jit(decoder.apply, static_argnums=2)(state.params["autoencoder"], normalized, None))
     own, second = np.split(found, 2, axis=-1)
     return np.stack([((teacher - own) ** 2).mean(-1), ((decoded - second) ** 2).mean(-1)], -1)
 
 
-def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen):
-    method = efficientad(**SMALL, penalty=False)
-    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
-    state = fit(method, frozen, data, KEY).state
+def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen, data, alone):
+    state = alone.state
     normal = maps_of(frozen, state, IMAGES[held_out(12)])
     np.testing.assert_allclose(state.low, np.quantile(normal, 0.9, (0, 1, 2)), rtol=1e-3)
     np.testing.assert_allclose(state.high, np.quantile(normal, 0.995, (0, 1, 2)), rtol=1e-3)
     scaled = (0.1 * (maps_of(frozen, state, IMAGES) - state.low) / (state.high - state.low)).mean(-1)
-    expected = np.asarray(upsample_blur(scaled, (64, 64), 0.0))
-    scores = score_all(method, state, frozen, data)
+    expected = np.asarray(upsample_blur(jnp.pad(scaled, ((0, 0), (4, 4), (4, 4))), (64, 64), 0.0))
+    scores = score_all(efficientad(**SMALL, penalty=False), state, frozen, data)
     np.testing.assert_allclose(scores.pixel, expected, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(scores.image, expected.max((1, 2)), rtol=1e-2, atol=1e-3)
 
 
-def test_penalty_needs_photographs(frozen):
-    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+def test_penalty_needs_photographs(frozen, data):
     with pytest.raises(ValueError, match="penalty needs photographs of other things: give auxiliary"):
         fit(efficientad(**SMALL), frozen, data, KEY)
 
@@ -137,17 +147,15 @@ def test_a_detector_takes_photographs_from_a_folder_to_learn_but_not_to_score(tm
     np.testing.assert_array_equal(found.pred_score, detector.predict(IMAGES).pred_score)
 
 
-def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen):
-    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen, data, alone):
     photographs = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
     fitted = fit(efficientad(**SMALL), frozen | {"auxiliary": photographs}, data, KEY)
-    alone = fit(efficientad(**SMALL, penalty=False), frozen, data, KEY)
     assert np.isfinite(fitted.metrics["loss"]).all()
     assert fitted.metrics["loss"][0] > alone.metrics["loss"][0]
-    learner = student("pdn_small", ("layer3",), copies=2)
+    learner = student(NAME, ("head",), copies=2)
 
     def shown(state):
-        maps = jax.jit(learner.apply)(state.params["student"], frozen, photographs, None)[0]["layer3"]
+        maps = jax.jit(learner.apply)(state.params["student"], frozen, photographs, None)[0]["head"]
         return float((maps[..., :384] ** 2).mean())
 
     assert shown(fitted.state) < 0.95 * shown(alone.state)

@@ -8,6 +8,7 @@ import pytest
 from jaxad.base import Batch
 from jaxad.methods.rd4ad import LAYERS, Reverse, rd4ad
 from jaxad.ops.heatmap import upsample_blur
+from tests.cases import TINY
 
 KEY = jax.random.key(0)
 SHAPES = {"layer1": (8, 8, 4), "layer2": (4, 4, 6), "layer3": (2, 2, 8)}
@@ -26,7 +27,7 @@ def cosine_distance(a, b):
 
 @pytest.fixture(scope="module")
 def method():
-    return rd4ad(backbone="resnet18", image_size=(32, 32), sigma=1.0, learning_rate=1e-3)
+    return rd4ad(backbone=TINY[0], image_size=(32, 32), sigma=1.0, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def state(method):
 
 def test_loss_is_the_cosine_distance_of_whole_maps(method, state):
     valid = np.array([True, True, False])
-    module = Reverse((4, 6, 8), (2, 2, 2, 2), 1.0)
+    module = Reverse((4, 6, 8), (1, 1, 1, 1), 1.0)
     variables = {"params": state.trained.params, "batch_stats": state.running}
     kept = jax.tree.map(lambda leaf: jnp.asarray(leaf[valid]), X)
     found, _ = module.apply(variables, kept, jnp.ones(2, bool), mutable=["batch_stats"])
@@ -57,7 +58,7 @@ def test_loss_is_the_cosine_distance_of_whole_maps(method, state):
 
 def test_heat_map_is_the_sum_of_smoothed_cosine_distances(method, state):
     fitted = method.stages[0].finalize(KEY, state, None)
-    module = Reverse((4, 6, 8), (2, 2, 2, 2), 1.0)
+    module = Reverse((4, 6, 8), (1, 1, 1, 1), 1.0)
     found = module.apply({"params": fitted.params, "batch_stats": fitted.running}, X, None)
     scores = jax.jit(method.score)(fitted, None, X)
     distances = (jnp.asarray(cosine_distance(X[layer], found[layer]), jnp.float32) for layer in LAYERS)

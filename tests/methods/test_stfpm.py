@@ -9,10 +9,12 @@ from jaxad.backbones import backbone, student
 from jaxad.base import Batch
 from jaxad.methods.stfpm import stfpm
 from jaxad.ops.heatmap import upsample_blur
+from tests.cases import TINY
 
 KEY = jax.random.key(0)
 LAYERS = ("layer1", "layer2")
-NETWORK = backbone("resnet18")
+NAME = TINY[0]
+NETWORK = backbone(NAME)
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 
 
@@ -24,7 +26,7 @@ def frozen():
 @pytest.fixture(scope="module")
 def variables():
     """Of a student whose statistics and scales are not those of the start."""
-    made = jax.jit(student("resnet18", LAYERS).init)(KEY)
+    made = jax.jit(student(NAME, LAYERS).init)(KEY)
     rng = np.random.default_rng(0)
     noise = lambda leaf: rng.uniform(0, 0.1, leaf.shape).astype(np.float32)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf + noise(leaf) if leaf.ndim == 1 else leaf, made)
@@ -36,7 +38,7 @@ def of_batch(before, after):
 
 
 def test_batch_norm_is_folded_into_the_network_that_scores(frozen, variables):
-    learner = student("resnet18", LAYERS)
+    learner = student(NAME, LAYERS)
     maps, running = jax.jit(learner.apply)(variables, frozen, IMAGES, jnp.ones(4, bool))
     params = learner.freeze(variables | {"batch_stats": of_batch(variables["batch_stats"], running)})
     folded = jax.jit(NETWORK.apply, static_argnums=2)(frozen | {"params": params}, IMAGES, LAYERS)
@@ -45,7 +47,7 @@ def test_batch_norm_is_folded_into_the_network_that_scores(frozen, variables):
 
 
 def test_padding_is_not_in_the_statistics(frozen, variables):
-    apply = jax.jit(student("resnet18", LAYERS).apply)
+    apply = jax.jit(student(NAME, LAYERS).apply)
     maps, running = apply(variables, frozen, IMAGES, jnp.array([True, True, True, False]))
     fewer, expected = apply(variables, frozen, IMAGES[:3], jnp.ones(3, bool))
     for layer in LAYERS:
@@ -65,8 +67,8 @@ def squared(one, other):
 
 
 def test_loss_and_heat_map_are_those_of_the_features(frozen, variables):
-    method = stfpm(backbone="resnet18", layers=LAYERS, image_size=(32, 32), learning_rate=0.01)
-    learner = student("resnet18", LAYERS)
+    method = stfpm(backbone=NAME, layers=LAYERS, image_size=(32, 32), learning_rate=0.01)
+    learner = student(NAME, LAYERS)
     x = jax.jit(method.embed)(frozen, IMAGES)
     teacher = jax.jit(NETWORK.apply, static_argnums=2)(frozen, IMAGES, LAYERS)
     state = jax.jit(method.init)(KEY, frozen, None)
@@ -89,3 +91,32 @@ def test_loss_and_heat_map_are_those_of_the_features(frozen, variables):
         pixel = pixel * np.asarray(upsample_blur(half, (32, 32), 0.0))
     np.testing.assert_allclose(scores.pixel, pixel, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(scores.image, pixel.max((1, 2)), rtol=1e-3, atol=1e-6)
+
+
+def test_steps_are_those_of_sgd_with_momentum_and_weight_decay(frozen, variables):
+    """As torch.optim.SGD: the decay is part of the gradient, and so of the momentum."""
+    rate, momentum, decay = 0.01, 0.8, 0.1
+    options = dict(learning_rate=rate, momentum=momentum, weight_decay=decay)
+    method = stfpm(backbone=NAME, layers=LAYERS, image_size=(32, 32), **options)
+    learner = student(NAME, LAYERS)
+    x = jax.jit(method.embed)(frozen, IMAGES)
+    valid = jnp.ones(4, bool)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            maps, _ = learner.apply(variables | {"params": params}, frozen, jnp.asarray(IMAGES), valid)
+            of = lambda m: m / jnp.linalg.norm(m, axis=-1, keepdims=True)  # noqa: E731
+            return sum(((of(maps[layer] + 1e-20) - of(x[layer] + 1e-20)) ** 2).sum(-1).mean() for layer in LAYERS)
+
+        return jax.tree.map(lambda g, p: g + decay * p, jax.grad(loss)(params), params)
+
+    state = jax.jit(method.init)(KEY, frozen, None)
+    state = state._replace(trained=state.trained._replace(params=variables["params"]), running=variables["batch_stats"])
+    batch = Batch(x, valid, jnp.zeros(4, jnp.int32), None, jnp.arange(4, dtype=jnp.int32), jnp.float32(0))
+    params, velocity = variables["params"], jax.tree.map(jnp.zeros_like, variables["params"])
+    for _ in range(2):
+        state, _ = jax.jit(method.stages[0].update)(KEY, state, frozen, batch)
+        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient(params))
+        params = jax.tree.map(lambda p, v: p - rate * v, params, velocity)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.trained.params, params)

@@ -1,0 +1,36 @@
+"""SimpleNet, arXiv:2303.15140: a discriminator of 1,024 units, noise of 0.015, 160 epochs of 8 images at 2e-4.
+
+    python experiments/run.py simplenet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python experiments/run.py simplenet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py simplenet_demo --data demo --weights resnet50.caffe_in1k.safetensors
+
+The last epoch counts, whatever the test images say.
+"""
+
+from recipes import MTD, RESNET50, Recipe, published
+
+SMALL = {"layers": ("layer2", "layer3"), "epochs": 10}
+NOTES = "A ResNet-50, 128 px, 10 epochs."
+
+RECIPES = {
+    "simplenet_bottle": Recipe(
+        "simplenet",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters={"epochs": 30},
+        published=published("paper, mean of all classes, quoted from memory", image_AUROC=0.996, pixel_AUROC=0.981),
+        notes="A ResNet-18, 256 px and 30 epochs instead of a WRN-50, 288 px and 160.",
+    ),
+    "simplenet_mtd": Recipe(
+        "simplenet",
+        backbone=RESNET50,
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 5},
+        seeds=(0, 1, 2),
+        notes="A ResNet-50, 128 px, 5 epochs.",
+        **MTD,
+    ),
+    "simplenet_pillqc": Recipe("simplenet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
+    "simplenet_demo": Recipe("simplenet", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
+}

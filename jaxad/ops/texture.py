@@ -1,0 +1,125 @@
+"""Sources of anomalies: textures made without any image, and textures changed so that few suffice."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from jaxad.base import Key
+from jaxad.ops.color import other_hue
+from jaxad.ops.perlin import fractal_noise
+from jaxad.ops.warp import rotate
+
+LEVELS = 256
+CHANGES = (
+    "gamma",
+    "brightness",
+    "solarize",
+    "posterize",
+    "invert",
+    "autocontrast",
+    "equalize",
+    "sharpen",
+    "hue",
+    "rotate",
+)
+"""Those of DRAEM; three of them, different ones, change a texture. The first seven map the levels of a channel."""
+IN_LEVELS = 7
+
+
+def texture(key: Key, size: tuple[int, int]) -> Float[Array, "h w 3"]:
+    """A made-up texture in [0, 1].
+
+    Clouds, stripes, checks and grains of several scales, in two colors and what lies between them.
+    """
+    kind, colors, clouds, warp, lines, grain = jax.random.split(key, 6)
+    y, x = jnp.meshgrid(*(jnp.linspace(0, 1, n) for n in size), indexing="ij")
+    sway = fractal_noise(warp, size, (4, 4), 3)
+    angle, frequency, phase = jax.random.uniform(lines, (3,)) * jnp.asarray([jnp.pi, 60.0, 1.0])
+    along = (jnp.cos(angle) * y + jnp.sin(angle) * x + 0.1 * sway) * (6 + frequency) + phase
+    across = (jnp.cos(angle) * x - jnp.sin(angle) * y + 0.1 * sway) * (6 + frequency)
+    shapes = jnp.stack(
+        [
+            fractal_noise(clouds, size, (3, 3), 6, 0.7),
+            jnp.sin(2 * jnp.pi * along),
+            jnp.sin(2 * jnp.pi * along) * jnp.sin(2 * jnp.pi * across),
+            fractal_noise(grain, size, (24, 24), 3, 0.9),
+        ]
+    )
+    weight = jax.random.dirichlet(kind, jnp.full(len(shapes), 0.3))
+    shape = jnp.tensordot(weight, shapes, 1)
+    low, high = jax.random.uniform(colors, (2, 3))
+    return low + (high - low) * (0.5 + 0.5 * jnp.tanh(3 * shape)[..., None])
+
+
+def histogram(levels: Int[Array, "h w 3"]) -> Float[Array, "3 256"]:
+    """How many pixels of every channel have each level."""
+    channel = jnp.broadcast_to(jnp.arange(3), levels.shape)
+    return jnp.zeros((3, LEVELS)).at[channel, levels].add(1.0)
+
+
+def tables(key: Key, count: Float[Array, "3 256"]) -> Float[Array, "7 3 256"]:
+    """What the changes that map levels make of each, in [0, 1], for channels of those histograms."""
+    gamma, brightness, sharp = jax.random.split(key, 3)
+    level = jnp.broadcast_to(jnp.arange(LEVELS, dtype=jnp.float32) / (LEVELS - 1), (3, LEVELS))
+    multiply, add, least, bits = jax.random.uniform(brightness, (4,))
+    solarized = jnp.where(level < (32 + 96 * least) / 255, level, 1 - level)
+    lost = 2.0 ** jnp.floor(1 + 7 * bits)  # 1 to 7 bits of 8
+    posterized = jnp.floor(level * 255 / lost) * lost / 255
+    present = count > 0
+    low = jnp.where(present, level, 1).min(1, keepdims=True)
+    high = jnp.where(present, level, 0).max(1, keepdims=True)
+    stretched = jnp.where(high > low, (level - low) / jnp.where(high > low, high - low, 1), level)
+    below, top = jnp.cumsum(count, 1) - count, jnp.argmax(jnp.where(present, level, -1), 1)
+    step = jnp.floor((count.sum(1) - count[jnp.arange(3), top]) / 255)[:, None]
+    equal = jnp.where(step > 0, jnp.floor((below + jnp.floor(step / 2)) / jnp.maximum(step, 1)) / 255, level)
+    made = [
+        level ** jax.random.uniform(gamma, (3, 1), minval=0.5, maxval=2.0),
+        level * (0.8 + 0.4 * multiply) + (60 * add - 30) / 255,
+        jnp.where(jax.random.bernoulli(sharp), solarized, level),
+        posterized,
+        1 - level,
+        stretched,
+        equal,
+    ]
+    return jnp.clip(jnp.stack(made), 0, 1)
+
+
+def change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Float[Array, "h w 3"]:
+    """One of `CHANGES`, by number."""
+    by_level, sharp, hue, turn = jax.random.split(key, 4)
+    levels = jnp.round(image * (LEVELS - 1)).astype(jnp.int32)
+    table = tables(by_level, histogram(levels))[jnp.minimum(which, IN_LEVELS - 1)]
+    mapped = table[jnp.arange(3), levels]
+    smooth = jax.lax.reduce_window(image, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "SAME")
+    smooth = (smooth + 4 * image) / 13
+    sharpened = jnp.clip(smooth + jax.random.uniform(sharp, maxval=2.0) * (image - smooth), 0, 1)
+    shift, saturate = jax.random.uniform(hue, (2,), minval=-50 / 255, maxval=50 / 255)
+    colored = other_hue(image, shift, 1 + 2 * saturate)
+    turned = rotate(image, jax.random.uniform(turn, minval=-45.0, maxval=45.0))
+    choices = [which < IN_LEVELS, which == IN_LEVELS, which == IN_LEVELS + 1]
+    return jnp.select([jnp.broadcast_to(c, image.shape) for c in choices], [mapped, sharpened, colored], turned)
+
+
+def changed(key: Key, image: Float[Array, "h w 3"], changes: int = 3) -> Float[Array, "h w 3"]:
+    """A texture after some different ones of DRAEM's changes, in random order.
+
+    Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3; the ranges are those of its official code.
+    """
+    order, *keys = jax.random.split(key, changes + 1)
+    for k, which in zip(keys, jax.random.permutation(order, len(CHANGES))[:changes], strict=True):
+        image = change(k, image, which)
+    return image
+
+
+def source(
+    key: Key, size: tuple[int, int], textures: UInt8[Array, "n _ _ 3"] | None, changes: int = 3
+) -> Float[Array, "h w 3"]:
+    """A source of anomalies in [0, 1]: one of the textures given, or a made-up one, changed."""
+    which, how = jax.random.split(key)
+    if textures is None:
+        found = texture(which, size)
+    else:
+        found = textures[jax.random.randint(which, (), 0, len(textures))].astype(jnp.float32) / 255
+        if found.shape[:2] != size:
+            found = jax.image.resize(found, (*size, 3), "linear")
+    return changed(how, found, changes) if changes else found

@@ -1,0 +1,276 @@
+"""Synthetic anomalies: what holds for all of them, and each against an independent computation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from jaxad.ops import anomaly, color, cutpaste, nsa, perlin, poisson, texture, warp
+
+SIZE = (48, 64)
+SOURCE = jnp.asarray(np.random.default_rng(9).random((*SIZE, 3), np.float32))
+GENERATORS = {
+    "cutpaste": cutpaste.cutpaste,
+    "cutpaste rotated": functools.partial(cutpaste.cutpaste, degrees=45.0),
+    "scar": cutpaste.scar,
+    "textured": lambda key, image: anomaly.textured(key, image, SOURCE),
+    "made-up texture": lambda key, image: anomaly.textured(key, image, texture.source(key, SIZE, None)),
+    "shuffled": lambda key, image: anomaly.textured(
+        key, image, anomaly.shuffled(key, image), foreground=anomaly.foreground(image)
+    ),
+    "confetti": anomaly.confetti,
+    "natural": lambda key, image: nsa.natural(key, image, SOURCE),
+    "natural mixed": lambda key, image: nsa.natural(key, image, SOURCE, mixed=True, logistic=None),
+}
+seeds = st.integers(0, 2**31 - 1)
+
+
+def noise(seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).random((*SIZE, 3), np.float32))
+
+
+@functools.cache
+def program(name: str):
+    return jax.jit(GENERATORS[name]), jax.jit(jax.vmap(GENERATORS[name]))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@given(seeds)
+@settings(deadline=None, max_examples=10)
+def test_a_mask_is_where_pixels_changed(name, seed):
+    image = noise(seed)
+    made, mask = program(name)[0](jax.random.key(seed), image)
+    assert made.shape == image.shape and made.dtype == jnp.float32 and mask.shape == SIZE
+    assert float(made.min()) >= 0 and float(made.max()) <= 1
+    changed = np.asarray(jnp.abs(made - image).max(-1)) > 1e-6
+    where = np.asarray(mask) > 0
+    if name.startswith("natural"):  # the label is smoothed, and a change of a level is none
+        assert (np.abs(made - image).mean(-1)[ndimage.minimum_filter(~where, 5)] <= 2 / 255).mean() > 0.9
+        assert not where[~ndimage.maximum_filter(changed, 5)].any()
+    else:
+        assert not changed[~where].any() and (~changed)[where].sum() <= 0.02 * where.sum()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_key_makes_one_anomaly_also_among_others(name):
+    one, many = program(name)
+    keys, images = jax.random.split(jax.random.key(3), 4), jnp.stack([noise(i) for i in range(4)])
+    made, mask = many(keys, images)
+    for i in range(4):
+        own = one(keys[i], images[i])
+        np.testing.assert_allclose(made[i], own[0], atol=2e-3)
+        assert (np.abs(np.asarray(mask[i], np.float32) - np.asarray(own[1], np.float32)) < 1e-2).mean() > 0.99
+    np.testing.assert_array_equal(one(keys[0], images[0])[0], one(keys[0], images[0])[0])
+    assert len({np.asarray(one(key, images[0])[0]).tobytes() for key in keys}) > 1
+
+
+def classical_perlin(angles, size, cells):
+    """Perlin's noise pixel by pixel."""
+
+    def fade(t):
+        return 6 * t**5 - 15 * t**4 + 10 * t**3
+
+    out = np.zeros(size)
+    for y, x in np.ndindex(*size):
+        v, u = y * cells[0] / size[0], x * cells[1] / size[1]
+        i, j = int(v), int(u)
+        corner = {
+            (a, b): np.cos(angles[i + a, j + b]) * (u - j - b) + np.sin(angles[i + a, j + b]) * (v - i - a)
+            for a in (0, 1)
+            for b in (0, 1)
+        }
+        left, right = ((1 - fade(v - i)) * corner[0, b] + fade(v - i) * corner[1, b] for b in (0, 1))
+        out[y, x] = np.sqrt(2) * ((1 - fade(u - j)) * left + fade(u - j) * right)
+    return out
+
+
+@pytest.mark.parametrize(("size", "cells", "most"), [((20, 31), (3, 5), 5), ((16, 16), (1, 4), 8), ((7, 9), (2, 2), 2)])
+def test_perlin_noise_is_the_classical_one(size, cells, most):
+    key = jax.random.key(1)
+    angles = np.asarray(jax.random.uniform(key, (most + 1, most + 1), maxval=2 * jnp.pi), np.float64)
+    found = jax.jit(perlin.perlin_noise, static_argnums=(1, 3))(key, size, jnp.asarray(cells), most)
+    np.testing.assert_allclose(found, classical_perlin(angles, size, cells), atol=1e-5)
+    assert float(jnp.abs(found).max()) <= 1
+
+
+def test_fractal_noise_adds_octaves():
+    key = jax.random.key(0)
+    parts = [perlin.perlin_noise(jax.random.fold_in(key, i), (24, 30), (2 << i, 3 << i)) for i in range(3)]
+    expected = sum(0.5**i * part for i, part in enumerate(parts)) / 1.75
+    np.testing.assert_allclose(perlin.fractal_noise(key, (24, 30), (2, 3), 3), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("degrees", [-63.0, 0.0, 20.0, 90.0])
+def test_rotation_is_scipys(degrees):
+    image = np.random.default_rng(0).random((21, 30, 3), np.float32)
+    expected = ndimage.rotate(image, degrees, reshape=False, order=1, mode="grid-constant")
+    found = np.asarray(warp.rotate(jnp.asarray(image), degrees))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_cutpaste_pastes_a_rectangle_of_the_image(seed):
+    image = noise(seed)
+    make = jax.jit(functools.partial(cutpaste.cutpaste, jitter=0.0))
+    made, mask = (np.asarray(x) for x in make(jax.random.key(seed), image))
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    h, w = len(rows), len(columns)
+    assert mask.sum() == h * w and 0.3 * 0.8 < h / w < 1 / (0.3 * 0.8)
+    assert 0.02 * 0.8 < mask.mean() < 0.15 * 1.2
+    piece = made[rows[0] : rows[0] + h, columns[0] : columns[0] + w]
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(image), (h, w, 3))[:, :, 0]
+    assert (windows == piece).all((2, 3, 4)).any()
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_a_scar_has_the_published_size(seed):
+    image = jnp.zeros((256, 256, 3)).at[:].set(0.5)
+    mask = np.asarray(jax.jit(cutpaste.scar)(jax.random.key(seed), image)[1])
+    inside = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum() == 0
+    assert mask.sum() <= 17 * 26 and (not inside or mask.sum() >= 2 * 10 * 0.7)
+    assert np.ptp(np.flatnonzero(mask.any(1))) <= 32 and np.ptp(np.flatnonzero(mask.any(0))) <= 32
+
+
+def test_the_three_ways():
+    images, masks = cutpaste.three_way(jax.random.key(0), noise(0))
+    np.testing.assert_array_equal(images[0], noise(0))
+    assert not masks[0].any() and masks[1].sum() > masks[2].sum() > 0
+
+
+def test_colors_against_matplotlib():
+    image = noise(1)
+    hsv = rgb_to_hsv(np.asarray(image, np.float64))
+    hsv = np.stack([(hsv[..., 0] + 0.3) % 1, np.minimum(1.5 * hsv[..., 1], 1), hsv[..., 2]], -1)
+    np.testing.assert_allclose(color.other_hue(image, jnp.float32(0.3), 1.5), hsv_to_rgb(hsv), atol=1e-4)
+    np.testing.assert_allclose(color.color_jitter(jax.random.key(0), image, 0.0), image, atol=1e-5)
+
+
+def test_levels_are_mapped_as_pillow_does():
+    rng = np.random.default_rng(0)
+    levels = rng.integers(40, 200, (32, 32, 3))
+    levels[..., 1] = rng.integers(0, 256, (32, 32)) ** 2 // 256
+    photograph = Image.fromarray(levels.astype(np.uint8))
+    count = texture.histogram(jnp.asarray(levels))
+    of = [np.bincount(levels[..., c].ravel(), minlength=256) for c in range(3)]
+    np.testing.assert_array_equal(count, np.stack(of))
+    tables = np.asarray(texture.tables(jax.random.key(0), count))
+    mapped = dict(zip(texture.CHANGES, tables[:, np.arange(3), levels], strict=False))
+    for name, expected in (
+        ("autocontrast", ImageOps.autocontrast(photograph)),
+        ("equalize", ImageOps.equalize(photograph)),
+        ("invert", ImageOps.invert(photograph)),
+    ):
+        np.testing.assert_allclose(255 * mapped[name], np.asarray(expected), atol=1.01, err_msg=name)
+    assert len(np.unique(mapped["posterize"])) <= 128 and (mapped["posterize"] <= levels / 255 + 1e-6).all()
+    assert tables.min() >= 0 and tables.max() <= 1
+
+
+def test_a_source_is_one_of_the_textures_given():
+    textures = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), np.uint8)
+    found = texture.source(jax.random.key(0), (24, 32), jnp.asarray(textures), changes=0)
+    assert (np.abs(np.asarray(found) - textures / 255).max((1, 2, 3)) < 1e-6).sum() == 1
+    assert texture.source(jax.random.key(0), (48, 40), jnp.asarray(textures), changes=0).shape == (48, 40, 3)
+
+
+def test_foreground_is_otsus_and_not_the_border():
+    rng = np.random.default_rng(0)
+    object_ = np.zeros(SIZE, bool)
+    object_[10:40, 12:50] = True
+    for dark, bright in ((0.2, 0.8), (0.8, 0.2)):
+        image = np.where(object_, bright, dark)[..., None] + rng.normal(0, 0.05, (*SIZE, 3))
+        found = np.asarray(anomaly.foreground(jnp.asarray(np.clip(image, 0, 1), jnp.float32)))
+        assert (found == object_).mean() > 0.99
+
+
+def test_foreground_threshold_maximizes_the_variance_between():
+    image = np.clip(np.random.default_rng(1).normal(0.5, 0.2, (*SIZE, 3)), 0, 1).astype(np.float32)
+    level = np.asarray(jnp.round(color.gray_of(jnp.asarray(image))[..., 0] * 255)).astype(int)
+
+    def between(t):
+        low, high = level[level <= t], level[level > t]
+        return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(low) and len(high) else 0
+
+    bright = level > max(range(256), key=between)
+    found = np.asarray(anomaly.foreground(jnp.asarray(image)))
+    assert (found == bright).all() or (found == ~bright).all()
+
+
+def test_tiles_are_shuffled_none_is_lost():
+    with pytest.raises(ValueError, match=r"multiples of 8 x 4 pixels for as many tiles, got 50 x 64"):
+        anomaly.shuffled(jax.random.key(0), jnp.zeros((50, 64, 3)))
+    gray = jnp.broadcast_to(jnp.asarray(0.5), (*SIZE, 3))
+    made = anomaly.shuffled(jax.random.key(0), gray)
+    assert made.shape == gray.shape
+
+
+MASKS = {
+    "rectangle": lambda: np.pad(np.ones((18, 26), bool), ((9, 21), (5, 33))),
+    "blob": lambda: ndimage.gaussian_filter(np.random.default_rng(0).normal(size=SIZE), 3) > 0.03,
+    "pixel": lambda: np.pad(np.ones((1, 1), bool), ((9, 38), (5, 58))),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_seamless_cloning_is_the_sparse_solution(name, mixed):
+    target, source, mask = np.asarray(noise(0), np.float64) * 0.2 + 0.4, np.asarray(noise(1), np.float64), MASKS[name]()
+    smooth = np.stack([ndimage.gaussian_filter(source[..., c], 4) for c in range(3)], -1)
+    found = np.asarray(
+        jax.jit(poisson.seamless_clone)(
+            jnp.asarray(target, jnp.float32), jnp.asarray(smooth, jnp.float32), jnp.asarray(mask), mixed
+        )
+    )
+    inner = mask.copy()
+    inner[[0, -1]] = inner[:, [0, -1]] = False
+    number = np.full(SIZE, -1)
+    number[inner] = np.arange(inner.sum())
+    matrix = scipy.sparse.lil_array((inner.sum(), inner.sum()))
+    right = np.zeros((inner.sum(), 3))
+    for y, x in np.argwhere(inner):
+        i = number[y, x]
+        matrix[i, i] = 4
+        for p, q in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+            own, other = smooth[y, x] - smooth[p, q], target[y, x] - target[p, q]
+            right[i] += np.where(mixed & (np.abs(other) > np.abs(own)), other, own)
+            if inner[p, q]:
+                matrix[i, number[p, q]] = -1
+            else:
+                right[i] += target[p, q]
+    expected = target.copy()
+    expected[inner] = scipy.sparse.linalg.spsolve(matrix.tocsc(), right).reshape(-1, 3)
+    np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-3)
+    np.testing.assert_array_equal(found[~inner], target.astype(np.float32)[~inner])
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=15)
+def test_natural_pieces_have_sizes_in_range_and_labels_by_intensity(seed):
+    image = jnp.broadcast_to(jnp.asarray(0.5), (*SIZE, 3))
+    make = jax.jit(functools.partial(nsa.natural, pieces=1))
+    made, label = make(jax.random.key(seed), image, SOURCE)
+    changed = np.asarray(jnp.abs(made - image).max(-1)) > 1e-5
+    assert changed.any(1).sum() <= 0.4 * SIZE[0] + 1 and changed.any(0).sum() <= 0.4 * SIZE[1] + 1
+    assert float(label.min()) >= 0 and float(label.max()) <= 1
+
+
+def test_natural_pieces_show_objects_where_objects_are():
+    left, right = (np.zeros(SIZE, bool) for _ in range(2))
+    left[:, :32], right[:, 32:] = True, True
+    image = noise(0)
+    make = jax.jit(functools.partial(nsa.natural, pieces=1, logistic=None))
+    masks = [make(jax.random.key(i), image, SOURCE, foregrounds=(left, right))[1] for i in range(12)]
+    overlap = [float(mask[left].mean() / mask.mean() / 2) for mask in map(np.asarray, masks) if mask.any()]
+    assert len(overlap) > 6 and min(overlap) > 0.05
+    nowhere = make(jax.random.key(0), image, SOURCE, foregrounds=(left, np.zeros(SIZE, bool)))
+    np.testing.assert_array_equal(nowhere[0], image)
