@@ -78,6 +78,17 @@ def latency(record: dict[str, Any]) -> str:
     return markdown_table(heads, [cells_of(row) for row in record["rows"]], left=3)
 
 
+def speed_of_generators(record: dict[str, Any]) -> str:
+    """Synthetic anomalies a second, of bench_generators.json."""
+
+    def row(name: str, found: dict[str, float]) -> list[str]:
+        plain = [f"{found['numpy_images_a_second']:.0f}", f"{found['ratio']:.1f}"] if "ratio" in found else [ABSENT] * 2
+        return [name, f"{found['images_a_second']:.0f}", *plain]
+
+    heads = ["generator", "images/s", "one at a time in numpy and Pillow", "ratio"]
+    return markdown_table(heads, [row(*item) for item in record["generators"].items()])
+
+
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
     curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
@@ -97,6 +108,7 @@ EXPERIMENTS = {
     "nf_ood_bottle": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),
     "bench_latency": (latency, "bench_latency"),
+    "bench_generators": (speed_of_generators, "bench_generators"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
 """What has a table of its own, and the script that measures it."""

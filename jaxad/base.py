@@ -4,7 +4,7 @@ Nothing here touches files, devices or epochs; the driver (`jaxad.fit`) does. Th
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -96,5 +96,5 @@ class Method(NamedTuple):
     vary: tuple[tuple[str, VaryFn], ...] = ()
     """Hyper-parameters that a fitted state can still change, by name: (state, value) -> the state of a fit with that
     value, for values up to the method's own. A sweep over them is one more mapped axis."""
-    auxiliary: bool = False
+    auxiliary: Literal["none", "optional", "needed"] = "none"
     """Whether it learns from photographs of other things too: uint8 n h w 3 in `frozen["auxiliary"]`."""

@@ -60,7 +60,8 @@ class Detector:
             after, or without weights the small one that comes with the package, which needs no download. The published
             numbers belong to larger ones.
         weights: A safetensors file of the backbone (several for several); None: the cache of `jaxad weights fetch`.
-        auxiliary: A folder of photographs of other things, for methods that learn from such (efficientad).
+        auxiliary: A folder of photographs of other things, for methods that learn from such: efficientad needs them,
+            draem and glass draw anomalies with them, and otherwise with made-up textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
         holdout: Share of the normal images kept from learning, to set the threshold by; 0 uses all images and gives no
@@ -284,7 +285,7 @@ class Detector:
             files = zip(self.backbones, self.weights, strict=True)
             loaded = [jaxad.backbones.load(name, file, self.precision) for name, file in files]
             self.frozen = loaded[0] if len(loaded) == 1 else tuple(loaded)
-        if learning and self.method.auxiliary:
+        if learning and (self.method.auxiliary == "needed" or (self.method.auxiliary != "none" and self.auxiliary)):
             assert self._built is not None
             given = self.frozen.get("auxiliary")
             if given is None or given.shape[1:3] != self._built[0]:
@@ -350,7 +351,7 @@ class Detector:
 
     def check_auxiliary(self) -> None:
         """Raises a ValueError where the method needs auxiliary photographs and none are given."""
-        if self.method.auxiliary and self.auxiliary is None:
+        if self.method.auxiliary == "needed" and self.auxiliary is None:
             raise ValueError(
                 f"{self.method_name} learns from photographs of other things too: give auxiliary, a folder of them, or "
                 "set penalty to False"

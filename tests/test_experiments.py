@@ -276,6 +276,18 @@ def test_the_experiment_on_foreign_images(tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
 
 
+def test_the_benchmark_and_the_sheet_of_generators(tmp_path: Path) -> None:
+    bench = script("bench_generators")
+    names = ("Perlin mask", "confetti", "NSA")
+    bench.main(bench.Options(generators=names, results=tmp_path, smoke=True))
+    rows = json.loads((tmp_path / "bench_generators.json").read_text())["generators"]
+    assert tuple(rows) == names and all(row["ratio"] > 0 and row["compile_seconds"] > 0 for row in rows.values())
+    bench.main(bench.Options(generators=names[:2], sheet=tmp_path / "sheet.png", smoke=True))
+    assert min(Image.open(tmp_path / "sheet.png").size) > 200
+    with pytest.raises(ValueError, match=r"generators must be of CutPaste.*got glitter"):
+        bench.main(bench.Options(generators=("glitter",), smoke=True))
+
+
 @pytest.mark.usefixtures("_standard_promotion")
 def test_the_benchmark_of_latency(tmp_path: Path) -> None:
     bench = script("bench_latency")

@@ -7,8 +7,10 @@ from jaxad.methods.cfa import cfa
 from jaxad.methods.cflow import cflow
 from jaxad.methods.csflow import csflow
 from jaxad.methods.differnet import differnet
+from jaxad.methods.draem import draem
 from jaxad.methods.efficientad import efficientad
 from jaxad.methods.fastflow import fastflow
+from jaxad.methods.glass import glass
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
 from jaxad.methods.mkd import mkd
 from jaxad.methods.nf import nf
@@ -25,8 +27,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "cflow": cflow,
     "csflow": csflow,
     "differnet": differnet,
+    "draem": draem,
     "efficientad": efficientad,
     "fastflow": fastflow,
+    "glass": glass,
     "mahalanobis_ad": mahalanobis_ad,
     "mkd": mkd,
     "nf": nf,

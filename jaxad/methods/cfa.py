@@ -28,7 +28,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, torch_uniform, zero_padding
-from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
+from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -122,7 +122,7 @@ def cfa(
     optimizer = torch_amsgrad_w(learning_rate, weight_decay)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return coordinates(stack_maps([neighborhood_mean(x[layer], 3) for layer in layers]))
+        return coordinates(patch_features(x, layers))
 
     def describe(descriptor: PyTree, x: dict[str, Array]) -> Any:
         found = patches(x)

@@ -265,4 +265,6 @@ def efficientad(
         ),
         Stage("calibrate", calibrate, finish, rows=held_out),
     )
-    return Method(features(backbone, (layer,), image=True), init, stages, score, auxiliary=penalty)
+    return Method(
+        features(backbone, (layer,), image=True), init, stages, score, auxiliary="needed" if penalty else "none"
+    )

@@ -51,7 +51,7 @@ from jaxad.bijectors import (
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
-from jaxad.ops.image import levels
+from jaxad.ops.image import pixels
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
@@ -114,12 +114,6 @@ class Residual(nn.Module):
             apart = 2**i if self.far else 1
             x = x + layer(nn.relu(layer(nn.relu(x), apart)), apart)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros)(nn.relu(x))
-
-
-def pixels(frozen: Frozen, image: Array) -> UInt8[Array, "b h w 3"]:
-    """The `embed` of flows on pixels: the image itself, in 256 levels."""
-    del frozen
-    return levels(image)
 
 
 def dequantize(

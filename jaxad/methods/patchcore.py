@@ -29,7 +29,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State, VaryFn
 from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
-from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
+from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.ops.sharding import exchange, share_rows, take_rows
 
@@ -131,7 +131,7 @@ def _single(
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
 
     def describe(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return stack_maps([neighborhood_mean(x[layer], patch_size) for layer in layers])
+        return patch_features(x, layers, patch_size)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> PatchcorePatches:
         del key, frozen

@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.patches import Discriminator
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, torch_adam, zero_padding
-from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
+from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
+from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
 
 
@@ -85,23 +84,22 @@ def simplenet(
     above_zero(noise=noise, margin=margin, learning_rate=learning_rate, adaptor_learning_rate=adaptor_learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
-    parts = {"adaptor": optax.adamw(adaptor_learning_rate, weight_decay=0.01)}
-    parts["discriminator"] = torch_adam(learning_rate, weight_decay)
-    optimizer = optax.partition(parts, {name: name for name in parts})
+    optimizer = of_parts(
+        adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),
+        discriminator=torch_adam(learning_rate, weight_decay),
+    )
     discriminator = Discriminator(hidden)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return stack_maps([neighborhood_mean(x[layer], 3) for layer in layers])
-
-    def adaptor(found: Array) -> nn.Dense:
-        return nn.Dense(found.shape[-1], use_bias=False, kernel_init=nn.initializers.xavier_normal())
+        return patch_features(x, layers)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> SimplenetTraining:
         del frozen
         first, second = jax.random.split(key)
-        one = jnp.zeros((1, 1, 1, jax.eval_shape(patches, spec).shape[-1]))
-        made = discriminator.init(second, one, valid=jnp.ones(1, bool))
-        params = {"adaptor": adaptor(one).init(first, one)["params"], "discriminator": made["params"]}
+        c = jax.eval_shape(patches, spec).shape[-1]
+        made = discriminator.init(second, jnp.zeros((1, 1, 1, c)), valid=jnp.ones(1, bool))
+        adaptor = jax.nn.initializers.glorot_normal()(first, (c, c), jnp.float32)
+        params = {"adaptor": adaptor, "discriminator": made["params"]}
         return SimplenetTraining(begin(optimizer, params), made["batch_stats"])
 
     def train(key: Key, state: SimplenetTraining, frozen: Frozen, batch: Batch) -> tuple[SimplenetTraining, Metrics]:
@@ -110,7 +108,7 @@ def simplenet(
         shift = noise * jax.random.normal(key, found.shape)
 
         def loss(params: PyTree) -> Any:
-            normal = adaptor(found).apply({"params": params["adaptor"]}, found)
+            normal = found @ params["adaptor"]
             both = jnp.concatenate([normal, normal + shift])
             variables = {"params": params["discriminator"], "batch_stats": state.running}
             valid = jnp.concatenate([batch.valid, batch.valid])
@@ -128,8 +126,7 @@ def simplenet(
 
     def score(state: SimplenetDiscriminator, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
-        found = patches(x)
-        adapted = adaptor(found).apply({"params": state.params["adaptor"]}, found)
+        adapted = patches(x) @ state.params["adaptor"]
         variables = {"params": state.params["discriminator"], "batch_stats": state.running}
         scores: Any = discriminator.apply(variables, adapted, valid=None)
         pixel = upsample_blur(-scores, image_size, sigma)

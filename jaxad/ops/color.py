@@ -1,5 +1,7 @@
 """Changes of color, of images in [0, 1]."""
 
+from typing import Any
+
 import dm_pix
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,8 @@ def other_hue(
 ) -> Float[Array, "*b h w 3"]:
     """The hue moved by a share of the color circle, and the saturation (of HSV) times a factor."""
     with jax.numpy_dtype_promotion("standard"):  # dm_pix adds truth values to numbers
-        image = dm_pix.adjust_saturation(dm_pix.adjust_hue(image, shift), saturation)
-    return jnp.clip(image, 0, 1)
+        other: Any = dm_pix.adjust_saturation(dm_pix.adjust_hue(image, shift), saturation)
+    return jnp.clip(other, 0, 1)
 
 
 def color_jitter(

@@ -57,6 +57,12 @@ def descend_with(
     return Trained(optax.apply_updates(trained.params, updates), state), {"loss": value}, rest
 
 
+def of_parts(**optimizers: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer for each entry of the parameters, by name."""
+    transforms: Any = optimizers
+    return optax.partition(transforms, {name: name for name in optimizers})
+
+
 def torch_adam(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, **options: Any
 ) -> optax.GradientTransformation:

@@ -31,6 +31,11 @@ def stack_maps(maps: Sequence[Float[Array, "b _ _ _"]], method: str = "linear") 
     return jnp.concatenate([maps[0], *(jax.image.resize(m, (*grid, m.shape[-1]), method) for m in maps[1:])], -1)
 
 
+def patch_features(x: dict[str, Array], layers: Sequence[str], size: int = 3) -> Float[Array, "b h w c"]:
+    """Means of the neighborhoods of every position of some stages, side by side on the grid of the first."""
+    return stack_maps([neighborhood_mean(x[layer], size) for layer in layers])
+
+
 def blur_matrix(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
     """The matrix of a Gaussian filter along one axis: mirrored at the border, cut at 4 sigma (scipy's default)."""
     if sigma == 0:

@@ -12,6 +12,7 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float
 
 from jaxad.base import Key
+from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.ops.poisson import seamless_clone
 
 TRIES = 32
@@ -100,9 +101,9 @@ def add_piece(
     return jax.lax.dynamic_update_slice(target, cloned, begin)
 
 
-def box_mean(x: Float[Array, "h w"], side: int) -> Float[Array, "h w"]:
+def around(x: Float[Array, "h w"], side: int) -> Float[Array, "h w"]:
     """The mean of the neighborhood of every pixel; beyond the image are zeros."""
-    return jax.lax.reduce_window(x, 0.0, jax.lax.add, (side, side), (1, 1), "SAME") / side**2
+    return neighborhood_mean(x[None, ..., None], side)[0, ..., 0]
 
 
 def natural(
@@ -141,10 +142,10 @@ def natural(
         more = add_piece(draw, image, source, *options)
         image = more if i == 0 else jnp.where(jax.random.bernoulli(odds), more, image)
     change = jnp.abs(image - target).mean(-1)
-    mask = box_mean((change > CHANGED).astype(jnp.float32), 5) > 0.5
+    mask = around((change > CHANGED).astype(jnp.float32), 5) > 0.5
     label = mask.astype(jnp.float32)
     if logistic is not None:
         slope, middle = logistic
-        intensity = box_mean(change * label, NEAR) / jnp.maximum(box_mean(label, NEAR), 1e-6)
+        intensity = around(change * label, NEAR) / jnp.maximum(around(label, NEAR), 1e-6)
         label = label * jax.nn.sigmoid(slope * (255 * intensity - middle))
     return image, label

@@ -105,10 +105,13 @@ def changed(key: Key, image: Float[Array, "h w 3"], changes: int = 3) -> Float[A
 
     Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3; the ranges are those of its official code.
     """
-    order, *keys = jax.random.split(key, changes + 1)
-    for k, which in zip(keys, jax.random.permutation(order, len(CHANGES))[:changes], strict=True):
-        image = change(k, image, which)
-    return image
+    order, draw = jax.random.split(key)
+    chosen = jax.random.permutation(order, len(CHANGES))[:changes]
+
+    def step(image: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
+        return change(given[0], image, given[1]), None
+
+    return jax.lax.scan(step, image, (jax.random.split(draw, changes), chosen))[0]
 
 
 def source(

@@ -45,7 +45,7 @@ def state(method):
 def test_loss_has_a_margin_on_both_sides(method, state):
     valid = np.array([True, True, False])
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.trained.params)
-    normal = PATCHES @ params["adaptor"]["kernel"]
+    normal = PATCHES @ params["adaptor"]
     noisy = normal + 0.5 * np.asarray(jax.random.normal(KEY, PATCHES.shape))
     both = np.concatenate([normal[valid], noisy[valid]])
     _, hidden = numbers(params, 0, 1, both)
@@ -69,7 +69,7 @@ def test_it_learns_to_tell_normal_features_from_noisy_ones(method, state):
     assert metrics["loss"] < 0.9 and score(fitted, None, away).image.min() > found.image.max()
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fitted.params)
-    normal = PATCHES @ params["adaptor"]["kernel"]
+    normal = PATCHES @ params["adaptor"]
     running = fitted.running["norm"]
     scores, _ = numbers(params, np.asarray(running["mean"]), np.asarray(running["var"]), normal)
     pixel = np.asarray(upsample_blur(jnp.asarray(-scores, jnp.float32), (16, 16), 1.0))

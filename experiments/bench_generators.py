@@ -1,0 +1,307 @@
+"""How many synthetic anomalies a second: a batch at a time in jaxad, one image at a time in numpy, scipy and Pillow.
+
+    python experiments/bench_generators.py
+
+Both sides make the same kind of anomaly at 256 px from rendered images and made-up textures; medians of calls of this
+one run, compile time apart. It also draws the sheet of samples in docs/generators.png (`--sheet`). `--smoke` is the
+small variant that the tests run.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import scipy.fft
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from scipy import ndimage
+
+import jaxad
+from jaxad.artifact import replacing, write_json
+from jaxad.data.demo import render
+from jaxad.ops import anomaly, cutpaste, nsa, perlin, texture
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+Made = tuple[np.ndarray, np.ndarray]
+"""An image, and its anomaly."""
+
+
+@dataclass
+class Options:
+    """Measure the generators of anomalies."""
+
+    size: int = 256
+    batch: int = 16
+    seconds: float = 4.0
+    """Of every side and generator."""
+    generators: tuple[str, ...] = ()
+    """By name; none: all of them."""
+    sheet: Path | None = None
+    """A picture of samples to draw; none: no picture."""
+    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    smoke: bool = False
+    """Small images, few calls."""
+
+
+def jitter(random: np.random.Generator, piece: Image.Image) -> Image.Image:
+    """Another brightness, contrast, saturation and hue, by a tenth."""
+    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        piece = kind(piece).enhance(random.uniform(0.9, 1.1))
+    hue, *rest = piece.convert("HSV").split()
+    hue = Image.fromarray(np.asarray(hue) + np.uint8(random.integers(-25, 26) % 256))
+    return Image.merge("HSV", (hue, *rest)).convert("RGB")
+
+
+def pasted(random: np.random.Generator, image: np.ndarray, h: int, w: int, degrees: float) -> Made:
+    """A rectangle of the image elsewhere."""
+    size, whole = image.shape[0], Image.fromarray(image)
+    y, x = (int(random.integers(0, size - n + 1)) for n in (h, w))
+    piece = jitter(random, whole.crop((x, y, x + w, y + h)))
+    mask = Image.new("L", piece.size, 255)
+    if degrees:
+        piece, mask = (part.rotate(degrees, expand=True) for part in (piece, mask))
+    at: Any = tuple(int(random.integers(0, size - n + 1)) for n in piece.size)
+    where = Image.new("L", whole.size)
+    where.paste(mask, at)
+    whole.paste(piece, at, mask)
+    return np.asarray(whole), np.asarray(where) > 0
+
+
+def plain_cutpaste(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """CutPaste."""
+    del other
+    pixels, ratio = random.uniform(0.02, 0.15) * image.shape[0] ** 2, random.uniform(0.3, 1) ** random.choice((-1, 1))
+    h, w = (min(image.shape[0], max(1, round((pixels * r) ** 0.5))) for r in (ratio, 1 / ratio))
+    return pasted(random, image, h, w, 0)
+
+
+def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """A scar."""
+    del other
+    h, w = (max(1, round(random.uniform(*span) * image.shape[0] / 256)) for span in ((10, 25), (2, 16)))
+    return pasted(random, image, h, w, random.uniform(-45, 45))
+
+
+def plain_noise(random: np.random.Generator, n: int) -> np.ndarray:
+    """Rotated Perlin noise of a random number of cells, with repeated gradients as in DRAEM's code."""
+    cells = 2 ** random.integers(0, int(np.log2(min(64, n))), 2)
+    angle = 2 * np.pi * random.random(cells + 1)
+    gradient = np.stack([np.cos(angle), np.sin(angle)], -1)
+    step = n // cells
+    y, x = (np.arange(n) * c / n % 1 for c in cells)
+    at = np.stack(np.meshgrid(y, x, indexing="ij"), -1)
+
+    def corner(down: int, across: int) -> np.ndarray:
+        of = gradient[down : down + cells[0], across : across + cells[1]]
+        return (of.repeat(step[0], 0).repeat(step[1], 1) * (at - np.array([down, across]))).sum(-1)
+
+    fade = 6 * at**5 - 15 * at**4 + 10 * at**3
+    left, right = (corner(0, b) + fade[..., 0] * (corner(1, b) - corner(0, b)) for b in (0, 1))
+    noise = np.sqrt(2) * (left + fade[..., 1] * (right - left))
+    return ndimage.rotate(noise, random.uniform(-90, 90), reshape=False, order=1)
+
+
+def plain_mask(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """A shape of Perlin noise alone."""
+    del other
+    return image, plain_noise(random, image.shape[0]) > 0.5
+
+
+def plain_textured(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """DRAEM's."""
+    found = Image.fromarray(other)
+    changes: list[Callable[[Image.Image], Image.Image]] = [
+        lambda x: Image.fromarray((255 * (np.asarray(x) / 255) ** random.uniform(0.5, 2, 3)).astype(np.uint8)),
+        lambda x: ImageEnhance.Brightness(x).enhance(random.uniform(0.8, 1.2)),
+        lambda x: ImageOps.solarize(x, int(random.integers(32, 128))),
+        lambda x: ImageOps.posterize(x, int(random.integers(1, 8))),
+        ImageOps.invert,
+        ImageOps.autocontrast,
+        ImageOps.equalize,
+        lambda x: ImageEnhance.Sharpness(x).enhance(random.uniform(0, 2)),
+        lambda x: jitter(random, x),
+        lambda x: x.rotate(random.uniform(-45, 45), Image.Resampling.BILINEAR),
+    ]
+    for i in random.choice(len(changes), 3, replace=False):
+        found = changes[i](found)
+    mask = plain_noise(random, image.shape[0]) > 0.5
+    opacity = random.uniform(0.2, 1)
+    mixed = (1 - opacity) * image + opacity * np.asarray(found)
+    return np.where(mask[..., None], mixed, image).astype(np.uint8), mask
+
+
+def plain_confetti(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """Rotated rectangles of one color."""
+    del other
+    shown, mask = Image.fromarray(image), Image.new("L", image.shape[1::-1])
+    draws = ImageDraw.Draw(shown), ImageDraw.Draw(mask)
+    for _ in range(random.integers(1, 5)):
+        half, middle = random.uniform(8 / 480, 54 / 480, 2) * image.shape[0], random.uniform(0, image.shape[0], 2)
+        angle = random.uniform(-np.pi / 4, np.pi / 4)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        corners = [tuple(middle + turn @ (half * sign)) for sign in ((-1, -1), (-1, 1), (1, 1), (1, -1))]
+        color = random.integers(0, 256, 3) if random.random() < 0.5 else np.full(3, random.integers(0, 256))
+        draws[0].polygon(corners, fill=tuple(map(int, color)))
+        draws[1].polygon(corners, fill=255)
+    return np.asarray(shown), np.asarray(mask) > 0
+
+
+def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """NSA's, of up to three pieces; every piece is a rectangle, which sine transforms solve."""
+    n, made = image.shape[0], image / 255.0
+    for i in range(3):
+        if i and random.random() < 0.5:
+            continue
+        half = np.clip((0.03 + random.gamma(2, 0.05, 2)) * n, 0.03 * n, 0.4 * n)
+        middle = random.uniform(0.03 * n, 0.97 * n, 2)
+        low, high = (np.clip(middle + s * half, 0, n).astype(int) for s in (-1, 1))
+        factor = min(np.clip(random.normal(1, 0.5), 0.7, 1.3), 0.4 * n / (high - low).max())
+        h, w = np.maximum(((high - low) * factor).astype(int), 3)
+        piece = Image.fromarray(other[low[0] : high[0], low[1] : high[1]]).resize((w, h))
+        y, x = (int(random.integers(0, n - s + 1)) for s in (h, w))
+        target, source = made[y : y + h, x : x + w], np.asarray(piece) / 255.0
+        apart = source - target
+        right = 4 * apart[1:-1, 1:-1] - apart[:-2, 1:-1] - apart[2:, 1:-1] - apart[1:-1, :-2] - apart[1:-1, 2:]
+        values = [2 - 2 * np.cos(np.pi * np.arange(1, s - 1) / (s - 1)) for s in (h, w)]
+        scale = values[0][:, None, None] + values[1][None, :, None]
+        change: Any = scipy.fft.idstn(scipy.fft.dstn(right, 1, axes=(0, 1)) / scale, 1, axes=(0, 1))
+        made[y + 1 : y + h - 1, x + 1 : x + w - 1] = np.clip(target[1:-1, 1:-1] + change, 0, 1)
+    difference = np.abs(255 * made - image).mean(-1)
+    mask = ndimage.median_filter((difference > 1).astype(np.uint8), 5) > 0
+    label = mask / (1 + np.exp(-(ndimage.uniform_filter(difference, 11) - 20) / 6))
+    return (255 * made).astype(np.uint8), label
+
+
+def of_jaxad(options: Options) -> dict[str, Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]]:
+    """The generators asked for by name, of a key, an image and another one.
+
+    Raises:
+        ValueError: There is no generator of such a name.
+    """
+    shape = (options.size, options.size)
+    known = {
+        "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
+        "scar": lambda key, image, other: cutpaste.scar(key, image),
+        "Perlin mask": lambda key, image, other: (image, perlin.perlin_mask(key, shape)),
+        "texture (DRAEM)": lambda key, image, other: anomaly.textured(key, image, texture.changed(key, other)),
+        "tiles (MemSeg)": lambda key, image, other: anomaly.textured(
+            key, image, anomaly.shuffled(key, image), opacity=(0.15, 1.0), foreground=anomaly.foreground(image)
+        ),
+        "confetti": lambda key, image, other: anomaly.confetti(key, image),
+        "NSA": lambda key, image, other: nsa.natural(key, image, other),
+        "NSA, mixed": lambda key, image, other: nsa.natural(key, image, other, mixed=True),
+    }
+    unknown = set(options.generators).difference(known)
+    if unknown:
+        raise ValueError(f"generators must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    return {name: known[name] for name in options.generators or known}
+
+
+PLAIN: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], Made]] = {
+    "CutPaste": plain_cutpaste,
+    "scar": plain_scar,
+    "Perlin mask": plain_mask,
+    "texture (DRAEM)": plain_textured,
+    "confetti": plain_confetti,
+    "NSA": plain_natural,
+}
+
+
+def rates(call: Callable[[int], Any], images: int, seconds: float) -> list[float]:
+    """Images a second of every call, for so many seconds and at least two calls."""
+    call(0)
+    found, end = [], time.perf_counter() + seconds
+    while len(found) < 2 or time.perf_counter() < end:
+        started = time.perf_counter()
+        call(len(found))
+        found.append(images / (time.perf_counter() - started))
+    return found
+
+
+def measured(options: Options) -> dict[str, Any]:
+    """Every generator on both sides."""
+    names = ("fabric", "tablet")
+    images = np.stack([render(names[i % 2], i, size=options.size)[0] for i in range(options.batch)])
+    others = np.stack([render(names[i % 2], i + 100, size=options.size)[0] for i in range(options.batch)])
+    float_images, float_others = (jnp.asarray(x, jnp.float32) / 255 for x in (images, others))
+    rows = {}
+    for name, make in of_jaxad(options).items():
+        program, started = jax.jit(jax.vmap(make)), time.perf_counter()
+        keys = jax.random.split(jax.random.key(0), (64, options.batch))
+        jax.block_until_ready(program(keys[0], float_images, float_others))
+        row: dict[str, Any] = {"compile_seconds": time.perf_counter() - started}
+
+        def together(i: int, program: Any = program, keys: Any = keys) -> None:
+            jax.block_until_ready(program(keys[i % len(keys)], float_images, float_others))
+
+        row["images_a_second"] = float(np.median(rates(together, options.batch, options.seconds)))
+        if name in PLAIN:
+            random = np.random.default_rng(0)
+
+            def apart(i: int, plain: Any = PLAIN[name], random: Any = random) -> None:
+                for image, other in zip(images, others, strict=True):
+                    plain(random, image, other)
+
+            row["numpy_images_a_second"] = float(np.median(rates(apart, options.batch, options.seconds)))
+            row["ratio"] = row["images_a_second"] / row["numpy_images_a_second"]
+        print(name, row, flush=True)
+        rows[name] = row
+    return rows
+
+
+def draw(options: Options, path: Path) -> None:
+    """The sheet: a row a generator, four samples with their masks."""
+    makes, names = of_jaxad(options), ("fabric", "tablet", "gear", "brushed_metal")
+    figure, axes = plt.subplots(len(makes), 8, figsize=(12, 1.55 * len(makes)), squeeze=False)
+    for row, (title, make) in zip(axes, makes.items(), strict=True):
+        program = jax.jit(make)
+        for i, name in enumerate(names):
+            image, other = (jnp.asarray(render(name, k, size=options.size)[0], jnp.float32) / 255 for k in (0, 1))
+            if "DRAEM" in title:
+                other = texture.texture(jax.random.key(i), (options.size, options.size))
+            for number in range(64):  # the first draw with an anomaly that can be seen
+                made, mask = program(jax.random.key(64 * i + number), image, other)
+                if float(jnp.mean(jnp.asarray(mask, jnp.float32))) > 0.004:
+                    break
+            row[2 * i].imshow(np.asarray(made))
+            row[2 * i + 1].imshow(np.asarray(mask, np.float32), cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(title, fontsize=9)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    figure.tight_layout(pad=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
+    plt.close(figure)
+
+
+def main(options: Options) -> None:
+    """Measures and writes, or draws."""
+    if options.smoke:
+        options.size, options.batch, options.seconds = 64, 2, 0.0
+    if options.sheet is not None:
+        draw(options, options.sheet)
+        return
+    record = {
+        "experiment": "bench_generators",
+        "size": options.size,
+        "batch": options.batch,
+        "generators": measured(options),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    write_json(options.results / "bench_generators.json", record)
+
+
+if __name__ == "__main__":
+    from command import start
+
+    start(main, Options)

@@ -1,0 +1,52 @@
+"""DRAEM, arXiv:2108.07610: 256 px, networks of 128 and 64 channels, 700 epochs of 8 images, Adam 1e-4, textures of DTD.
+
+    python experiments/run.py draem_bottle --data BOTTLE_FOLDER --auxiliary DTD_FOLDER
+    python experiments/run.py draem_mtd --data MTD_FOLDER --auxiliary DTD_FOLDER
+    python experiments/run.py draem_demo --data demo --auxiliary DTD_FOLDER
+
+`draem_bottle_paper` is the published setting, for a GPU; it has not been run. The last epoch counts, whatever the test
+images say.
+"""
+
+from recipes import MTD, Recipe, published
+
+BACKBONE = "pdn_small"
+"""Not used: DRAEM has networks of its own."""
+SMALL = {"reconstructive_width": 16, "discriminative_width": 16, "learning_rate": 1e-3}
+NOTES = "128 px, networks of 16 channels, 20 epochs of 8 images at 1e-3."
+BOTTLE = published("quoted from memory", image_AUROC=0.99, pixel_AP=0.87)
+
+RECIPES = {
+    "draem_bottle": Recipe(
+        "draem",
+        "mvtec_bottle",
+        backbone=BACKBONE,
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 40},
+        published=BOTTLE,
+        notes="128 px, networks of 16 channels, 40 epochs at 1e-3 instead of 256 px, 128 and 64, 700 at 1e-4.",
+        smoke_backbone=BACKBONE,
+    ),
+    "draem_bottle_paper": Recipe(
+        "draem", "mvtec_bottle", BACKBONE, image_size=256, published=BOTTLE, notes="The published setting."
+    ),
+    "draem_mtd": Recipe(
+        "draem",
+        backbone=BACKBONE,
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 6},
+        seeds=(0, 1, 2),
+        published=published(
+            "IM-IAD, 256 px", image_AUROC=0.782, image_AP=0.885, pixel_AUROC=0.66, pixel_AP=0.148, pixel_AUPRO=0.541
+        ),
+        notes="128 px, networks of 16 channels, 6 epochs of 8 images at 1e-3.",
+        smoke_backbone=BACKBONE,
+        **MTD,
+    ),
+    "draem_pillqc": Recipe(
+        "draem", "pillqc", BACKBONE, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone=BACKBONE
+    ),
+    "draem_demo": Recipe(
+        "draem", "demo", BACKBONE, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone=BACKBONE
+    ),
+}

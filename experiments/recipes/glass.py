@@ -1,0 +1,36 @@
+"""GLASS, arXiv:2407.09359: a discriminator of 1,024 units, 20 steps of ascent, 640 epochs of 8 images at 1e-4, DTD.
+
+    python experiments/run.py glass_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --auxiliary DTD
+    python experiments/run.py glass_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+    python experiments/run.py glass_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+
+The last epoch counts, whatever the test images say.
+"""
+
+from recipes import MTD, RESNET50, Recipe, published
+
+SMALL = {"layers": ("layer2", "layer3"), "hidden": 256, "ascent_steps": 10, "learning_rate": 5e-4}
+NOTES = "A ResNet-50, 128 px, 256 units, 10 steps of ascent, 8 epochs at 5e-4."
+
+RECIPES = {
+    "glass_bottle": Recipe(
+        "glass",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters=SMALL | {"hypothesis": "hypersphere", "epochs": 10},
+        published=published("anomalib, WRN-50, 256 px", image_AUROC=1.0, pixel_AUROC=0.973),
+        notes="A ResNet-18, 256 units, 10 steps of ascent, 10 epochs at 5e-4; paper: a WRN-50, 1,024, 20, 640, 1e-4.",
+    ),
+    "glass_mtd": Recipe(
+        "glass",
+        backbone=RESNET50,
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 4},
+        seeds=(0, 1, 2),
+        notes="A ResNet-50, 128 px, 256 units, 10 steps of ascent, 4 epochs at 5e-4.",
+        **MTD,
+    ),
+    "glass_pillqc": Recipe("glass", "pillqc", RESNET50, SMALL | {"epochs": 8}, image_size=128, notes=NOTES),
+    "glass_demo": Recipe("glass", "demo", RESNET50, SMALL | {"epochs": 8}, image_size=128, notes=NOTES),
+}

@@ -1,0 +1,34 @@
+"""Structural similarity of images."""
+
+from typing import Any
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+WINDOW, SIGMA = 11, 1.5
+"""Of the Gaussian, in pixels."""
+
+
+def window_matrix(n: int) -> Float[Array, "n n"]:
+    """The matrix of that Gaussian along an axis; zeros lie beyond the image."""
+    position = jnp.arange(n, dtype=jnp.float32)
+    apart = jnp.abs(position[:, None] - position)
+    weights = np.exp(-(np.arange(-(WINDOW // 2), WINDOW // 2 + 1) ** 2) / (2 * SIGMA**2))
+    return jnp.where(apart <= WINDOW // 2, jnp.exp(-(apart**2) / (2 * SIGMA**2)), 0) / float(weights.sum())
+
+
+def ssim(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+    """The mean structural similarity of images in [0, 1], in windows around every pixel.
+
+    Source: Wang et al., Image quality assessment, IEEE Transactions on Image Processing 13 (2004).
+    """
+    rows, columns = (window_matrix(n) for n in a.shape[1:3])
+
+    def smooth(x: Any) -> Any:
+        return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
+
+    found: Any = dm_pix.ssim(a, b, filter_fn=smooth)
+    return found

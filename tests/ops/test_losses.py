@@ -1,0 +1,71 @@
+"""Structural similarity, the focal loss and features that climb, against plain computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from jaxad.nn.sspcab import Sspcab
+from jaxad.ops.ascent import ascend, into_shell
+from jaxad.ops.focal import focal_loss
+from jaxad.ops.ssim import ssim
+
+RNG = np.random.default_rng(0)
+
+
+def test_ssim_is_that_of_gaussian_windows_with_zeros_beyond():
+    a, b = RNG.random((2, 2, 20, 17, 3))
+    b = 0.7 * a + 0.3 * b
+
+    def smooth(x):
+        return ndimage.gaussian_filter(x, 1.5, radius=5, mode="constant", axes=(1, 2))
+
+    ma, mb = smooth(a), smooth(b)
+    va, vb, vab = smooth(a * a) - ma**2, smooth(b * b) - mb**2, smooth(a * b) - ma * mb
+    expected = (2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    found = ssim(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    np.testing.assert_allclose(found, expected.mean((1, 2, 3)), atol=1e-3)
+    np.testing.assert_allclose(ssim(jnp.asarray(a, jnp.float32), jnp.asarray(a, jnp.float32)), 1, atol=1e-5)
+
+
+def test_focal_loss_counts_what_is_met_less():
+    probability, label = RNG.random(200), RNG.integers(0, 2, 200)
+    met = np.where(label == 1, probability, 1 - probability)
+    found = focal_loss(jnp.asarray(probability, jnp.float32), jnp.asarray(label == 1))
+    np.testing.assert_allclose(found, -((1 - met) ** 2) * np.log(met), rtol=1e-2, atol=1e-4)
+
+
+def test_features_are_moved_into_the_shell_along_the_line_to_their_centers():
+    center = RNG.normal(size=(4, 5))
+    x = center + RNG.normal(size=(60, 4, 5)) * RNG.uniform(0.1, 3, (60, 1, 1))
+    found = np.asarray(into_shell(jnp.asarray(x, jnp.float32), jnp.asarray(center, jnp.float32), jnp.float32(1.5)))
+    before, after = (np.linalg.norm(y - center, axis=-1) for y in (x, found))
+    np.testing.assert_allclose(after, np.clip(before, 1.5, 3), rtol=1e-4)
+    cosine = ((x - center) * (found - center)).sum(-1) / before / after
+    np.testing.assert_allclose(cosine, 1, rtol=1e-4)
+
+
+def test_features_climb_by_steps_of_one_length():
+    goal = jnp.asarray(RNG.normal(size=(1, 1, 2, 3)), jnp.float32)
+    loss = lambda x: -jnp.sum((x - goal) ** 2)  # noqa: E731
+    start = jnp.asarray(RNG.normal(size=(1, 1, 2, 3)) + 5, jnp.float32)
+    moved = ascend(loss, start, 4, 0.1, 10, lambda x: x)
+    np.testing.assert_allclose(np.linalg.norm(moved - start, axis=-1), 0.4, rtol=1e-3)
+    assert loss(moved) > loss(start)
+    projected = ascend(loss, start, 4, 0.1, 2, lambda x: x * 0)
+    np.testing.assert_array_equal(projected, jnp.zeros_like(start))
+
+
+def test_sspcab_sees_only_the_corners_around_a_position():
+    block, x = Sspcab(), jnp.asarray(RNG.normal(size=(1, 9, 9, 16)), jnp.float32)
+    variables = block.init(jax.random.key(0), x)
+    assert block.apply(variables, x).shape == x.shape
+
+    def before_attention(x):  # whose weights see all positions, and stay here what they are
+        shown = [variables["params"][f"corner{i}"] for i in range(4)]
+        return sum(p["kernel"][0, 0].sum() for p in shown) + block.apply(variables, x)[0, 4, 4].sum()
+
+    slope = np.abs(np.asarray(jax.grad(before_attention)(x))[0]).sum(-1)
+    corners = {(2, 2), (2, 6), (6, 2), (6, 6)}
+    largest = {tuple(map(int, np.unravel_index(i, slope.shape))) for i in np.argsort(slope.ravel())[-4:]}
+    assert largest <= corners and slope[4, 4] < 0.2 * slope.max()
