@@ -2,11 +2,12 @@
 
     python experiments/bench_generators.py
 
-Both sides make the same kind of anomaly at 256 px from rendered images and made-up textures; medians of calls of this
-one run, compile time apart. It also draws the sheet of samples in docs/generators.png (`--sheet`). `--smoke` is the
-small variant that the tests run.
+Both sides make the same kind of anomaly at 256 px from the same rendered images, jaxad on all cores, the other in one
+process; medians of calls of this one run, compile time apart. It also draws the sheet of samples in docs/generators.png
+(`--sheet`). `--smoke` is the small variant that the tests run.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -106,7 +107,8 @@ def plain_noise(random: np.random.Generator, n: int) -> np.ndarray:
     fade = 6 * at**5 - 15 * at**4 + 10 * at**3
     left, right = (corner(0, b) + fade[..., 0] * (corner(1, b) - corner(0, b)) for b in (0, 1))
     noise = np.sqrt(2) * (left + fade[..., 1] * (right - left))
-    return ndimage.rotate(noise, random.uniform(-90, 90), reshape=False, order=1)
+    turned = Image.fromarray(noise.astype(np.float32)).rotate(random.uniform(-90, 90), Image.Resampling.BILINEAR)
+    return np.asarray(turned)
 
 
 def plain_mask(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
@@ -156,7 +158,7 @@ def plain_confetti(random: np.random.Generator, image: np.ndarray, other: np.nda
 
 def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
     """NSA's, of up to three pieces; every piece is a rectangle, which sine transforms solve."""
-    n, made = image.shape[0], image / 255.0
+    n, made = image.shape[0], image / np.float32(255)
     for i in range(3):
         if i and random.random() < 0.5:
             continue
@@ -165,17 +167,17 @@ def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndar
         low, high = (np.clip(middle + s * half, 0, n).astype(int) for s in (-1, 1))
         factor = min(np.clip(random.normal(1, 0.5), 0.7, 1.3), 0.4 * n / (high - low).max())
         h, w = np.maximum(((high - low) * factor).astype(int), 3)
-        piece = Image.fromarray(other[low[0] : high[0], low[1] : high[1]]).resize((w, h))
+        piece = Image.fromarray(other[low[0] : high[0], low[1] : high[1]]).resize((w, h), Image.Resampling.BILINEAR)
         y, x = (int(random.integers(0, n - s + 1)) for s in (h, w))
-        target, source = made[y : y + h, x : x + w], np.asarray(piece) / 255.0
+        target, source = made[y : y + h, x : x + w], np.asarray(piece) / np.float32(255)
         apart = source - target
         right = 4 * apart[1:-1, 1:-1] - apart[:-2, 1:-1] - apart[2:, 1:-1] - apart[1:-1, :-2] - apart[1:-1, 2:]
-        values = [2 - 2 * np.cos(np.pi * np.arange(1, s - 1) / (s - 1)) for s in (h, w)]
+        values = [(2 - 2 * np.cos(np.pi * np.arange(1, s - 1) / (s - 1))).astype(np.float32) for s in (h, w)]
         scale = values[0][:, None, None] + values[1][None, :, None]
         change: Any = scipy.fft.idstn(scipy.fft.dstn(right, 1, axes=(0, 1)) / scale, 1, axes=(0, 1))
         made[y + 1 : y + h - 1, x + 1 : x + w - 1] = np.clip(target[1:-1, 1:-1] + change, 0, 1)
     difference = np.abs(255 * made - image).mean(-1)
-    mask = ndimage.median_filter((difference > 1).astype(np.uint8), 5) > 0
+    mask = ndimage.uniform_filter((difference > 1).astype(np.float32), 5, mode="constant") > 0.5
     label = mask / (1 + np.exp(-(ndimage.uniform_filter(difference, 11) - 20) / 6))
     return (255 * made).astype(np.uint8), label
 
@@ -294,6 +296,7 @@ def main(options: Options) -> None:
         "size": options.size,
         "batch": options.batch,
         "generators": measured(options),
+        "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "command": " ".join(["python", *sys.argv]),

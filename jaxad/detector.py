@@ -358,11 +358,15 @@ class Detector:
             )
 
     def _photographs(self) -> jax.Array:
-        """The inner halves of the auxiliary images, at the size of the others; of many some, evenly spread."""
+        """The auxiliary images at the size of the others; of many some, evenly spread.
+
+        Textures are whole; photographs that a method cannot do without are the inner halves, as EfficientAD has them.
+        """
         self.check_auxiliary()
         assert self._built is not None and self.auxiliary is not None
         (h, w), _ = self._built
-        preprocess = Preprocess((2 * h, 2 * w), (h, w))
+        halves = self.method.auxiliary == "needed"
+        preprocess = Preprocess((2 * h, 2 * w), (h, w)) if halves else Preprocess((h, w))
         (split,) = open_data(self.auxiliary, preprocess=preprocess, layout="flat").values()
         data = split.train
         assert data is not None

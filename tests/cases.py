@@ -76,6 +76,7 @@ CFLOW: dict[str, Any] = dict(
     layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
 )
 CSFLOW: dict[str, Any] = dict(layer="layer1", coupling_blocks=1, hidden=2, epochs=2, train_batch_size=4)
+CUTPASTE: dict[str, Any] = dict(layer="layer2", head=(8, 4), epochs=2, train_batch_size=4, learning_rate=1e-4)
 DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
@@ -109,6 +110,23 @@ CASES = {
     "cfa": Case("cfa", CFA, random=True, streaming=True, determined=False),
     "cflow": Case("cflow", CFLOW, random=True, streaming=True),
     "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
+    "cutpaste": Case(
+        "cutpaste",
+        CUTPASTE,
+        "tiny_resnet",
+        random=True,
+        determined=False,
+        tolerance=2e-3,
+        longer=dict(epochs=20, learning_rate=0.03),
+    ),
+    "cutpaste-patches": Case(
+        "cutpaste",
+        CUTPASTE | dict(way="binary", pretrained=True, patch_size=24, stride=8),
+        "tiny_resnet",
+        random=True,
+        determined=False,
+        tolerance=2e-3,
+    ),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "draem": Case(
         "draem",

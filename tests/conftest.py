@@ -33,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(name))
 
 
+def _group(item: pytest.Item) -> tuple[Path, object]:
+    """The module of a test, and the row of the table that it is of."""
+    return item.path, getattr(item, "callspec", None) and item.callspec.params.get("name")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A process may map some 65,000 pieces of memory and a program takes a few: they are let go of group by group."""
+    if nextitem is None or _group(item) != _group(nextitem):
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real photographs and weights beside the project; tests that need it skip where it is absent."""

@@ -14,7 +14,7 @@ BACKBONE = "pdn_small"
 """Not used: DRAEM has networks of its own."""
 SMALL = {"reconstructive_width": 16, "discriminative_width": 16, "learning_rate": 1e-3}
 NOTES = "128 px, networks of 16 channels, 20 epochs of 8 images at 1e-3."
-BOTTLE = published("quoted from memory", image_AUROC=0.99, pixel_AP=0.87)
+BOTTLE = published("paper, mean of all classes", image_AUROC=0.98, pixel_AUROC=0.973, pixel_AP=0.684)
 
 RECIPES = {
     "draem_bottle": Recipe(

@@ -6,6 +6,7 @@ from jaxad.base import Method
 from jaxad.methods.cfa import cfa
 from jaxad.methods.cflow import cflow
 from jaxad.methods.csflow import csflow
+from jaxad.methods.cutpaste import cutpaste
 from jaxad.methods.differnet import differnet
 from jaxad.methods.draem import draem
 from jaxad.methods.efficientad import efficientad
@@ -26,6 +27,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "cfa": cfa,
     "cflow": cflow,
     "csflow": csflow,
+    "cutpaste": cutpaste,
     "differnet": differnet,
     "draem": draem,
     "efficientad": efficientad,

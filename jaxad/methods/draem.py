@@ -1,8 +1,8 @@
 """DRAEM: one network paints synthetic anomalies out, another finds them in the image beside what was painted.
 
 Stored: a reconstructive network, an encoder and decoder without links, that learns to give normal images back from
-those with synthetic anomalies (squared error and structural similarity, Eq. 1 and 2); and a discriminative network, a
-U-Net, that learns from both images which pixels are anomalous (focal loss, Eq. 3). The heat map is what it says of a
+those with synthetic anomalies (squared error and structural similarity); and a discriminative network, a
+U-Net, that learns from both images which pixels are anomalous (focal loss). The heat map is what it says of a
 pixel (softmax), and an image scores the maximum of the map's means over 21 x 21 pixels (section 3.4). Half of the
 training images have an anomaly: a texture within a shape of Perlin noise (section 3.3).
 
@@ -11,8 +11,8 @@ Paper: DRAEM: A Discriminatively Trained Reconstruction Embedding for Surface An
 Reference: https://github.com/VitjanZ/DRAEM; anomalib (where SSPCAB stands).
 Differences: anomalies are drawn on the device; kernels are drawn as a ResNet's, and convolutions before a batch norm
     have no bias, which that takes away; upsampling is by pixel centers; textures are changed as in the reference, but
-    brightness is one of a channel's levels, not of a color space; an epoch is one pass over the images, each once; the
-    running variance is not corrected for the size of a batch.
+    brightness is one of a channel's levels, not of a color space; they are drawn from 1,000 at most; an epoch is one
+    pass over the images, each once; the running variance is not corrected for the size of a batch.
 Results: experiments/recipes/draem.py
 """
 
@@ -180,7 +180,7 @@ def draem(
 
     def train(key: Key, state: DraemTraining, frozen: Frozen, batch: Batch) -> tuple[DraemTraining, Metrics]:
         given = zero_padding(batch.x, batch.valid).astype(jnp.float32) / 255
-        textures = frozen.get("auxiliary")
+        textures = (frozen or {}).get("auxiliary")
         keys = jax.random.split(key, len(given))
         image, made, mask = jax.vmap(lambda key, image: spoiled(key, image, textures))(keys, given)
 

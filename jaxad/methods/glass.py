@@ -12,7 +12,8 @@ Paper: A Unified Anomaly Synthesis Strategy with Gradient Ascent for Industrial 
 Reference: https://github.com/cqylunlun/GLASS
 Differences: the center is that of the current adaptor at every step, not of the epoch's first; how an anomalous feature
     was moved counts as constant; patch features are means of neighborhoods, side by side, whose channels are not
-    pooled; textures are changed as DRAEM's; which hypothesis holds is told, not judged from the images' spectrum; an
+    pooled; textures are changed as DRAEM's; which hypothesis holds is told, not judged from the images' spectrum, and
+    the object is what Otsu's threshold finds, not a given mask; an
     epoch has all images, not 392; no layer before the batch norm has a bias, which that takes away; the last epoch
     counts, not the best on the test images; the running variance is not corrected for the size of a batch.
 Results: experiments/recipes/glass.py
@@ -42,6 +43,8 @@ RADIUS = 0.75
 """Share of the normal features within the hypersphere."""
 APART = 0.5
 """Least distance of a global anomaly from its normal feature, and half the largest (manifold hypothesis)."""
+TRIES = 64
+"""Draws of a shape before an image is left without one."""
 STEP, EVERY = 1e-3, 5
 """Length of a step up, and steps from one projection to the next."""
 
@@ -72,11 +75,20 @@ class GlassDiscriminator(NamedTuple):
     running: PyTree
 
 
-def drawn_mask(key: Key, size: tuple[int, int]) -> Bool[Array, "h w"]:
-    """A shape of Perlin noise, or what two have in common, or both, with equal odds."""
-    first, second, which = jax.random.split(key, 3)
-    a, b = perlin_mask(first, size), perlin_mask(second, size)
-    return jnp.select([jax.random.randint(which, (), 0, 3) == i for i in (0, 1)], [a, a & b], a | b)
+def drawn_mask(key: Key, within: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """A shape of Perlin noise, or what two have in common, or both; drawn until some of it is within."""
+
+    def draw(given: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tries, key, _ = given
+        key, first, second, which = jax.random.split(key, 4)
+        a, b = (perlin_mask(k, (within.shape[0], within.shape[1])) for k in (first, second))
+        mask = jnp.select([jax.random.randint(which, (), 0, 3) == i for i in (0, 1)], [a, a & b], a | b)
+        return tries + 1, key, mask & within
+
+    def empty(given: tuple[Array, Array, Array]) -> Array:
+        return (given[0] < TRIES) & ~given[2].any()
+
+    return jax.lax.while_loop(empty, draw, (jnp.int32(0), key, jnp.zeros_like(within)))[2]
 
 
 def glass(
@@ -131,6 +143,7 @@ def glass(
         discriminator=optax.adamw(2 * learning_rate, weight_decay=0.01),
     )
     discriminator, spherical = Discriminator(hidden), hypothesis == "hypersphere"
+    often = (1 - 0.9 ** (ascent_steps + 1)) / (1 - 0.9)  # the batch norm sees those features at every step up
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return patch_features(x, layers)
@@ -158,9 +171,7 @@ def glass(
     def spoiled(key: Key, image: Float[Array, "h w 3"], textures: Array | None) -> tuple[Array, Array]:
         """The image with a texture, and where that is."""
         shape, texture, how = jax.random.split(key, 3)
-        mask = drawn_mask(shape, image_size)
-        if on_foreground:
-            mask = mask & foreground(image)
+        mask = drawn_mask(shape, foreground(image) if on_foreground else jnp.ones(image_size, bool))
         opacity = jnp.clip(0.5 + 0.1 * jax.random.normal(how), 0.2, 0.8)
         return blended(image, source(texture, image_size, textures), mask, opacity), mask
 
@@ -198,7 +209,8 @@ def glass(
             middle, least = (at, radius) if spherical else (fixed, jnp.float32(APART))
             moved = ascend(normality, fixed + shift, ascent_steps, STEP, EVERY, lambda x: into_shell(x, middle, least))
             moved = own + (moved - fixed)
-            found, running = logits(params, state.running, jnp.concatenate([own, moved]))
+            found, once = logits(params, state.running, jnp.concatenate([own, moved]))
+            running = jax.tree.map(lambda old, new: old + often * (new - old), state.running, once)
             of_normal, of_anomalous = (
                 optax.sigmoid_binary_cross_entropy(part, label).mean((1, 2))
                 for part, label in zip(jnp.split(found, 2), (jnp.zeros(()), jnp.ones(())), strict=True)

@@ -2,8 +2,8 @@
 
 Stored: a linear layer that adapts patch features to the images (Eq. 4), and a discriminator of two layers, trained
 together to score adapted features above a margin and those with Gaussian noise below its negative (Eq. 5-7). A patch
-scores the negative of the discriminator; the heat map is the smoothed upsampling of that, and an image scores its
-maximum (section 3.5).
+scores the negative of the discriminator; the heat map is the smoothed upsampling of that, and an image scores the
+largest of its patches (section 3.5).
 
 Paper: SimpleNet: A Simple Network for Image Anomaly Detection and Localization, CVPR 2023, arXiv:2303.15140.
 Reference: https://github.com/DonaldRR/SimpleNet
@@ -129,8 +129,7 @@ def simplenet(
         adapted = patches(x) @ state.params["adaptor"]
         variables = {"params": state.params["discriminator"], "batch_stats": state.running}
         scores: Any = discriminator.apply(variables, adapted, valid=None)
-        pixel = upsample_blur(-scores, image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores((-scores).max((1, 2)), upsample_blur(-scores, image_size, sigma))
 
     stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
     return Method(features(backbone, layers), init, (stage,), score)

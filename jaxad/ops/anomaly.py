@@ -19,7 +19,7 @@ Anomalous = tuple[Float[Array, "h w 3"], Bool[Array, "h w"]]
 def blended(
     image: Float[Array, "h w 3"], source: Float[Array, "h w 3"], mask: Bool[Array, "h w"], opacity: Float[Array, ""]
 ) -> Float[Array, "h w 3"]:
-    """The image with so much of the source where the mask is, and so much less of its own (DRAEM, Eq. 3)."""
+    """The image with so much of the source where the mask is, and so much less of its own (DRAEM, section 3.3)."""
     return jnp.where(mask[..., None], (1 - opacity) * image + opacity * source, image)
 
 
@@ -49,7 +49,7 @@ def textured(
     return blended(image, source, mask, jax.random.uniform(how, minval=opacity[0], maxval=opacity[1])), mask
 
 
-def shuffled(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (8, 4)) -> Float[Array, "h w 3"]:
+def shuffled(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (4, 8)) -> Float[Array, "h w 3"]:
     """MemSeg's structural source: the image, mirrored, rotated and of other colors at random, in tiles out of order.
 
     Args:
@@ -62,7 +62,7 @@ def shuffled(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (8,
 
     Source: MemSeg, arXiv:2205.00908, section 3.2.
     """
-    h, w, c = image.shape
+    h, w, _ = image.shape
     down, across = grid
     if h % down or w % across:
         raise ValueError(f"the image must be multiples of {down} x {across} pixels for as many tiles, got {h} x {w}")
@@ -72,13 +72,21 @@ def shuffled(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (8,
     image = jnp.where(flips[1], image[:, ::-1], image)
     image = rotate(image, jax.random.uniform(turn, minval=-45.0, maxval=45.0))
     image = color_jitter(color, image, 0.2)
+    return permuted(order, image, grid)
+
+
+def permuted(key: Key, image: Float[Array, "h w c"], grid: tuple[int, int]) -> Float[Array, "h w c"]:
+    """The image's tiles in random order."""
+    (h, w, c), (down, across) = image.shape, grid
     tiles = image.reshape(down, h // down, across, w // across, c).swapaxes(1, 2).reshape(down * across, -1)
-    tiles = jax.random.permutation(order, tiles).reshape(down, across, h // down, w // across, c)
+    tiles = jax.random.permutation(key, tiles).reshape(down, across, h // down, w // across, c)
     return tiles.swapaxes(1, 2).reshape(h, w, c)
 
 
 def foreground(image: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
     """The object: what Otsu's threshold of brightness parts from the border of the image, where most is background.
+
+    Of an image of one brightness it is everything.
 
     Source: Otsu, A threshold selection method from gray-level histograms, 1979.
     """
@@ -89,7 +97,8 @@ def foreground(image: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
     between = (total * below[-1] - total[-1] * below) ** 2 / jnp.maximum(below * above, 1)
     bright = level > jnp.argmax(jnp.where((below > 0) & (above > 0), between, -1))
     border = jnp.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]])
-    return jnp.where(border.mean() > 0.5, ~bright, bright)
+    found = jnp.where(border.mean() > 0.5, ~bright, bright)
+    return found | ~found.any()
 
 
 def confetti(

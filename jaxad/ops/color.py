@@ -26,11 +26,13 @@ def apart_from(base: Float[Array, "..."], image: Float[Array, "..."], factor: Fl
 
 
 def other_hue(
-    image: Float[Array, "*b h w 3"], shift: Float[Array, ""], saturation: float | Float[Array, ""] = 1.0
+    image: Float[Array, "*b h w 3"], shift: Float[Array, ""], more: float | Float[Array, ""] = 0.0
 ) -> Float[Array, "*b h w 3"]:
-    """The hue moved by a share of the color circle, and the saturation (of HSV) times a factor."""
+    """The hue moved by a share of the color circle, and `more` saturation, both of HSV."""
     with jax.numpy_dtype_promotion("standard"):  # dm_pix adds truth values to numbers
-        other: Any = dm_pix.adjust_saturation(dm_pix.adjust_hue(image, shift), saturation)
+        hsv: Any = dm_pix.rgb_to_hsv(image)
+        hsv = jnp.stack([(hsv[..., 0] + shift) % 1, jnp.clip(hsv[..., 1] + more, 0, 1), hsv[..., 2]], -1)
+        other: Any = dm_pix.hsv_to_rgb(hsv)
     return jnp.clip(other, 0, 1)
 
 

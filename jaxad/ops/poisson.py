@@ -25,7 +25,8 @@ def sines(n: int, first: Float[Array, ""], length: Float[Array, ""]) -> tuple[Fl
     """
     number = jnp.arange(n, dtype=jnp.float32)
     row, column = (number - first)[:, None], number[None, :]
-    wave = jnp.sin(jnp.pi * (row + 1) * (column + 1) / (length + 1)) * jnp.sqrt(2 / (length + 1))
+    turns = (row + 1) * (column + 1) % (2 * (length + 1)) / (length + 1)  # whole numbers, before they are rounded
+    wave = jnp.sin(jnp.pi * turns) * jnp.sqrt(2 / (length + 1))
     inside = (row >= 0) & (row < length) & (column < length)
     values = 2 - 2 * jnp.cos(jnp.pi * (number + 1) / (length + 1))
     return jnp.where(inside, wave, 0), jnp.where(number < length, values, 1)

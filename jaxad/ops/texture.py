@@ -57,31 +57,52 @@ def histogram(levels: Int[Array, "h w 3"]) -> Float[Array, "3 256"]:
     return jnp.zeros((3, LEVELS)).at[channel, levels].add(1.0)
 
 
+def autocontrast(count: Float[Array, "3 256"], percent: Float[Array, ""]) -> Float[Array, "3 256"]:
+    """Every level stretched so that all but so many of the darkest and brightest pixels fill the range, as Pillow does.
+
+    Channels of which nothing is left keep their levels.
+    """
+    level = jnp.arange(LEVELS, dtype=jnp.float32)
+    cut = jnp.floor(count.sum(1, keepdims=True) * percent / 100)
+    low = jnp.argmax(jnp.cumsum(count, 1) > cut, 1, keepdims=True).astype(jnp.float32)
+    high = LEVELS - 1 - jnp.argmax(jnp.cumsum(count[:, ::-1], 1) > cut, 1, keepdims=True).astype(jnp.float32)
+    return jnp.where(high > low, (level - low) / jnp.where(high > low, high - low, 1), level / (LEVELS - 1))
+
+
+def equalized(count: Float[Array, "3 256"]) -> Float[Array, "3 256"]:
+    """Every level moved so that pixels are spread evenly, as Pillow does."""
+    level = jnp.arange(LEVELS, dtype=jnp.float32)
+    below, top = jnp.cumsum(count, 1) - count, jnp.argmax(jnp.where(count > 0, level, -1), 1)
+    step = jnp.floor((count.sum(1) - count[jnp.arange(3), top]) / (LEVELS - 1))[:, None]
+    found = jnp.floor((below + jnp.floor(step / 2)) / jnp.maximum(step, 1))
+    return jnp.where(step > 0, found, level) / (LEVELS - 1)
+
+
 def tables(key: Key, count: Float[Array, "3 256"]) -> Float[Array, "7 3 256"]:
     """What the changes that map levels make of each, in [0, 1], for channels of those histograms."""
     gamma, brightness, sharp = jax.random.split(key, 3)
     level = jnp.broadcast_to(jnp.arange(LEVELS, dtype=jnp.float32) / (LEVELS - 1), (3, LEVELS))
-    multiply, add, least, bits = jax.random.uniform(brightness, (4,))
+    multiply, add, least, bits, cut = jax.random.uniform(brightness, (5,))
     solarized = jnp.where(level < (32 + 96 * least) / 255, level, 1 - level)
-    lost = 2.0 ** jnp.floor(1 + 7 * bits)  # 1 to 7 bits of 8
+    lost = 2.0 ** jnp.floor(8 * bits)  # none to 7 bits of 8
     posterized = jnp.floor(level * 255 / lost) * lost / 255
-    present = count > 0
-    low = jnp.where(present, level, 1).min(1, keepdims=True)
-    high = jnp.where(present, level, 0).max(1, keepdims=True)
-    stretched = jnp.where(high > low, (level - low) / jnp.where(high > low, high - low, 1), level)
-    below, top = jnp.cumsum(count, 1) - count, jnp.argmax(jnp.where(present, level, -1), 1)
-    step = jnp.floor((count.sum(1) - count[jnp.arange(3), top]) / 255)[:, None]
-    equal = jnp.where(step > 0, jnp.floor((below + jnp.floor(step / 2)) / jnp.maximum(step, 1)) / 255, level)
     made = [
         level ** jax.random.uniform(gamma, (3, 1), minval=0.5, maxval=2.0),
         level * (0.8 + 0.4 * multiply) + (60 * add - 30) / 255,
         jnp.where(jax.random.bernoulli(sharp), solarized, level),
         posterized,
         1 - level,
-        stretched,
-        equal,
+        autocontrast(count, jnp.floor(21 * cut)),
+        equalized(count),
     ]
     return jnp.clip(jnp.stack(made), 0, 1)
+
+
+def sharper(image: Float[Array, "h w 3"], factor: Float[Array, ""]) -> Float[Array, "h w 3"]:
+    """The image's difference to a smoothed one times a factor, as Pillow does: 0 is smooth, 2 is sharp."""
+    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), "edge")
+    smooth = (jax.lax.reduce_window(padded, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "VALID") + 4 * image) / 13
+    return jnp.clip(smooth + factor * (image - smooth), 0, 1)
 
 
 def change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Float[Array, "h w 3"]:
@@ -90,11 +111,9 @@ def change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Flo
     levels = jnp.round(image * (LEVELS - 1)).astype(jnp.int32)
     table = tables(by_level, histogram(levels))[jnp.minimum(which, IN_LEVELS - 1)]
     mapped = table[jnp.arange(3), levels]
-    smooth = jax.lax.reduce_window(image, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "SAME")
-    smooth = (smooth + 4 * image) / 13
-    sharpened = jnp.clip(smooth + jax.random.uniform(sharp, maxval=2.0) * (image - smooth), 0, 1)
-    shift, saturate = jax.random.uniform(hue, (2,), minval=-50 / 255, maxval=50 / 255)
-    colored = other_hue(image, shift, 1 + 2 * saturate)
+    sharpened = sharper(image, jax.random.uniform(sharp, maxval=2.0))
+    shift, more = jax.random.uniform(hue, (2,), minval=-50 / 255, maxval=50 / 255)
+    colored = other_hue(image, shift, more)
     turned = rotate(image, jax.random.uniform(turn, minval=-45.0, maxval=45.0))
     choices = [which < IN_LEVELS, which == IN_LEVELS, which == IN_LEVELS + 1]
     return jnp.select([jnp.broadcast_to(c, image.shape) for c in choices], [mapped, sharpened, colored], turned)

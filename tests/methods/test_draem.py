@@ -1,5 +1,7 @@
 """DRAEM: the official networks' shapes, what its loss adds up, and how images score."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from jaxad.base import Batch
 from jaxad.methods.draem import MEAN, Discriminative, DraemNetworks, Reconstructive, draem
+from jaxad.ops.ssim import ssim
 
+module = importlib.import_module("jaxad.methods.draem")
 KEY = jax.random.key(0)
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 SMALL = dict(image_size=(32, 32), reconstructive_width=2, discriminative_width=2, learning_rate=1e-3)
@@ -50,6 +54,35 @@ def test_an_image_scores_the_largest_mean_of_its_heat_map(method, state):
     padded = np.pad(np.asarray(scores.pixel, np.float64), ((0, 0), (MEAN // 2,) * 2, (MEAN // 2,) * 2))
     means = np.lib.stride_tricks.sliding_window_view(padded, (MEAN, MEAN), (1, 2)).mean((3, 4))
     np.testing.assert_allclose(scores.image, means.max((1, 2)), rtol=1e-4)
+
+
+def test_the_loss_adds_up_errors_of_the_image_its_structure_and_the_mask(monkeypatch):
+    """With anomalies that are known, against the networks' own outputs."""
+    mask = np.zeros((32, 32), bool)
+    mask[4:12, 6:20] = True
+    monkeypatch.setattr(module, "textured", lambda key, image, source: (1 - image, jnp.asarray(mask)))
+    monkeypatch.setattr(module, "rotate", lambda image, degrees: image)
+    monkeypatch.setattr(module, "ANOMALOUS", 1.0)
+    method, valid = draem(**SMALL, sspcab=True, sspcab_weight=0.3), np.array([True, True, True, False])
+    state = jax.jit(lambda key: method.init(key, {}, None))(KEY)
+    index = jnp.arange(4, dtype=jnp.int32)
+    batch = Batch(jnp.asarray(IMAGES), jnp.asarray(valid), jnp.zeros(4, jnp.int32), None, index, jnp.float32(0.85))
+    after, metrics = jax.jit(method.stages[0].update)(KEY, state, None, batch)
+    image = jnp.asarray(IMAGES[:3], jnp.float32) / 255
+
+    def of(name, network, x):
+        variables = {"params": state.trained.params[name], "batch_stats": state.running[name]}
+        return network.apply(variables, x, jnp.ones(3, bool), mutable=["batch_stats"])[0]
+
+    painted, error = of("reconstructive", Reconstructive(2, True), 1 - image)
+    logits = np.asarray(of("discriminative", Discriminative(2), jnp.concatenate([painted, 1 - image], -1)), np.float64)
+    chance = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+    met = np.where(mask, chance, 1 - chance)
+    expected = np.mean((np.asarray(painted) - np.asarray(image)) ** 2) + 1 - float(ssim(painted, image).mean())
+    expected += np.mean(-((1 - met) ** 2) * np.log(met)) + 0.3 * float(error.mean())
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-3)
+    first = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.trained.params, state.trained.params))
+    assert 0.15e-3 < max(map(float, first)) < 0.21e-3  # a fifth of the rate
 
 
 @pytest.mark.parametrize("sspcab", [False, True])

@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from jaxad.ops import anomaly, color, cutpaste, nsa, perlin, poisson, texture, warp
@@ -151,9 +151,20 @@ def test_the_three_ways():
 def test_colors_against_matplotlib():
     image = noise(1)
     hsv = rgb_to_hsv(np.asarray(image, np.float64))
-    hsv = np.stack([(hsv[..., 0] + 0.3) % 1, np.minimum(1.5 * hsv[..., 1], 1), hsv[..., 2]], -1)
-    np.testing.assert_allclose(color.other_hue(image, jnp.float32(0.3), 1.5), hsv_to_rgb(hsv), atol=1e-4)
-    np.testing.assert_allclose(color.color_jitter(jax.random.key(0), image, 0.0), image, atol=1e-5)
+    hsv = np.stack([(hsv[..., 0] + 0.3) % 1, np.minimum(hsv[..., 1] + 0.1, 1), hsv[..., 2]], -1)
+    np.testing.assert_allclose(color.other_hue(image, jnp.float32(0.3), 0.1), hsv_to_rgb(hsv), atol=1e-4)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_jitter_changes_every_property_by_its_strength_at_most(seed):
+    image, key = noise(seed) * 0.5 + 0.25, jax.random.key(seed)
+    jitter = jax.jit(color.color_jitter, static_argnums=2)
+    np.testing.assert_allclose(jitter(key, image, 0.0), image, atol=1e-5)
+    made = np.asarray(jitter(key, image, 0.1))
+    assert 0 < np.abs(made - image).max() < 0.4
+    assert 0.9 * 0.98 < made.mean() / image.mean() < 1.1 * 1.02
+    assert 0.9 * 0.85 < made.std() / np.asarray(image).std() < 1.1 * 1.15
 
 
 def test_levels_are_mapped_as_pillow_does():
@@ -166,14 +177,41 @@ def test_levels_are_mapped_as_pillow_does():
     np.testing.assert_array_equal(count, np.stack(of))
     tables = np.asarray(texture.tables(jax.random.key(0), count))
     mapped = dict(zip(texture.CHANGES, tables[:, np.arange(3), levels], strict=False))
+    mapped |= {
+        f"autocontrast {cut}": np.asarray(texture.autocontrast(count, jnp.float32(cut)))[np.arange(3), levels]
+        for cut in (0, 7, 60)
+    }
     for name, expected in (
-        ("autocontrast", ImageOps.autocontrast(photograph)),
+        ("autocontrast 0", ImageOps.autocontrast(photograph)),
+        ("autocontrast 7", ImageOps.autocontrast(photograph, 7)),
+        ("autocontrast 60", photograph),  # of which nothing is left
         ("equalize", ImageOps.equalize(photograph)),
         ("invert", ImageOps.invert(photograph)),
     ):
-        np.testing.assert_allclose(255 * mapped[name], np.asarray(expected), atol=1.01, err_msg=name)
-    assert len(np.unique(mapped["posterize"])) <= 128 and (mapped["posterize"] <= levels / 255 + 1e-6).all()
+        found = np.clip(255 * mapped[name], 0, 255)
+        np.testing.assert_allclose(found, np.asarray(expected), atol=1.01, err_msg=name)
+    gamma, brightness = (255 * mapped[name] for name in ("gamma", "brightness"))
+    assert ((levels / 255) ** 2 * 255 - 0.1 <= gamma).all() and (gamma <= (levels / 255) ** 0.5 * 255 + 0.1).all()
+    assert (0.8 * levels - 30.1 <= brightness).all() and (brightness <= 1.2 * levels + 30.1).all()
+    assert (mapped["posterize"] <= levels / 255 + 1e-6).all()
     assert tables.min() >= 0 and tables.max() <= 1
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 2.0])
+def test_sharpness_is_pillows(factor):
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    expected = np.asarray(ImageEnhance.Sharpness(Image.fromarray(levels)).enhance(factor))
+    found = 255 * texture.sharper(jnp.asarray(levels, jnp.float32) / 255, jnp.float32(factor))
+    np.testing.assert_allclose(found[1:-1, 1:-1], expected[1:-1, 1:-1], atol=2)
+
+
+@pytest.mark.parametrize("which", range(len(texture.CHANGES)))
+def test_every_change_changes_a_texture_within_the_range_of_colors(which):
+    image = noise(3) * 0.6 + 0.2
+    change = jax.jit(texture.change)
+    made = np.stack([change(jax.random.key(i), image, jnp.int32(which)) for i in range(8)])
+    assert made.min() >= 0 and made.max() <= 1
+    assert (np.abs(made - np.asarray(image)).max((1, 2, 3)) > 0.01).sum() >= 4
 
 
 def test_a_source_is_one_of_the_textures_given():
@@ -207,11 +245,16 @@ def test_foreground_threshold_maximizes_the_variance_between():
 
 
 def test_tiles_are_shuffled_none_is_lost():
-    with pytest.raises(ValueError, match=r"multiples of 8 x 4 pixels for as many tiles, got 50 x 64"):
+    with pytest.raises(ValueError, match=r"multiples of 4 x 8 pixels for as many tiles, got 50 x 64"):
         anomaly.shuffled(jax.random.key(0), jnp.zeros((50, 64, 3)))
-    gray = jnp.broadcast_to(jnp.asarray(0.5), (*SIZE, 3))
-    made = anomaly.shuffled(jax.random.key(0), gray)
-    assert made.shape == gray.shape
+    assert anomaly.shuffled(jax.random.key(0), noise(0)).shape == (*SIZE, 3)
+    image = np.asarray(noise(0))
+    made = np.asarray(anomaly.permuted(jax.random.key(0), jnp.asarray(image), (4, 8)))
+
+    def tiles(image):
+        return {image[i : i + 12, j : j + 8].tobytes() for i in range(0, 48, 12) for j in range(0, 64, 8)}
+
+    assert len(tiles(image)) == 32 and tiles(made) == tiles(image) and not np.array_equal(made, image)
 
 
 MASKS = {
@@ -261,7 +304,12 @@ def test_natural_pieces_have_sizes_in_range_and_labels_by_intensity(seed):
     made, label = make(jax.random.key(seed), image, SOURCE)
     changed = np.asarray(jnp.abs(made - image).max(-1)) > 1e-5
     assert changed.any(1).sum() <= 0.4 * SIZE[0] + 1 and changed.any(0).sum() <= 0.4 * SIZE[1] + 1
-    assert float(label.min()) >= 0 and float(label.max()) <= 1
+    change = np.abs(np.asarray(made, np.float64) - 0.5).mean(-1)
+    around = functools.partial(ndimage.uniform_filter, mode="constant")
+    mask = around((change > 1 / 255).astype(float), 5) > 0.5
+    intensity = 255 * around(change * mask, 11) / np.maximum(around(mask.astype(float), 11), 1e-6)
+    expected = mask / (1 + np.exp(-(intensity - 20) / 6))
+    assert (np.abs(label - expected) < 5e-3).mean() > 0.99
 
 
 def test_natural_pieces_show_objects_where_objects_are():

@@ -1,0 +1,39 @@
+"""CutPaste, arXiv:2104.04015: a ResNet-18, 256 px, 3-way, SGD at 0.03, 256 x 256 steps of 32 normal images.
+
+    python experiments/run.py cutpaste_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python experiments/run.py cutpaste_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python experiments/run.py cutpaste_demo --data demo --weights resnet50.caffe_in1k.safetensors
+
+The networks begin with pretrained weights, which end at layer3 here. The last epoch counts, whatever the test images
+say.
+"""
+
+from recipes import MTD, RESNET50, Recipe, published
+
+SMALL = {"layer": "layer3", "pretrained": True, "head": (128,), "train_batch_size": 8, "learning_rate": 1e-3}
+NOTES = "A pretrained ResNet-50 up to layer3, 128 px, a head of one layer, 6 epochs of 8 images at 1e-3."
+TABLE = "paper, ResNet-18 from scratch, 3-way"
+
+RECIPES = {
+    "cutpaste_bottle": Recipe(
+        "cutpaste",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 20},
+        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        notes="A pretrained ResNet-18 up to layer3, 128 px, a head of one layer, 20 epochs of 8 images at 1e-3.",
+    ),
+    "cutpaste_mtd": Recipe(
+        "cutpaste",
+        backbone=RESNET50,
+        image_size=128,
+        hyperparameters=SMALL | {"epochs": 2},
+        seeds=(0, 1, 2),
+        published=published("IM-IAD, ViT-B/16, 256 px", image_AUROC=0.83, image_AP=0.912),
+        notes="A pretrained ResNet-50 up to layer3, 128 px, a head of one layer, 2 epochs of 8 images at 1e-3.",
+        **MTD,
+    ),
+    "cutpaste_pillqc": Recipe("cutpaste", "pillqc", RESNET50, SMALL | {"epochs": 6}, image_size=128, notes=NOTES),
+    "cutpaste_demo": Recipe("cutpaste", "demo", RESNET50, SMALL | {"epochs": 6}, image_size=128, notes=NOTES),
+}

@@ -1,0 +1,90 @@
+"""CutPaste: its scores and maps against numpy and scikit-learn, the patches it sees, and what it learns."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.covariance import LedoitWolf
+
+from jaxad.backbones import backbone
+from jaxad.data import Preprocess, open_data
+from jaxad.fit import fit
+from jaxad.methods.cutpaste import cutpaste, spread
+from jaxad.ops.heatmap import upsample_blur
+from tests.cases import TINY
+
+KEY = jax.random.key(0)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+OPTIONS = dict(backbone=TINY[0], layer="layer2", image_size=(32, 32), head=(8, 4), epochs=1, train_batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return backbone(TINY[0]).init(jax.random.key(1))
+
+
+def fitted(frozen, **options):
+    method = cutpaste(**OPTIONS | options)
+    data = open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train
+    return method, fit(method, frozen, data, KEY)
+
+
+def maps_of(frozen, state, images):
+    apply = jax.jit(backbone(TINY[0]).apply, static_argnums=2)
+    return np.asarray(apply(frozen | {"params": state.params}, images, ("layer2",))["layer2"], np.float64)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_images_score_the_distance_of_their_features_and_maps_are_grad_cam(frozen, pretrained):
+    method, found = fitted(frozen, pretrained=pretrained, sigma=1.0, learning_rate=0.01)
+    maps = maps_of(frozen, found.state, IMAGES)
+    pooled = maps.mean((1, 2))
+    gaussian = LedoitWolf().fit(pooled)
+    np.testing.assert_allclose(found.state.mean, gaussian.location_, atol=1e-4)
+    apart = pooled - gaussian.location_
+    distance = np.sqrt(np.einsum("bi,ij,bj->b", apart, gaussian.precision_, apart))
+    scores = jax.jit(method.score)(found.state, frozen, jnp.asarray(IMAGES))
+    np.testing.assert_allclose(scores.image, distance, rtol=1e-2)
+    weight = apart @ gaussian.precision_ / distance[:, None]
+    shown = np.maximum(np.einsum("bhwd,bd->bhw", maps, weight), 0)
+    expected = upsample_blur(jnp.asarray(shown, jnp.float32), (32, 32), 1.0)
+    np.testing.assert_allclose(scores.pixel, expected, rtol=0.05, atol=0.02 * float(expected.max()))
+
+
+def test_patches_lie_on_a_grid_and_are_spread_by_gaussians(frozen):
+    method, found = fitted(frozen, patch_size=16, stride=8, way="scar", learning_rate=0.01)
+    assert found.state.mean.shape == (32,)
+    scores = jax.jit(method.score)(found.state, frozen, jnp.asarray(IMAGES))
+    covariance = np.asarray(found.state.factor, np.float64) @ np.asarray(found.state.factor, np.float64).T
+    grid = np.zeros((6, 3, 3))
+    for i, j in np.ndindex(3, 3):
+        cut = IMAGES[:, 8 * i : 8 * i + 16, 8 * j : 8 * j + 16]
+        apart = maps_of(frozen, found.state, cut).mean((1, 2)) - np.asarray(found.state.mean)
+        grid[:, i, j] = np.sqrt(np.einsum("bi,ij,bj->b", apart, np.linalg.inv(covariance), apart))
+    np.testing.assert_allclose(scores.image, grid.max((1, 2)), rtol=1e-2)
+    matrix = spread(3, 32, 7.5, 8, 8)
+    np.testing.assert_allclose(matrix.sum(1), 1)
+    assert [int(i) for i in matrix[[2, 15, 29]].argmax(1)] == [0, 1, 2]
+    np.testing.assert_allclose(scores.pixel, np.einsum("Hh,bhw,Ww->bHW", matrix, grid, matrix), rtol=2e-2)
+
+
+def test_it_learns_the_problem(frozen):
+    _, short = fitted(frozen, epochs=2, learning_rate=0.05)
+    _, found = fitted(frozen, epochs=40, learning_rate=0.05)
+    assert np.mean(found.metrics["loss"][-5:]) < 0.9 * np.mean(short.metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (dict(way="4way"), "way must be one of binary, scar, 3way, got 4way"),
+        (dict(head=()), r"head must be numbers of units, one or more, got \(\)"),
+        (dict(patch_size=40), r"patch_size must be in \[1, 32\], got 40"),
+        (dict(backbone="pdn_small"), "the backbone must be a ResNet, got pdn_small"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(options, rule):
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(cutpaste)(**OPTIONS | options)
