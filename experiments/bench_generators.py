@@ -280,7 +280,7 @@ def draw(options: Options, path: Path) -> None:
             axis.set(xticks=[], yticks=[])
     figure.tight_layout(pad=0.3)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=90, format="png")
+        figure.savefig(temporary, dpi=75, format="png")
     plt.close(figure)
 
 
