@@ -51,7 +51,7 @@ class Case(NamedTuple):
     rounding moves a pixel."""
 
     finds: bool = True
-    """Whether tests can afford the training with which it finds a defect; else its recipe shows it."""
+    """Whether tests can afford the training with which it finds a defect; else its recipe's results must show it."""
 
     longer: Mapping[str, Any] = MappingProxyType({})
     """Hyper-parameters with which it learns enough to find a defect, where steps so long magnify rounding."""
