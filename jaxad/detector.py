@@ -61,7 +61,7 @@ class Detector:
             numbers belong to larger ones.
         weights: A safetensors file of the backbone (several for several); None: the cache of `jaxad weights fetch`.
         auxiliary: A folder of photographs of other things, for methods that learn from such: efficientad needs them,
-            draem and glass draw anomalies with them, and otherwise with made-up textures.
+            draem, glass and memseg draw anomalies with them, and otherwise with made-up textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
         holdout: Share of the normal images kept from learning, to set the threshold by; 0 uses all images and gives no

@@ -88,8 +88,12 @@ FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0
 GLASS: dict[str, Any] = dict(
     layers=TWO, hidden=8, hypothesis="hypersphere", ascent_steps=5, epochs=2, train_batch_size=4, learning_rate=1e-6
 )
+MEMSEG: dict[str, Any] = dict(
+    memory_size=4, channel_pooling=4, epochs=2, train_batch_size=4, learning_rate=1e-6, on_foreground=False
+)
 MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4, learning_rate=1e-5)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
+NSA: dict[str, Any] = dict(pieces=1, epochs=2, train_batch_size=4, learning_rate=1e-6, shift=1, degrees=5.0)
 RD4AD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-5)
 SIMPLENET: dict[str, Any] = dict(
     layers=TWO, hidden=8, epochs=2, train_batch_size=4, learning_rate=1e-6, adaptor_learning_rate=1e-6
@@ -147,6 +151,16 @@ CASES = {
         tolerance=2e-3,
         longer=dict(epochs=10, noise=0.3, learning_rate=1e-2),
     ),
+    "memseg": Case(
+        "memseg",
+        MEMSEG,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        tolerance=2e-3,
+        finds=False,
+    ),
     "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False, jumps=True, longer=dict(learning_rate=1e-3)),
     "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
     "nf-pixels": Case(
@@ -156,6 +170,16 @@ CASES = {
         random=True,
         streaming=True,
         determined=False,
+    ),
+    "nsa": Case(
+        "nsa",
+        NSA,
+        "tiny_resnet",
+        random=True,
+        streaming=True,
+        determined=False,
+        tolerance=2e-3,
+        finds=False,
     ),
     "rd4ad": Case(
         "rd4ad",

@@ -13,8 +13,10 @@ from jaxad.methods.efficientad import efficientad
 from jaxad.methods.fastflow import fastflow
 from jaxad.methods.glass import glass
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+from jaxad.methods.memseg import memseg
 from jaxad.methods.mkd import mkd
 from jaxad.methods.nf import nf
+from jaxad.methods.nsa import nsa
 from jaxad.methods.padim import padim
 from jaxad.methods.patchcore import patchcore
 from jaxad.methods.rd4ad import rd4ad
@@ -34,8 +36,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fastflow": fastflow,
     "glass": glass,
     "mahalanobis_ad": mahalanobis_ad,
+    "memseg": memseg,
     "mkd": mkd,
     "nf": nf,
+    "nsa": nsa,
     "padim": padim,
     "patchcore": patchcore,
     "rd4ad": rd4ad,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 from jaxad.backbones import features, residual_blocks
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
+from jaxad.nn.residual import Residual
 from jaxad.ops.cosine import cosine_distance
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
@@ -46,34 +47,6 @@ class Rd4adStudent(NamedTuple):
 
     params: PyTree
     running: PyTree
-
-
-class Residual(nn.Module):
-    """A block of a ResNet; with `scale` "down" or "up" it halves the grid or doubles it."""
-
-    features: int
-    inner: int
-    """Channels within a bottleneck block; those of `features` make a basic block."""
-    scale: str = "same"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], valid: Bool[Array, "b"] | None) -> Float[Array, "b h2 w2 f"]:
-        """The block's map."""
-
-        def conv(x: Array, features: int, kernel: int) -> Array:
-            return ConvNorm(features, kernel)(x, valid=valid)
-
-        def resized(x: Array, features: int, kernel: int) -> Array:
-            if self.scale == "up":
-                return ConvNorm(features, 2, up=True)(x, valid=valid)
-            return ConvNorm(features, kernel, 2 if self.scale == "down" else 1)(x, valid=valid)
-
-        if self.inner == self.features:
-            y = conv(nn.relu(resized(x, self.features, 3)), self.features, 3)
-        else:
-            y = nn.relu(conv(x, self.inner, 1))
-            y = conv(nn.relu(resized(y, self.inner, 3)), self.features, 1)
-        return nn.relu(y + (x if self.scale == "same" else resized(x, self.features, 1)))
 
 
 class Reverse(nn.Module):

@@ -17,10 +17,11 @@ EPSILON = 1e-5
 
 
 class Convolution(nn.Module):
-    """A convolution without a bias; with `up` a transposed one, with the stride of its kernel.
+    """A convolution without a bias.
 
-    Transposed ones and those of a single pixel are matrix products, which XLA computes and differentiates several times
-    faster on a CPU.
+    With `up` a transposed one, which multiplies rows and columns by the size of an even kernel, and doubles them if
+    the kernel is odd. Even ones and those of a single pixel are matrix products, which XLA computes and differentiates
+    several times faster on a CPU.
     """
 
     features: int
@@ -33,16 +34,20 @@ class Convolution(nn.Module):
         """The convolved map."""
         (b, h, w, c), k, stride = x.shape, self.kernel, self.stride
         kernel = self.param("kernel", TRANSPOSED if self.up else HE, (k, k, c, self.features))
+        layout = ("NHWC", "HWIO", "NHWC")
+        if self.up and k % 2:
+            pads = ((k // 2, k // 2 + 1),) * 2
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, (2, 2), dimension_numbers=layout)
         if self.up:
             return jnp.einsum("bhwc,ijcf->bhiwjf", x, kernel).reshape(b, h * k, w * k, self.features)
         if k == 1:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
         pads = ((k // 2, k // 2),) * 2
-        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
 
 
 class ConvNorm(nn.Module):
-    """A convolution and the batch norm behind it; with `up` a transposed one, with the stride of its kernel."""
+    """A `Convolution` and the batch norm behind it."""
 
     features: int
     kernel: int

@@ -1,9 +1,13 @@
 """Images seen from elsewhere."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float
+
+from jaxad.base import Key
 
 
 def rotate(image: Float[Array, "h w *c"], degrees: float | Float[Array, ""]) -> Float[Array, "h w *c"]:
@@ -19,3 +23,23 @@ def rotate(image: Float[Array, "h w *c"], degrees: float | Float[Array, ""]) -> 
         return map_coordinates(plane, at, 1, "constant", 0.0)
 
     return of(image) if image.ndim == 2 else jax.vmap(of, -1, -1)(image)
+
+
+def moved(key: Key, image: Float[Array, "h w c"], shift: int, degrees: float, mirror: bool) -> Float[Array, "h w c"]:
+    """The image moved, turned and turned upside down at random; beyond its border its edge goes on.
+
+    Args:
+        key: Draws all that is random.
+        image: To move.
+        shift: Pixels that it is moved at most, every way.
+        degrees: It is rotated by so much at most, either way.
+        mirror: Whether one of two is turned upside down.
+    """
+    where, turn, flip = jax.random.split(key, 3)
+    room = shift + math.ceil(max(image.shape[:2]) / 2 * math.sin(math.radians(degrees)))
+    wide = jnp.pad(image, ((room, room), (room, room), (0, 0)), "edge")
+    if degrees:
+        wide = rotate(wide, jax.random.uniform(turn, minval=-degrees, maxval=degrees))
+    top, left = jax.random.randint(where, (2,), room - shift, room + shift + 1)
+    image = jax.lax.dynamic_slice(wide, (top, left, jnp.int32(0)), image.shape)
+    return jnp.where(jax.random.bernoulli(flip) & mirror, image[::-1], image)

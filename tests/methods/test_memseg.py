@@ -1,0 +1,145 @@
+"""MemSeg: what the memory keeps and finds, the official network's shapes, what its loss is of, and how images score."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxad.backbones import backbone
+from jaxad.base import Batch
+from jaxad.data import Preprocess, open_data
+from jaxad.fit import fit
+from jaxad.methods.memseg import LAYERS, Memory, MemsegNetwork, Segmenter, memseg, nearest
+from jaxad.nn.attention import CoordinateAttention
+from tests.cases import TINY
+
+module = importlib.import_module("jaxad.methods.memseg")
+KEY = jax.random.key(0)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+SMALL = dict(backbone=TINY[0], image_size=(32, 32), memory_size=3, epochs=1, train_batch_size=3, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return backbone(TINY[0]).init(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def fitted(frozen):
+    method = memseg(**SMALL)
+    return method, fit(method, frozen, open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train, KEY).state
+
+
+@pytest.fixture(scope="module")
+def embedded(fitted, frozen):
+    return jax.jit(fitted[0].embed)(frozen, IMAGES)
+
+
+def test_the_memory_holds_images_drawn_at_random(fitted, embedded, frozen):
+    _, state = fitted
+    assert isinstance(state, MemsegNetwork)
+    kept = [
+        next(i for i in range(6) if np.allclose(state.memory.maps[layer][place], embedded[layer][i], atol=1e-5))
+        for layer in LAYERS
+        for place in range(3)
+    ]
+    assert kept[:3] == kept[3:6] == kept[6:] and len(set(kept)) == 3
+    data = open_data(IMAGES[:2], preprocess=Preprocess(None))["arrays"].train
+    few = fit(memseg(**SMALL), frozen, data, KEY).state
+    assert (np.asarray(few.memory.draw) < 0).tolist() == [False, False, True]
+
+
+def test_the_nearest_image_is_that_of_least_mean_squared_differences():
+    random = np.random.default_rng(1)
+    shapes = {"layer1": (4, 4, 2), "layer2": (2, 2, 3), "layer3": (1, 1, 4)}
+    maps, bank = ({k: random.normal(size=(n, *s)).astype(np.float32) for k, s in shapes.items()} for n in (5, 7))
+    apart = sum(((maps[k][:, None] - bank[k][None]) ** 2).mean((2, 3, 4)) for k in LAYERS)
+    for draw in (np.ones(7, np.float32), np.array([1, 1, 1, -1, -1, -1, -1], np.float32)):
+        wanted = np.where(draw < 0, np.inf, apart).argmin(1)
+        memory = Memory({k: jnp.asarray(v) for k, v in bank.items()}, jnp.asarray(draw))
+        found = nearest(memory, {k: jnp.asarray(v) for k, v in maps.items()})
+        for layer in LAYERS:
+            np.testing.assert_array_equal(found[layer], bank[layer][wanted])
+
+
+def test_the_network_has_the_official_ones_kernels():
+    """As msff.py and decoder.py list them for a ResNet-18, with its stem and last stage: size, channels in and out."""
+    maps = {"layer1": (16, 16, 64), "layer2": (8, 8, 128), "layer3": (4, 4, 256)}
+    one = {layer: jnp.zeros((1, *shape)) for layer, shape in maps.items()}
+    made = jax.eval_shape(Segmenter().init, KEY, jnp.zeros((1, 64, 64, 3)), one, one, jnp.ones(1, bool))
+    kernels = sorted((k.shape[0], *k.shape[2:]) for k in jax.tree.leaves(made["params"]) if len(k.shape) == 4)
+    wanted = [(7, 3, 64), (3, 256, 512), (3, 512, 512), (1, 256, 512), (3, 512, 512), (3, 512, 512)]
+    for c in (64, 128, 256):
+        wanted += [(3, 2 * c, 2 * c), (3, 2 * c, c), (3, c, c), (1, 2 * c, max(8, c // 16))]
+    wanted += [(3, 256, 128), (3, 128, 64), (3, 64, 48), (3, 48, 2)]
+    wanted += [(3, a, b) for a, b in ((512, 256), (512, 128), (256, 64), (128, 48), (96, 48))]
+    assert kernels == sorted(wanted)
+
+
+def test_attention_weighs_by_row_and_column():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 4, 6, 8)), jnp.float32)
+    attend = CoordinateAttention()
+    variables = attend.init(KEY, x, jnp.ones(2, bool))
+    weight = np.asarray(attend.apply(variables, x, None)) / x
+    rows, columns = weight[:, :, :1] / weight[:, :1, :1], weight[:, :1] / weight[:, :1, :1]
+    np.testing.assert_allclose(weight, weight[:, :1, :1] * rows * columns, rtol=1e-3)
+    assert weight.min() > 0 and weight.max() < 1 and weight.std() > 1e-3
+
+
+def test_an_image_scores_the_mean_of_the_largest_100(fitted, embedded, frozen):
+    method, state = fitted
+    scores = jax.jit(method.score)(state, frozen, embedded)
+    largest = np.sort(np.asarray(scores.pixel, np.float64).reshape(6, -1))[:, -100:]
+    np.testing.assert_allclose(scores.image, largest.mean(1), rtol=1e-5)
+
+
+def test_the_loss_weighs_absolute_and_focal_errors(monkeypatch, frozen):
+    """With anomalies that are known, against the network's own output."""
+    mask = np.zeros((64, 64), bool)
+    mask[4:12, 6:20] = True
+    monkeypatch.setattr(module, "textured", lambda key, image, shown, **_: (1 - image, jnp.asarray(mask)))
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, shape: jnp.ones(shape, bool))
+    method, valid = memseg(**SMALL | dict(image_size=(64, 64))), np.array([True, False, True])
+    images = np.random.default_rng(3).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    x = method.embed(frozen, jnp.asarray(images))
+    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    index = jnp.arange(3, dtype=jnp.int32)
+
+    def batch(progress):
+        return Batch(x, jnp.asarray(valid), jnp.zeros(3, jnp.int32), None, index, jnp.float32(progress))
+
+    remember, train = method.stages
+    state = method.init(KEY, frozen, spec)
+    state = train_state = remember.finalize(KEY, remember.update(KEY, state, frozen, batch(0))[0], frozen)
+    after, metrics = jax.jit(train.update)(KEY, train_state, frozen, batch(0.05))
+
+    made = 1 - jnp.asarray(images[valid], jnp.float32) / 255
+    maps = {k: v for k, v in jax.jit(method.embed)(frozen, made).items() if k != "image"}
+    differences = {k: (maps[k] - v) ** 2 for k, v in nearest(state.memory, maps).items()}
+    variables = {"params": state.trained.params, "batch_stats": state.running}
+    shown = (made - frozen["mean"]) / frozen["std"]
+    logits, _ = Segmenter().apply(variables, shown, maps, differences, jnp.ones(2, bool), mutable=["batch_stats"])
+    logits = np.asarray(logits, np.float64)
+    chance = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+    met = np.where(mask, chance, 1 - chance)
+    expected = 0.6 * np.mean(1 - met) + 0.4 * np.mean(-((1 - met) ** 4) * np.log(met))
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=5e-3)  # batch norm of few positions magnifies rounding
+    steps = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.trained.params, state.trained.params))
+    warm = 1 / 30 + (1 - 1 / 30) / 2
+    assert 0.9 * warm < max(map(float, steps)) / 1e-3 < 1.1 * warm
+
+
+def test_bad_hyperparameters_are_refused(frozen):
+    with pytest.raises(ValueError, match=r"multiples of 32, got \(60, 64\)"):
+        memseg(backbone="resnet18", image_size=(60, 64))
+    with pytest.raises(ValueError, match="the backbone must be a ResNet, got pdn_small"):
+        memseg(backbone="pdn_small")
+    with pytest.raises(ValueError, match="channel_pooling must divide 16 channels, got 3"):
+        fit(
+            memseg(**SMALL, channel_pooling=3),
+            frozen,
+            open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train,
+            KEY,
+        )

@@ -1,0 +1,134 @@
+"""NSA: the official network's shapes and transposed convolutions, what its loss is of, and how images score."""
+
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxad.backbones import backbone, student
+from jaxad.base import Batch
+from jaxad.methods.nsa import LAYER, Decoder, NsaNetwork, nsa
+from jaxad.nn.norm import Convolution
+from jaxad.ops.warp import moved
+from tests.cases import TINY
+
+module = importlib.import_module("jaxad.methods.nsa")
+KEY = jax.random.key(0)
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+SMALL = dict(backbone=TINY[0], image_size=(32, 32), pieces=1, shift=0, on_foreground=False, learning_rate=1e-3)
+
+
+def batch_of(valid, progress=0.0):
+    n = len(IMAGES)
+    index = jnp.arange(n, dtype=jnp.int32)
+    return Batch(jnp.asarray(IMAGES), jnp.asarray(valid), jnp.zeros(n, jnp.int32), None, index, jnp.float32(progress))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return backbone(TINY[0]).init(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def method():
+    return nsa(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def state(method, frozen):
+    return jax.jit(lambda key: method.init(key, frozen, None))(KEY)
+
+
+def test_the_decoder_has_the_official_ones_kernels():
+    """As resnet.py lists them: size, channels in and out."""
+    made = jax.eval_shape(Decoder().init, KEY, jnp.zeros((1, 2, 2, 512)), jnp.ones(1, bool))
+    kernels = sorted((k.shape[0], *k.shape[2:]) for k in jax.tree.leaves(made["params"]) if len(k.shape) == 4)
+    wanted = [(1, 512, 256), (1, 256, 128), (7, 16, 1)]
+    for given, out in ((128, 64), (64, 32), (32, 16)):
+        wanted += [(3, given, out), (3, out, out), (1, given, out)]
+    assert kernels == sorted(wanted)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_an_odd_transposed_convolution_is_a_sum_of_its_kernel_at_every_second_pixel(kernel):
+    """The definition: torch's with a stride of 2, padding of half the kernel and an output padding of 1."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
+    convolve = Convolution(5, kernel, up=True)
+    variables = convolve.init(KEY, x)
+    weight, half = np.asarray(variables["params"]["kernel"], np.float64), kernel // 2
+    wanted = np.zeros((2, 6 + 2 * kernel, 8 + 2 * kernel, 5))
+    for i, j in np.ndindex(3, 4):
+        top, left = (kernel + 2 * at - half for at in (i, j))
+        spread = np.einsum("bc,ijcf->bijf", x[:, i, j], weight[::-1, ::-1])
+        wanted[:, top : top + kernel, left : left + kernel] += spread
+    found = convolve.apply(variables, x)
+    np.testing.assert_allclose(found, wanted[:, kernel:-kernel, kernel:-kernel], atol=1e-5)
+
+
+def test_an_image_scores_the_mean_of_its_heat_map(method, state, frozen):
+    fitted = method.stages[0].finalize(KEY, state, frozen)
+    assert isinstance(fitted, NsaNetwork)
+    scores = jax.jit(method.score)(fitted, frozen, jnp.asarray(IMAGES))
+    np.testing.assert_allclose(scores.image, np.asarray(scores.pixel, np.float64).mean((1, 2)), rtol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_with_the_label(monkeypatch, frozen):
+    """With anomalies that are known, against the network's own output; pieces come from another valid image."""
+    label = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    monkeypatch.setattr(
+        module, "natural", lambda key, target, source, **_: (0.8 * target + 0.2 * source, jnp.asarray(label))
+    )
+    method, valid = nsa(**SMALL), np.array([True, False, True, False])
+    state = jax.jit(lambda key: method.init(key, frozen, None))(KEY)
+    after, metrics = jax.jit(method.stages[0].update)(KEY, state, frozen, batch_of(valid, 0.5))
+    image = jnp.asarray(IMAGES[valid], jnp.float32) / 255
+    made = 0.8 * image + 0.2 * image[::-1]
+    params, running = state.trained.params, state.running
+    of = {name: {"params": params[name], "batch_stats": running[name]} for name in params}
+    maps, _ = student(TINY[0], (LAYER,)).apply(of["encoder"], frozen, made, jnp.ones(2, bool))
+    logits, _ = Decoder().apply(of["decoder"], maps[LAYER], jnp.ones(2, bool), mutable=["batch_stats"])
+    logits = np.asarray(logits, np.float64)
+    expected = np.mean(np.logaddexp(0, logits) - label * logits)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+    steps = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.trained.params, params))
+    assert 0.45e-3 < max(map(float, steps)) < 0.55e-3  # half of the rate, half way
+
+
+def test_it_learns_where_pieces_are(frozen):
+    method = nsa(**SMALL | dict(learning_rate=1e-2, logistic=None))
+    state = jax.jit(lambda key: method.init(key, frozen, None))(KEY)
+    update, losses = jax.jit(method.stages[0].update), []
+    for i in range(30):
+        state, metrics = update(jax.random.key(i), state, frozen, batch_of([True] * 4))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_images_are_moved_by_whole_pixels_over_their_edge():
+    image = jnp.asarray(IMAGES[0], jnp.float32)
+    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), "edge")
+    windows = [padded[i : i + 32, j : j + 32] for i, j in np.ndindex(5, 5)]
+    found = [np.asarray(moved(jax.random.key(i), image, 2, 0.0, False)) for i in range(8)]
+    assert all(any(np.array_equal(made, window) for window in windows) for made in found)
+    assert len({made.tobytes() for made in found}) > 3
+    kept = [np.asarray(moved(jax.random.key(i), image, 0, 0.0, True)) for i in range(8)]
+    assert {made.tobytes() for made in kept} == {np.asarray(image).tobytes(), np.asarray(image)[::-1].tobytes()}
+    plain = jnp.full((32, 32, 3), 0.7)
+    np.testing.assert_allclose(moved(KEY, plain, 2, 10.0, False), plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (dict(image_size=(60, 64)), r"multiples of 32, got \(60, 64\)"),
+        (dict(least_side=0.4, most_side=0.3), "0 < least_side < most_side <= 0.5 must hold, got 0.4 and 0.3"),
+        (dict(resize=(1.3, 0.7)), r"resize must be two factors above 0, the smaller first, got \(1.3, 0.7\)"),
+        (dict(backbone="pdn_small"), "the backbone must be a ResNet, got pdn_small"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(options, rule):
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(nsa)(**SMALL | options)
