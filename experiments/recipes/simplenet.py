@@ -9,8 +9,9 @@ The last epoch counts, whatever the test images say.
 
 from recipes import MTD, RESNET50, Recipe, published
 
-SMALL = {"layers": ("layer2", "layer3"), "epochs": 10}
-NOTES = "A ResNet-50, 128 px, 10 epochs."
+SMALL = {"layers": ("layer2", "layer3"), "feature_scale": 0.125, "epochs": 30}
+"""The features of these weights deviate by 0.44 (layer2, normal images of fabric), a ResNet-18's by 0.06."""
+NOTES = "A ResNet-50, 128 px, 30 epochs."
 
 RECIPES = {
     "simplenet_bottle": Recipe(
@@ -18,17 +19,17 @@ RECIPES = {
         "mvtec_bottle",
         backbone="resnet18.tv_in1k",
         image_size=256,
-        hyperparameters={"epochs": 30},
+        hyperparameters={"epochs": 15},
         published=published("paper, mean of all classes, quoted from memory", image_AUROC=0.996, pixel_AUROC=0.981),
-        notes="A ResNet-18, 256 px and 30 epochs instead of a WRN-50, 288 px and 160.",
+        notes="A ResNet-18, 256 px and 15 epochs instead of a WRN-50, 288 px and 160.",
     ),
     "simplenet_mtd": Recipe(
         "simplenet",
         backbone=RESNET50,
         image_size=128,
-        hyperparameters=SMALL | {"epochs": 5},
+        hyperparameters=SMALL | {"epochs": 4},
         seeds=(0, 1, 2),
-        notes="A ResNet-50, 128 px, 5 epochs.",
+        notes="A ResNet-50, 128 px, 4 epochs.",
         **MTD,
     ),
     "simplenet_pillqc": Recipe("simplenet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),

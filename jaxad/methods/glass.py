@@ -98,6 +98,7 @@ def glass(
     image_size: tuple[int, int] = (288, 288),
     hypothesis: Literal["manifold", "hypersphere"] = "manifold",
     on_foreground: bool = False,
+    feature_scale: float = 1.0,
     hidden: int = 1024,
     noise: float = 0.015,
     ascent_steps: int = 20,
@@ -116,6 +117,8 @@ def glass(
         image_size: (height, width) of the images, which is that of the heat map.
         hypothesis: Normal features lie on a "manifold", or in a "hypersphere" about their mean at a position.
         on_foreground: Textures lie on the object only, which Otsu's threshold finds.
+        feature_scale: What patch features are multiplied by. Noise and distances suit weights like torchvision's, whose
+            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has eight times as much.
         hidden: Units of the discriminator.
         noise: Standard deviation of what global anomalies begin with.
         ascent_steps: Steps up that they take.
@@ -130,7 +133,7 @@ def glass(
         ValueError: A hyper-parameter is out of its range.
     """
     at_least_one(hidden=hidden, ascent_steps=ascent_steps, epochs=epochs, train_batch_size=train_batch_size)
-    above_zero(noise=noise, learning_rate=learning_rate)
+    above_zero(feature_scale=feature_scale, noise=noise, learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     if not 0 <= hard_share < 1:
         raise ValueError(f"hard_share must be in [0, 1), got {hard_share}")
@@ -146,7 +149,7 @@ def glass(
     often = (1 - 0.9 ** (ascent_steps + 1)) / (1 - 0.9)  # the batch norm sees those features at every step up
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return patch_features(x, layers)
+        return feature_scale * patch_features(x, layers)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> GlassMeasuring:
         del frozen

@@ -51,6 +51,7 @@ def simplenet(
     backbone: str = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (288, 288),
+    feature_scale: float = 1.0,
     hidden: int = 1024,
     noise: float = 0.015,
     margin: float = 0.5,
@@ -67,6 +68,8 @@ def simplenet(
         backbone: The network that describes patches.
         layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
+        feature_scale: What patch features are multiplied by. The noise suit weights like torchvision's, whose
+            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has eight times as much.
         hidden: Units of the discriminator.
         noise: Standard deviation of what makes a feature anomalous.
         margin: Scores beyond it cost nothing.
@@ -81,7 +84,7 @@ def simplenet(
         ValueError: A hyper-parameter is out of its range.
     """
     at_least_one(hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
-    above_zero(noise=noise, margin=margin, learning_rate=learning_rate, adaptor_learning_rate=adaptor_learning_rate)
+    above_zero(feature_scale=feature_scale, noise=noise, margin=margin, learning_rate=learning_rate, adaptor_learning_rate=adaptor_learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
     optimizer = of_parts(
@@ -91,7 +94,7 @@ def simplenet(
     discriminator = Discriminator(hidden)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return patch_features(x, layers)
+        return feature_scale * patch_features(x, layers)
 
     def init(key: Key, frozen: Frozen, spec: PyTree) -> SimplenetTraining:
         del frozen
