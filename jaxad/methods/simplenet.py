@@ -84,7 +84,13 @@ def simplenet(
         ValueError: A hyper-parameter is out of its range.
     """
     at_least_one(hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
-    above_zero(feature_scale=feature_scale, noise=noise, margin=margin, learning_rate=learning_rate, adaptor_learning_rate=adaptor_learning_rate)
+    above_zero(
+        feature_scale=feature_scale,
+        noise=noise,
+        margin=margin,
+        learning_rate=learning_rate,
+        adaptor_learning_rate=adaptor_learning_rate,
+    )
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
     optimizer = of_parts(
