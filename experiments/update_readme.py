@@ -103,7 +103,21 @@ def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(*curve) for curve in curves.items()])
 
 
+def transfer(record: dict[str, Any]) -> str:
+    """The AUROC of defects by the generator that a discriminator learned from, of ablate_generators_NAME.json."""
+    rows, first = record["generators"], next(iter(record["generators"].values()))
+    if len(first) == 1:  # by kind of defect, else by category
+        rows = {name: next(iter(row.values())) for name, row in rows.items()}
+    else:
+        rows = {name: {category: kinds["all"] for category, kinds in row.items()} for name, row in rows.items()}
+    columns = list(next(iter(rows.values())))
+    cells = [[name, *(fraction(row[column]["image_AUROC"]) for column in columns)] for name, row in rows.items()]
+    return markdown_table(["learned from", *columns], cells)
+
+
 EXPERIMENTS = {
+    "ablate_generators_mtd": (transfer, "ablate_generators"),
+    "ablate_generators_demo": (transfer, "ablate_generators"),
     "nf_ood": (foreign_images, "nf_ood"),
     "nf_ood_bottle": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),

@@ -291,6 +291,33 @@ def test_the_benchmark_and_the_sheet_of_generators(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_standard_promotion")
+def test_the_ablation_of_generators(tmp_path: Path) -> None:
+    ablate = script("ablate_generators")
+    names = ("confetti", "feature noise")
+    ablate.main(ablate.Options(generators=names, results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "ablate_generators_demo.json").read_text())
+    assert tuple(result["generators"]) == names
+    for categories in result["generators"].values():
+        assert len(categories) == 4
+        for kinds in categories.values():
+            assert "all" in kinds and "good" not in kinds and len(kinds) > 1
+            assert all(0 <= entry[metric] <= 1 for entry in kinds.values() for metric in entry)
+    table = script("update_readme").transfer(result)
+    assert "| learned from | brushed_metal |" in table and "| feature noise | " in table
+    with pytest.raises(ValueError, match="generators must be of CutPaste, .*; got fog"):
+        ablate.main(ablate.Options(generators=("fog",), results=tmp_path, smoke=True))
+
+
+@pytest.mark.usefixtures("_standard_promotion")
+def test_the_benchmark_of_synthesis(tmp_path: Path) -> None:
+    bench = script("bench_synthesis")
+    bench.main(bench.Options(results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "bench_synthesis.json").read_text())
+    assert result["device"]["host_operations"] == 0
+    assert result["ratio"] > 0 and result["host"]["synthesis_seconds_a_step"] > 0
+
+
+@pytest.mark.usefixtures("_standard_promotion")
 def test_the_benchmark_of_latency(tmp_path: Path) -> None:
     bench = script("bench_latency")
     bench.OWN["efficientad"] = ("tiny_pdn",)  # of tests.cases

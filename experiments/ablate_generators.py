@@ -1,0 +1,195 @@
+"""Which synthetic defect transfers to which real one: each generator trains the same simple discriminator.
+
+    python experiments/ablate_generators.py --data MTD_FOLDER --name mtd --weights resnet50.caffe_in1k.safetensors
+
+The discriminator is one hidden layer on the backbone's patch features (layer2 and layer3), trained by cross-entropy to
+tell the patches of a generator's anomalies from those of normal images; a patch scores its logit, an image the largest.
+Everything but the generator stays as it is. "feature noise" stands for a generator that never sees a pixel, that of
+SimpleNet. Writes ablate_generators_NAME.json: the AUROC of every kind of defect against the normal test images. The
+last epoch counts, whatever the test images say. `--smoke` is the small variant that the tests run.
+"""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run
+
+import jaxad
+from jaxad.artifact import write_json
+from jaxad.backbones import backbone, features, load, of_file
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.fit import fit, score_all
+from jaxad.metrics import auroc
+from jaxad.nn.patches import Discriminator
+from jaxad.ops import anomaly, cutpaste, nsa, texture
+from jaxad.ops.gradient import begin, descend_with
+from jaxad.ops.heatmap import patch_features, upsample_blur
+
+LAYERS = ("layer2", "layer3")
+NOISE = "feature noise"
+DEVIATION = 0.25
+"""Of the noise, as a share of the deviation of a batch's features."""
+
+
+@dataclasses.dataclass
+class Options:
+    """Compare generators of anomalies."""
+
+    data: str = "demo"
+    """The data set: a folder, or whatever `jaxad fit` takes."""
+    name: str = "demo"
+    """Of the data set, for the file of results."""
+    weights: Path = Path("resnet50.caffe_in1k.safetensors")
+    """A ResNet's."""
+    mask_threshold: int = 0
+    image_size: int = 128
+    hidden: int = 256
+    epochs: int = 5
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    generators: tuple[str, ...] = ()
+    """By name; none: all."""
+    seed: int = 0
+    results: Path = Path(__file__).parent / "results"
+    smoke: bool = False
+    """Few small images, random weights."""
+
+
+def known_generators(size: tuple[int, int]) -> dict[str, Any]:
+    """What makes an anomaly and its mask, of a key, an image and another normal one."""
+
+    def textured(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        del other
+        draw, made = jax.random.split(key)
+        return anomaly.textured(draw, image, texture.source(made, size, None))
+
+    def tiles(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        del other
+        return anomaly.textured(key, image, anomaly.shuffled(key, image), opacity=(0.15, 1.0))
+
+    return {
+        "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
+        "scar": lambda key, image, other: cutpaste.scar(key, image),
+        "texture (DRAEM)": textured,
+        "tiles (MemSeg)": tiles,
+        "confetti": lambda key, image, other: anomaly.confetti(key, image),
+        "NSA": lambda key, image, other: nsa.natural(key, image, other),
+        NOISE: None,
+    }
+
+
+def discriminator(options: Options, network: str, generator: Any) -> Method:
+    """The method that learns from a generator's anomalies, or from noise on features (None)."""
+    size = (options.image_size, options.image_size)
+    optimizer, module = optax.adam(options.learning_rate), Discriminator(options.hidden)
+
+    def standardized(x: dict[str, jax.Array]) -> jax.Array:
+        """Patch features, of every patch about its mean, in units of its deviation."""
+        found = patch_features(x, LAYERS)
+        return (found - found.mean(-1, keepdims=True)) / (found.std(-1, keepdims=True) + 1e-6)
+
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> PyTree:
+        c = jax.eval_shape(standardized, spec).shape[-1]
+        made = module.init(key, jnp.zeros((1, 1, 1, c)), valid=jnp.ones(1, bool))
+        return {"trained": begin(optimizer, made["params"]), "running": made["batch_stats"]}
+
+    def train(key: Key, state: PyTree, frozen: Frozen, batch: Batch) -> tuple[PyTree, Metrics]:
+        normal = standardized(batch.x)
+        if generator is None:
+            made = normal + DEVIATION * jax.random.normal(key, normal.shape)
+            there = jnp.ones(made.shape[:3], bool)
+        else:
+            image = batch.x["image"].astype(jnp.float32) / 255
+            shown, mask = jax.vmap(generator)(jax.random.split(key, len(image)), image, jnp.roll(image, 1, 0))
+            made = standardized(backbone(network).apply(frozen, shown, LAYERS))
+            window = (1, *(s // g for s, g in zip(size, made.shape[1:3], strict=True)))
+            there = jax.lax.reduce_window(mask > 0, False, jax.lax.bitwise_or, window, window, "VALID")
+        both = jnp.concatenate([normal, made])
+        label = jnp.concatenate([jnp.zeros_like(there), there])
+
+        def loss(params: PyTree) -> Any:
+            variables = {"params": params, "batch_stats": state["running"]}
+            valid = jnp.concatenate([batch.valid, batch.valid])
+            found, new = module.apply(variables, both, valid=valid, mutable=["batch_stats"])
+            lost = optax.sigmoid_binary_cross_entropy(found, label.astype(jnp.float32))
+            weight = jnp.where(label, 1 / jnp.maximum(label.sum(), 1), 1 / jnp.maximum((~label).sum(), 1))
+            return (weight * lost).sum(), new["batch_stats"]
+
+        trained, metrics, running = descend_with(optimizer, state["trained"], loss)
+        return {"trained": trained, "running": running}, metrics
+
+    def score(state: PyTree, frozen: Frozen, x: dict[str, jax.Array]) -> Scores:
+        variables = {"params": state["trained"].params, "batch_stats": state["running"]}
+        found: Any = module.apply(variables, standardized(x), valid=None)
+        return Scores(found.max((1, 2)), upsample_blur(found, size, 4.0))
+
+    stage = Stage("train", train, epochs=options.epochs, batch_size=options.batch_size, shuffle=True)
+    return Method(features(network, LAYERS, image=True), init, (stage,), score)
+
+
+def by_defect(scores: Scores, test: Dataset) -> dict[str, dict[str, float]]:
+    """The AUROC of every kind of defect against the normal images, and of all; of images and of pixels."""
+    defects, image, pixel = np.array(test.defects), np.asarray(scores.image), np.asarray(scores.pixel)
+    masks = test.masks(range(len(test)))
+    found = {}
+    for kind in ["all", *sorted(set(defects) - {"good"})]:
+        chosen = np.ones(len(defects), bool) if kind == "all" else (defects == "good") | (defects == kind)
+        entry = {"image_AUROC": auroc(image[chosen], (defects[chosen] != "good").astype(int))}
+        if masks is not None:
+            entry["pixel_AUROC"] = auroc(pixel[chosen].ravel(), masks[chosen].ravel().astype(int))
+        found[kind] = entry
+    return found
+
+
+def main(options: Options) -> None:
+    """Trains one discriminator a generator and category."""
+    if options.smoke:
+        options.data, options.image_size, options.hidden, options.epochs = "demo", 64, 8, 1
+    makes = known_generators((options.image_size, options.image_size))
+    if not set(options.generators) <= set(makes):
+        raise ValueError(f"generators must be of {', '.join(makes)}; got {', '.join(options.generators)}")
+    network = "resnet18" if options.smoke else of_file(options.weights)
+    frozen = backbone(network).init(jax.random.key(0)) if options.smoke else load(network, options.weights)
+    preprocess = Preprocess((options.image_size, options.image_size))
+    splits = open_data(options.data, preprocess=preprocess, mask_threshold=options.mask_threshold)
+    rows: dict[str, Any] = {}
+    for generator in options.generators or makes:
+        method, rows[generator] = discriminator(options, network, makes[generator]), {}
+        for category, (train, test) in splits.items():
+            if train is None or test is None:
+                raise ValueError(f"images to learn from and a test split are needed, got one of them ({category})")
+            if options.smoke:
+                train, test = train.subset(slice(None, None, 4)), test.subset(slice(None, None, 4))
+            fitted = fit(method, frozen, train, jax.random.key(options.seed), progress=run.progress())
+            rows[generator][category] = by_defect(score_all(method, fitted.state, frozen, test), test)
+            print(generator, category, rows[generator][category]["all"], flush=True)
+    record = {
+        "experiment": f"ablate_generators_{options.name}",
+        "settings": {
+            name: getattr(options, name)
+            for name in ("image_size", "hidden", "epochs", "batch_size", "learning_rate", "seed")
+        },
+        "backbone": network,
+        "generators": rows,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    write_json(options.results / f"ablate_generators_{options.name}.json", record)
+
+
+if __name__ == "__main__":
+    from command import start
+
+    start(main, Options)

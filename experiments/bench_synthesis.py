@@ -1,0 +1,136 @@
+"""What it is worth that anomalies are drawn within the step: DRAEM's training, beside the same with numpy and Pillow.
+
+    python experiments/bench_synthesis.py
+
+The images are rendered ones. On the host, one process makes every image's anomaly (`plain_textured` of
+bench_generators.py) while the step before runs, and the step is the same without its generators. "host_seconds_a_step"
+is what Python needs to send a step off: with nothing to do on the host between steps it is a fraction of the step. The
+compiled step is searched for callbacks and feeds. Medians of this one run, compile time apart. `--smoke` is the small
+variant that the tests run.
+"""
+
+import importlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import bench_generators
+import loops
+
+import jaxad
+from jaxad.artifact import write_json
+from jaxad.base import PyTree
+from jaxad.data.demo import render
+from jaxad.methods import draem
+
+HOST = re.compile(r"callback|infeed|outfeed|\bsend\(|\brecv\(")
+"""Operations of a compiled program that wait for the host."""
+
+
+@dataclass
+class Options:
+    """Compare training with anomalies drawn on the device and on the host."""
+
+    size: int = 256
+    batch: int = 8
+    width: int = 16
+    """Channels of the first block of both networks."""
+    steps: int = 8
+    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    smoke: bool = False
+    """Small images, few steps."""
+
+
+def trained(
+    options: Options, update: Any, state: PyTree, batch_of: Callable[[int], np.ndarray]
+) -> tuple[list[float], list[float]]:
+    """Seconds of every step, and those after which Python had it sent off; `batch_of` makes the images of a step."""
+    images, seconds, sent = batch_of(0), [], []
+    for i in range(options.steps):
+        started = time.perf_counter()
+        batch = loops.batch_of(images, range(options.batch))
+        state, _ = update(jax.random.key(i), state, {}, batch)
+        sent.append(time.perf_counter() - started)
+        images = batch_of(i + 1)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - started)
+    return seconds, sent
+
+
+def main(options: Options) -> None:
+    """Measures both ways and writes."""
+    if options.smoke:
+        options.size, options.batch, options.width, options.steps = 32, 2, 2, 2
+    side = (options.size, options.size)
+    normal, other = (
+        np.stack([render("fabric", k + i, size=options.size)[0] for i in range(options.batch)]) for k in (0, 100)
+    )
+    random, key = np.random.default_rng(0), jax.random.key(0)
+    widths: dict[str, Any] = dict(reconstructive_width=options.width, discriminative_width=options.width)
+    method = draem(image_size=side, **widths)
+    state = jax.jit(lambda key: method.init(key, {}, None))(key)
+    batch = loops.batch_of(normal, range(options.batch))
+    compiled: Any = jax.jit(method.stages[0].update).lower(key, state, {}, batch).compile()
+    seconds, sent = trained(options, compiled, state, lambda i: normal)
+
+    def on_host(i: int) -> np.ndarray:
+        del i
+        made = [bench_generators.plain_textured(random, *pair)[0] for pair in zip(normal, other, strict=True)]
+        return np.stack(made)
+
+    module, mask = importlib.import_module("jaxad.methods.draem"), jnp.zeros(side, bool).at[: side[0] // 2].set(True)
+    without = {
+        "textured": lambda key, image, source: (image, mask),
+        "source": lambda key, size, textures: None,
+        "rotate": lambda image, degrees: image,
+    }
+    with mock.patch.multiple(module, **without):
+        step: Any = jax.jit(draem(image_size=side, **widths).stages[0].update).lower(key, state, {}, batch).compile()
+    network, _ = trained(options, step, state, lambda i: normal)
+    host, _ = trained(options, step, state, on_host)
+    started = time.perf_counter()
+    on_host(0)
+    synthesis = time.perf_counter() - started
+    record = {
+        "experiment": "bench_synthesis",
+        "size": options.size,
+        "batch": options.batch,
+        "width": options.width,
+        "device": {
+            "images_a_second": options.batch / float(np.median(seconds)),
+            "seconds_a_step": float(np.median(seconds)),
+            "host_seconds_a_step": float(np.median(sent)),
+            "host_operations": len(HOST.findall(compiled.as_text())),
+        },
+        "host": {
+            "images_a_second": options.batch / float(np.median(host)),
+            "seconds_a_step": float(np.median(host)),
+            "synthesis_seconds_a_step": synthesis,
+        },
+        "networks_seconds_a_step": float(np.median(network)),
+        "ratio": float(np.median(host) / np.median(seconds)),
+        "cores": os.cpu_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    print(record)
+    write_json(options.results / "bench_synthesis.json", record)
+
+
+if __name__ == "__main__":
+    from command import start
+
+    start(main, Options)
