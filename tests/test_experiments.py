@@ -304,7 +304,7 @@ def test_the_ablation_of_generators(tmp_path: Path) -> None:
             assert all(0 <= entry[metric] <= 1 for entry in kinds.values() for metric in entry)
     table = script("update_readme").transfer(result)
     assert "| learned from | brushed_metal |" in table and "| feature noise | " in table
-    with pytest.raises(ValueError, match="generators must be of CutPaste, .*; got fog"):
+    with pytest.raises(ValueError, match=r"generators must be of CutPaste, .*; got fog"):
         ablate.main(ablate.Options(generators=("fog",), results=tmp_path, smoke=True))
 
 
