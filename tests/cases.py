@@ -50,6 +50,9 @@ class Case(NamedTuple):
     """Of scores, from one program to another; larger where the anomalies that are learned from have edges, over which
     rounding moves a pixel."""
 
+    weights: bool = True
+    """Whether it uses a backbone's weights, and not only how images are normalized."""
+
     finds: bool = True
     """Whether tests can afford the training with which it finds a defect; else its recipe's results must show it."""
 
@@ -129,6 +132,7 @@ CASES = {
         random=True,
         determined=False,
         tolerance=2e-2,
+        weights=False,
     ),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
     "draem": Case(
@@ -138,6 +142,7 @@ CASES = {
         streaming=True,
         determined=False,
         tolerance=2e-3,
+        weights=False,
         finds=False,
     ),
     "efficientad": Case("efficientad", EFFICIENTAD, "tiny_pdn", random=True, determined=False),
@@ -170,6 +175,7 @@ CASES = {
         random=True,
         streaming=True,
         determined=False,
+        weights=False,
     ),
     "nsa": Case(
         "nsa",
@@ -179,6 +185,7 @@ CASES = {
         streaming=True,
         determined=False,
         tolerance=2e-3,
+        weights=False,
         finds=False,
     ),
     "rd4ad": Case(
