@@ -33,6 +33,8 @@ import matplotlib.pyplot as plt
 
 Made = tuple[np.ndarray, np.ndarray]
 """An image, and its anomaly."""
+Generator = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""Of a key, an image and another one."""
 
 
 @dataclass
@@ -182,25 +184,38 @@ def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndar
     return (255 * made).astype(np.uint8), label
 
 
-def of_jaxad(options: Options) -> dict[str, Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]]:
-    """The generators asked for by name, of a key, an image and another one.
+def generators(shape: tuple[int, int]) -> dict[str, Generator]:
+    """All of them by name; DRAEM's texture is the other image."""
 
-    Raises:
-        ValueError: There is no generator of such a name.
-    """
-    shape = (options.size, options.size)
-    known = {
+    def textured(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        change, draw = jax.random.split(key)
+        return anomaly.textured(draw, image, texture.changed(change, other))
+
+    def tiles(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        del other
+        order, draw = jax.random.split(key)
+        within = anomaly.foreground(image)
+        return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0), foreground=within)
+
+    return {
         "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
         "scar": lambda key, image, other: cutpaste.scar(key, image),
         "Perlin mask": lambda key, image, other: (image, perlin.perlin_mask(key, shape)),
-        "texture (DRAEM)": lambda key, image, other: anomaly.textured(key, image, texture.changed(key, other)),
-        "tiles (MemSeg)": lambda key, image, other: anomaly.textured(
-            key, image, anomaly.shuffled(key, image), opacity=(0.15, 1.0), foreground=anomaly.foreground(image)
-        ),
+        "texture (DRAEM)": textured,
+        "tiles (MemSeg)": tiles,
         "confetti": lambda key, image, other: anomaly.confetti(key, image),
         "NSA": lambda key, image, other: nsa.natural(key, image, other),
         "NSA, mixed": lambda key, image, other: nsa.natural(key, image, other, mixed=True),
     }
+
+
+def of_jaxad(options: Options) -> dict[str, Generator]:
+    """The generators asked for by name.
+
+    Raises:
+        ValueError: There is no generator of such a name.
+    """
+    known = generators((options.size, options.size))
     unknown = set(options.generators).difference(known)
     if unknown:
         raise ValueError(f"generators must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")

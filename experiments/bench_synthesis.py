@@ -3,7 +3,8 @@
     python experiments/bench_synthesis.py
 
 The images are rendered ones. On the host, one process makes every image's anomaly (`plain_textured` of
-bench_generators.py) while the step before runs, and the step is the same without its generators. "host_seconds_a_step"
+bench_generators.py, without the rotations of the device's side) while the step before runs, and the step is the same
+without its generators; it is not sent the clean images and masks, which would cost the host more. "host_seconds_a_step"
 is what Python needs to send a step off: with nothing to do on the host between steps it is a fraction of the step. The
 compiled step is searched for callbacks and feeds. Medians of this one run, compile time apart. `--smoke` is the small
 variant that the tests run.

@@ -30,6 +30,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from photographs import photographs
+
 import jaxad.backbones
 from jaxad.backbones import pdn
 from jaxad.ops.heatmap import stack_maps
@@ -108,9 +112,7 @@ def teach(describe, frozen, crop, recipe: Recipe) -> tuple[np.ndarray, np.ndarra
 def main(recipe: Recipe) -> None:
     """Runs the recipe."""
     started = time.time()
-    paths = sorted(p for p in recipe.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not paths:
-        raise ValueError(f"the teacher needs photographs to describe; none found in {recipe.images}")
+    paths = photographs(recipe.images)
     if recipe.crops % recipe.batch_size:
         raise ValueError(f"crops must be a multiple of batch_size={recipe.batch_size}, got {recipe.crops}")
     teacher = jaxad.backbones.backbone(recipe.teacher)

@@ -5,7 +5,8 @@ distillation, Eq. 1); a patch is nearer to itself moved, brightened and with noi
 Eq. 2-4); the channels of the description are uncorrelated (compactness, Eq. 5). A tenth of the triplets is gray.
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1. Differences: the layer3 of the ResNet, the deepest
-of the weights at hand, not its last, which sees patches of 96 px; correlations are squared, so that their sum has a
+of the weights at hand, not its last, which sees patches of 96 px; its channels are standardized, as they are smaller
+than the last ones and would weigh little beside the other two terms; correlations are squared, so that their sum has a
 minimum, and divided by the number of channels; fewer steps.
 
     python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33
@@ -31,6 +32,7 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import run
+from photographs import photographs
 
 import jaxad
 from jaxad.artifact import write_json
@@ -40,6 +42,7 @@ from jaxad.backbones.patchnet import PatchNetwork
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
+from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
 from jaxad.ops.image import levels
 
@@ -79,10 +82,20 @@ class Options:
     """A few patches of noise."""
 
 
+class Measuring(NamedTuple):
+    """The untrained network and decoder, and the ResNet's descriptions so far."""
+
+    params: PyTree
+    moments: Moments
+
+
 class Distilling(NamedTuple):
     """Network and decoder while they are trained."""
 
     trained: Trained
+    mean: jax.Array
+    deviation: jax.Array
+    """Of the ResNet's descriptions, by channel."""
 
 
 def crops(options: Options) -> np.ndarray:
@@ -94,9 +107,7 @@ def crops(options: Options) -> np.ndarray:
     rng = np.random.default_rng(options.seed)
     if options.smoke:
         return rng.integers(0, 256, (40, side, side, 3), np.uint8)
-    paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not paths:
-        raise ValueError(f"a teacher needs photographs, found none in {options.images}")
+    paths = photographs(options.images)
     kept, held = (of - of // ONE_OF for of in (options.patches, len(paths)))
     found = []
     for i in range(options.patches):
@@ -131,15 +142,24 @@ def distillation(options: Options, teacher: str) -> Method:
     def decoder(x: PyTree) -> nn.Dense:
         return nn.Dense(x["target"].shape[-1])
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> Distilling:
+    def init(key: Key, frozen: Frozen, spec: PyTree) -> Measuring:
         del frozen
         first, second = jax.random.split(key)
         params = {"network": module.init(first, jnp.zeros((1, size, size, 3)), ("stride1",))}
         params["decoder"] = decoder(spec).init(second, jnp.zeros((1, 128)))
-        return Distilling(begin(optimizer, params))
+        return Measuring(params, moments_init((spec["target"].shape[-1], 1)))
+
+    def measure(key: Key, state: Measuring, frozen: Frozen, batch: Batch) -> tuple[Measuring, Metrics]:
+        del key, frozen
+        return state._replace(moments=channels_update(state.moments, batch.x["target"], batch.valid)), {}
+
+    def to_distill(key: Key, state: Measuring, frozen: Frozen) -> Distilling:
+        del key, frozen
+        return Distilling(begin(optimizer, state.params), *channels(state.moments))
 
     def train(key: Key, state: Distilling, frozen: Frozen, batch: Batch) -> tuple[Distilling, Metrics]:
-        image, target = batch.x["image"].astype(jnp.float32) / 255, batch.x["target"]
+        image = batch.x["image"].astype(jnp.float32) / 255
+        target = (batch.x["target"] - state.mean) / state.deviation
         shift, light, noise, color = jax.random.split(key, 4)
         corners = jax.random.randint(shift, (len(image), 2), 0, 2 * around + 1)
         cut = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), (size, size, 3))  # noqa: E731
@@ -161,19 +181,19 @@ def distillation(options: Options, teacher: str) -> Method:
             return mean_of_valid(distilled + metric, batch.valid) + compact / len(correlation)
 
         trained, metrics = descend(optimizer, state.trained, loss)
-        return Distilling(trained), metrics
+        return state._replace(trained=trained), metrics
 
-    def finish(key: Key, state: Distilling, frozen: Frozen) -> PyTree:
-        del key, frozen
-        return state.trained.params
-
-    def score(state: PyTree, frozen: Frozen, x: PyTree) -> Scores:
+    def score(state: Distilling, frozen: Frozen, x: PyTree) -> Scores:
         image = x["image"].astype(jnp.float32)[:, around : around + size, around : around + size] / 255
-        decoded = decoder(x).apply(state["decoder"], describe(state, frozen, image))
-        return Scores(jnp.mean((decoded - x["target"]) ** 2, -1), None)
+        params = state.trained.params
+        decoded: Any = decoder(x).apply(params["decoder"], describe(params, frozen, image))
+        return Scores(jnp.mean((decoded - (x["target"] - state.mean) / state.deviation) ** 2, -1), None)
 
-    stage = Stage("train", train, finish, epochs=options.epochs, batch_size=options.batch_size, shuffle=True)
-    return Method(embed, init, (stage,), score)
+    stages = (
+        Stage("measure", measure, to_distill),
+        Stage("train", train, epochs=options.epochs, batch_size=options.batch_size, shuffle=True),
+    )
+    return Method(embed, init, stages, score)
 
 
 def main(options: Options) -> None:
@@ -201,8 +221,9 @@ def main(options: Options) -> None:
     error = np.asarray(score_all(method, fitted.state, frozen, data["held out"], batch_size=options.batch_size).image)
     embed: Any = jax.jit(method.embed)
     target = np.asarray(embed(frozen, data["held out"].images(range(len(data["held out"]))))["target"])
-    explained = 1 - float(error.mean()) / float(target.var(0).mean())
-    params = fitted.state["network"]["params"]
+    standard = (target - target.mean(0)) / np.asarray(fitted.state.deviation)
+    explained = 1 - float(error.mean()) / float(np.mean(standard**2))
+    params = fitted.state.trained.params["network"]["params"]
     tensors = {f"{module}.weight": np.asarray(leaf["kernel"]).transpose(3, 2, 0, 1) for module, leaf in params.items()}
     tensors |= {f"{module}.bias": np.asarray(leaf["bias"]) for module, leaf in params.items()}
     out = options.out or Path(f"{name}.safetensors")

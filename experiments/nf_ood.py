@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import loops
 import run
+from photographs import photographs
 
 import jaxad
 from jaxad.artifact import read_json, write_json
@@ -119,10 +120,8 @@ def resized(options: Options, folder: Path, n: int) -> np.ndarray:
     """Photographs of a folder and those below it, at CIFAR's size."""
     if options.smoke:
         return digits(n)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = photographs(folder)
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
-    if not paths:
-        raise ValueError(f"{folder} has no images: give a folder of .jpg, .jpeg or .png files")
     opened = (Image.open(path).convert("RGB") for path in paths)
     return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
 

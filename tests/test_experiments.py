@@ -358,6 +358,6 @@ def test_a_distilled_teacher_of_patches_can_be_loaded(tmp_path: Path) -> None:
     assert result["patches"] == 40 and np.isfinite(result["variance_explained"])
     maps = backbone("patch9").apply(load("patch9", out), jnp.zeros((1, 24, 24, 3)), ("stride8",))
     assert maps["stride8"].shape == (1, 3, 3, 128) and np.isfinite(maps["stride8"]).all()
-    with pytest.raises(ValueError, match="needs photographs, found none"):
+    with pytest.raises(ValueError, match="has no images: give a folder"):
         (tmp_path / "empty").mkdir()
         distill.crops(distill.Options(images=tmp_path / "empty"))

@@ -9,8 +9,9 @@ The last epoch counts, whatever the test images say.
 
 from recipes import MTD, RESNET50, Recipe, published
 
-POOLED = {"channel_pooling": 4, "on_foreground": False}
-NOTES = "A ResNet-50 whose channels are averaged by fours, 128 px, 10 epochs."
+POOLED = {"channel_pooling": 4}
+ANYWHERE = POOLED | {"on_foreground": False}
+NOTES = "A ResNet-50 whose channels are averaged by fours, 128 px, 10 epochs"
 
 RECIPES = {
     "memseg_bottle": Recipe(
@@ -19,18 +20,20 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=128,
         hyperparameters={"epochs": 15},
-        published=published("paper, mean of all classes, quoted from memory", image_AUROC=0.9956, pixel_AUROC=0.9884),
+        published=published("reference, last step, 256 px", image_AUROC=1.0, pixel_AUROC=0.981, pixel_AUPRO=0.976),
         notes="128 px and 15 epochs instead of 256 px and 190.",
     ),
     "memseg_mtd": Recipe(
         "memseg",
         backbone=RESNET50,
         image_size=128,
-        hyperparameters=POOLED | {"epochs": 3},
+        hyperparameters=ANYWHERE | {"epochs": 3},
         seeds=(0, 1, 2),
-        notes="A ResNet-50 whose channels are averaged by fours, 128 px, 3 epochs.",
+        notes="A ResNet-50 whose channels are averaged by fours, 128 px, 3 epochs, anomalies anywhere.",
         **MTD,
     ),
-    "memseg_pillqc": Recipe("memseg", "pillqc", RESNET50, POOLED | {"epochs": 10}, image_size=128, notes=NOTES),
-    "memseg_demo": Recipe("memseg", "demo", RESNET50, POOLED | {"epochs": 10}, image_size=128, notes=NOTES),
+    "memseg_pillqc": Recipe("memseg", "pillqc", RESNET50, POOLED | {"epochs": 10}, image_size=128, notes=f"{NOTES}."),
+    "memseg_demo": Recipe(
+        "memseg", "demo", RESNET50, ANYWHERE | {"epochs": 10}, image_size=128, notes=f"{NOTES}, anomalies anywhere."
+    ),
 }

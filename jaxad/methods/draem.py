@@ -33,7 +33,7 @@ from jaxad.ops.focal import focal_loss
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.ops.image import pixels
-from jaxad.ops.rules import above_zero, at_least_one
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of
 from jaxad.ops.ssim import ssim
 from jaxad.ops.texture import source
 from jaxad.ops.warp import rotate
@@ -138,8 +138,7 @@ def draem(
         train_batch_size=train_batch_size,
     )
     above_zero(learning_rate=learning_rate, sspcab_weight=sspcab_weight)
-    if image_size[0] % 32 or image_size[1] % 32:
-        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
+    multiples_of(32, image_size=image_size)
     painter, finder = Reconstructive(reconstructive_width, sspcab), Discriminative(discriminative_width)
     optimizer = optax.adam(learning_rate)
 

@@ -41,7 +41,7 @@ from jaxad.ops.gradient import (
 )
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import ONE_OF, held_out, learned_from
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
@@ -175,8 +175,7 @@ def efficientad(
     zero_or_more(weight_decay=weight_decay)
     if not 0 <= hard_share < 1:
         raise ValueError(f"hard_share must be in [0, 1), got {hard_share}")
-    if image_size[0] % 32 or image_size[1] % 32:
-        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
+    multiples_of(32, image_size=image_size)
     network = architecture(backbone)
     layer = network.stages[-1]
     learner, apart = student(backbone, (layer,), copies=2), stride(network, layer)

@@ -10,10 +10,13 @@ largest 100.
 Paper: MemSeg: A semi-supervised method for image surface defect detection using differences and commonalities,
     Engineering Applications of Artificial Intelligence 2023, arXiv:2205.00908.
 Reference: https://github.com/TooTouch/MemSeg (no official code)
-Differences: the stem and the fourth stage, which are trained, begin with random weights; the backbone's batch norm is
-    folded into its convolutions; textures are drawn from 1,000 at most, and made up where none is given; the object is
-    what Otsu's threshold finds, not a given brightness; the grid of tiles is the paper's 4 x 8; upsampling is by pixel
-    centers; images are resized without a crop; the running variance is not corrected for the size of a batch.
+Differences: the backbone stays as it is, with its batch norm folded into its convolutions, and a stem and a fourth
+    stage of their own are trained from random weights, drawn as flax's and a ResNet's (in the reference the trained
+    stem feeds the frozen stages, whose features move away from the memory); the shuffled image is first changed as the
+    paper says, not by three of DRAEM's changes, and its grid is the paper's 4 x 8; textures are drawn from 1,000 at
+    most, and made up where none is given; the focal loss is DRAEM's; the object is what Otsu's threshold finds, not a
+    given brightness; upsampling is by pixel centers; images are resized without a crop; the running variance is not
+    corrected for the size of a batch.
 Results: experiments/recipes/memseg.py
 """
 
@@ -36,7 +39,7 @@ from jaxad.ops.anomaly import foreground, shuffled, textured
 from jaxad.ops.focal import focal_loss
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.knn import squared_distances
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 from jaxad.ops.texture import source
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -167,21 +170,21 @@ def memseg(
             ResNet-50 the channels of a ResNet-18's.
         memory_size: Training images in the memory.
         on_foreground: Anomalies lie on the object only, which Otsu's threshold finds.
-        epochs: Passes over the training images (5,000 steps of MVTec's bottle by default).
+        epochs: Passes over the training images (about 5,000 steps of MVTec's bottle by default).
         train_batch_size: Images of a step.
         learning_rate: The largest of AdamW; it rises for a tenth of the steps and falls as a cosine does.
         weight_decay: Of AdamW.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range, or the backbone no ResNet of as many channels.
+        ValueError: A hyper-parameter is out of its range, or the backbone no ResNet; when it learns, channels that
+            `channel_pooling` does not divide.
     """
     at_least_one(
         channel_pooling=channel_pooling, memory_size=memory_size, epochs=epochs, train_batch_size=train_batch_size
     )
     above_zero(learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay)
-    if image_size[0] % 32 or image_size[1] % 32:
-        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
+    multiples_of(32, image_size=image_size)
     residual_blocks(backbone)  # raises for what is no ResNet
     network, segmenter = architecture(backbone), Segmenter()
     optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)

@@ -9,8 +9,9 @@ Paper: Natural Synthetic Anomalies for Self-Supervised Anomaly Detection and Loc
 Reference: https://github.com/hmsch/natural-synthetic-anomalies
 Differences: the generator's are told in `jaxad.ops.nsa`; pieces come from another image of the batch, not from the one
     before; the object is what Otsu's threshold finds, not a given range of brightness; images are moved over their
-    border, where the edge goes on, not cut from larger ones; bilinear upsampling is by pixel centers; the running
-    variance is not corrected for the size of a batch. What the reference sets by class are hyper-parameters here.
+    border, where the edge goes on, not cut from larger ones; bilinear upsampling is by pixel centers; the rate falls
+    with every step, not every epoch; the running variance is not corrected for the size of a batch. What the reference
+    sets by class are hyper-parameters here, but for sides that differ down and across.
 Results: experiments/recipes/nsa.py
 """
 
@@ -31,7 +32,7 @@ from jaxad.ops.anomaly import foreground
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.image import pixels
 from jaxad.ops.nsa import Sizes, natural
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 from jaxad.ops.warp import moved
 
 LAYER = "layer4"
@@ -60,7 +61,8 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], valid: Bool[Array, "b"] | None) -> Float[Array, "b H W"]:
         """The logits."""
-        x = nn.relu(Convolution(128, 1)(Convolution(256, 1)(x)))
+        for features in (256, 128):
+            x = nn.relu(Convolution(features, 1)(x))
         for features in (64, 32, 16):
             x = Residual(features, features, "up", None)(x, valid)
         return Convolution(1, 7, up=True)(doubled(x))[..., 0]
@@ -69,7 +71,7 @@ class Decoder(nn.Module):
 def nsa(
     *,
     backbone: str = "resnet18",
-    image_size: tuple[int, int] = (256, 256),
+    image_size: tuple[int, int] = (224, 224),
     pieces: int = 3,
     least_side: float = 0.03,
     most_side: float = 0.4,
@@ -80,7 +82,7 @@ def nsa(
     least_object: float = 0.7,
     least_overlap: float = 0.25,
     shift: int = 3,
-    degrees: float = 0.0,
+    degrees: float = 5.0,
     mirror: bool = False,
     epochs: int = 320,
     train_batch_size: int = 64,
@@ -92,8 +94,8 @@ def nsa(
         backbone: The encoder, a ResNet.
         image_size: (height, width) of the images, multiples of 32; that of the heat map.
         pieces: Cloned into an image at most.
-        least_side: Half the least side of a piece, as a share of the image's.
-        most_side: Half the largest side.
+        least_side: Half the least side of what is cut out, as a share of the image's, and the least one of a piece.
+        most_side: The same of the largest.
         resize: Least and largest factor by which a piece is resized.
         logistic: Slope and middle, in levels of 255, of the label as a function of the change; None labels a pixel as
             changed or not.
@@ -114,12 +116,16 @@ def nsa(
     at_least_one(pieces=pieces, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(shift=shift, degrees=degrees)
-    if image_size[0] % 32 or image_size[1] % 32:
-        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
+    multiples_of(32, image_size=image_size)
     if not 0 < least_side < most_side <= 0.5:
         raise ValueError(f"0 < least_side < most_side <= 0.5 must hold, got {least_side} and {most_side}")
     if not 0 < resize[0] <= resize[1]:
         raise ValueError(f"resize must be two factors above 0, the smaller first, got {resize}")
+    for name, share in (("least_object", least_object), ("least_overlap", least_overlap)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {share}")
+    if logistic is not None:
+        above_zero(logistic=logistic[0])
     residual_blocks(backbone)  # raises for what is no ResNet
     encoder, decoder, optimizer = student(backbone, (LAYER,)), Decoder(), optax.adam(learning_rate)
     sizes = Sizes(least_side, most_side)

@@ -27,7 +27,7 @@ from jaxad.nn.residual import Residual
 from jaxad.ops.cosine import cosine_distance
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 
 LAYERS = ("layer1", "layer2", "layer3")
 """The teacher's stages, of strides 4, 8 and 16."""
@@ -106,8 +106,7 @@ def rd4ad(
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(sigma=sigma)
-    if image_size[0] % 32 or image_size[1] % 32:
-        raise ValueError(f"image_size must be multiples of 32, got {image_size}")
+    multiples_of(32, image_size=image_size)
     blocks, width, _ = residual_blocks(backbone)
     optimizer = optax.adam(learning_rate, b1=0.5)
 

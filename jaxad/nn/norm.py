@@ -20,8 +20,8 @@ class Convolution(nn.Module):
     """A convolution without a bias.
 
     With `up` a transposed one, which multiplies rows and columns by the size of an even kernel, and doubles them if
-    the kernel is odd. Even ones and those of a single pixel are matrix products, which XLA computes and differentiates
-    several times faster on a CPU.
+    the kernel is odd (torch's of stride 2 whose output is padded by 1). Even ones and those of a single pixel are
+    matrix products, which XLA computes and differentiates several times faster on a CPU.
     """
 
     features: int
@@ -35,6 +35,9 @@ class Convolution(nn.Module):
         (b, h, w, c), k, stride = x.shape, self.kernel, self.stride
         kernel = self.param("kernel", TRANSPOSED if self.up else HE, (k, k, c, self.features))
         layout = ("NHWC", "HWIO", "NHWC")
+        if self.up and k == 1:
+            between = ((0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0))
+            return jax.lax.pad(x @ kernel[0, 0], jnp.zeros((), x.dtype), between)
         if self.up and k % 2:
             pads = ((k // 2, k // 2 + 1),) * 2
             return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, (2, 2), dimension_numbers=layout)

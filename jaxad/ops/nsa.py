@@ -2,7 +2,8 @@
 
 Source: Natural Synthetic Anomalies for Self-Supervised Anomaly Detection and Localization, ECCV 2022, arXiv:2109.15222.
 What differs from its code: labels average changes over a neighborhood of 11 pixels, where it takes the median of a
-disk, and are not cut to the objects; a place for a piece is sought 32 times, not 200; small pieces are not dropped.
+disk, and are not cut to the objects; what has changed is told before levels are rounded, and is not beyond the border;
+a place for a piece is sought 32 times, not 200, and judged on 16 x 16 of its points; small pieces are not dropped.
 """
 
 import math

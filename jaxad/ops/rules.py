@@ -22,3 +22,10 @@ def zero_or_more(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+def multiples_of(step: int, **sizes: tuple[int, int]) -> None:
+    """Raises ValueError for the first size (height, width) that is not multiples of a step."""
+    for name, size in sizes.items():
+        if any(side % step for side in size):
+            raise ValueError(f"{name} must be multiples of {step}, got {size}")

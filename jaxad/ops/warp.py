@@ -36,7 +36,8 @@ def moved(key: Key, image: Float[Array, "h w c"], shift: int, degrees: float, mi
         mirror: Whether one of two is turned upside down.
     """
     where, turn, flip = jax.random.split(key, 3)
-    room = shift + math.ceil(max(image.shape[:2]) / 2 * math.sin(math.radians(degrees)))
+    far = max(image.shape[:2]) / 2 + shift
+    room = shift + math.ceil(far * math.sin(math.radians(min(degrees, 90.0))))
     wide = jnp.pad(image, ((room, room), (room, room), (0, 0)), "edge")
     if degrees:
         wide = rotate(wide, jax.random.uniform(turn, minval=-degrees, maxval=degrees))

@@ -14,6 +14,7 @@ from jaxad.fit import fit
 from jaxad.methods.memseg import LAYERS, Memory, MemsegNetwork, Segmenter, memseg, nearest
 from jaxad.nn.attention import CoordinateAttention
 from tests.cases import TINY
+from tests.methods import plain
 
 module = importlib.import_module("jaxad.methods.memseg")
 KEY = jax.random.key(0)
@@ -78,14 +79,66 @@ def test_the_network_has_the_official_ones_kernels():
     assert kernels == sorted(wanted)
 
 
+def attention(x, params, running):
+    lines = np.concatenate([x.mean(2), x.mean(1)], 1)[:, :, None]
+    mixed = plain.conv_norm(lines, params["ConvNorm_0"], running["ConvNorm_0"])[:, :, 0]
+    mixed = mixed * np.clip(mixed + 3, 0, 6) / 6
+    dense = {k: mixed @ np.asarray(params[k]["kernel"], np.float64) + params[k]["bias"] for k in ("rows", "columns")}
+    rows, columns = (plain.sigmoid(dense[k]) for k in ("rows", "columns"))
+    return x * rows[:, : x.shape[1], None] * columns[:, None, x.shape[1] :]
+
+
 def test_attention_weighs_by_row_and_column():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 4, 6, 8)), jnp.float32)
     attend = CoordinateAttention()
-    variables = attend.init(KEY, x, jnp.ones(2, bool))
-    weight = np.asarray(attend.apply(variables, x, None)) / x
-    rows, columns = weight[:, :, :1] / weight[:, :1, :1], weight[:, :1] / weight[:, :1, :1]
-    np.testing.assert_allclose(weight, weight[:, :1, :1] * rows * columns, rtol=1e-3)
-    assert weight.min() > 0 and weight.max() < 1 and weight.std() > 1e-3
+    variables = plain.randomized(attend.init(KEY, x, jnp.ones(2, bool)), 3)
+    wanted = attention(np.asarray(x, np.float64), variables["params"], variables["batch_stats"])
+    np.testing.assert_allclose(attend.apply(variables, x, None), wanted, atol=1e-5)
+
+
+def test_the_network_is_the_official_one():
+    """Layer by layer as msff.py and decoder.py, in numpy."""
+    random = np.random.default_rng(4)
+    shapes = {"layer1": (8, 16, 2), "layer2": (4, 8, 4), "layer3": (2, 4, 6)}
+    f, d = ({k: jnp.asarray(random.normal(size=(2, *s)), jnp.float32) for k, s in shapes.items()} for _ in range(2))
+    d, image = {k: v**2 for k, v in d.items()}, jnp.asarray(random.normal(size=(2, 32, 64, 3)), jnp.float32)
+    variables = plain.randomized(Segmenter().init(KEY, image, f, d, jnp.ones(2, bool)), 5)
+    p, r = variables["params"], variables["batch_stats"]
+    f64 = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)  # noqa: E731
+    maps, differences = f64(f), f64(d)
+
+    def block(x, name, stride):
+        own = plain.relu(plain.conv_norm(x, p[name]["ConvNorm_0"], r[name]["ConvNorm_0"], stride))
+        own = plain.conv_norm(own, p[name]["ConvNorm_1"], r[name]["ConvNorm_1"])
+        if stride == 2:
+            x = plain.conv_norm(x, p[name]["ConvNorm_2"], r[name]["ConvNorm_2"], 2)
+        return plain.relu(own + x)
+
+    def fused(layer):
+        own, statistics = p[layer], r[layer]["CoordinateAttention_0"]
+        x = np.concatenate([maps[layer], differences[layer]], -1)
+        x = plain.conv(x, own["Conv_0"]) * attention(x, own["CoordinateAttention_0"], statistics)
+        return plain.conv(plain.conv(x, own["Conv_2"]), own["Conv_1"])
+
+    def up(x, number):
+        name = f"ConvNorm_{number}"
+        return plain.relu(plain.conv_norm(plain.doubled(x), p[name], r[name]))
+
+    f1, f2, f3 = map(fused, LAYERS)
+    f2 = f2 + plain.conv(plain.doubled(f3), p["Conv_0"])
+    f1 = f1 + plain.conv(plain.doubled(f2), p["Conv_1"])
+    m1, m2, m3 = (differences[layer].mean(-1, keepdims=True) for layer in LAYERS)
+    m2 = m2 * plain.doubled(m3)
+    m1 = m1 * plain.doubled(m2)
+    x = block(block(maps["layer3"], "Residual_0", 2), "Residual_1", 1)
+    for number, link in enumerate((f3 * m3, f2 * m2, f1 * m1)):
+        x = np.concatenate([up(x, number), link], -1)
+    stem = plain.relu(plain.conv_norm(np.asarray(image, np.float64), p["ConvNorm_3"], r["ConvNorm_3"], 2))
+    x = np.concatenate([up(x, 4), plain.conv(stem, p["Conv_2"])], -1)
+    wanted = plain.conv(up(x, 5), p["Conv_3"])
+    found = Segmenter().apply(variables, image, f, d, None)
+    assert found.shape == (2, 32, 64, 2)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_an_image_scores_the_mean_of_the_largest_100(fitted, embedded, frozen):
@@ -99,7 +152,15 @@ def test_the_loss_weighs_absolute_and_focal_errors(monkeypatch, frozen):
     """With anomalies that are known, against the network's own output."""
     mask = np.zeros((64, 64), bool)
     mask[4:12, 6:20] = True
-    monkeypatch.setattr(module, "textured", lambda key, image, shown, **_: (1 - image, jnp.asarray(mask)))
+    given = {}
+
+    def textured(key, image, shown, **options):
+        given.update(options)
+        return 1 - image, jnp.asarray(mask)
+
+    monkeypatch.setattr(module, "textured", textured)
+    monkeypatch.setattr(module, "foreground", lambda image: "the object")
+    monkeypatch.setattr(module, "shuffled", lambda key, image, grid: jnp.full_like(image, grid[1]))
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, shape: jnp.ones(shape, bool))
     method, valid = memseg(**SMALL | dict(image_size=(64, 64))), np.array([True, False, True])
     images = np.random.default_rng(3).integers(0, 256, (3, 64, 64, 3), np.uint8)
@@ -115,6 +176,7 @@ def test_the_loss_weighs_absolute_and_focal_errors(monkeypatch, frozen):
     state = train_state = remember.finalize(KEY, remember.update(KEY, state, frozen, batch(0))[0], frozen)
     after, metrics = jax.jit(train.update)(KEY, train_state, frozen, batch(0.05))
 
+    assert (given["opacity"], given["foreground"]) == ((0.15, 1.0), "the object")
     made = 1 - jnp.asarray(images[valid], jnp.float32) / 255
     maps = {k: v for k, v in jax.jit(method.embed)(frozen, made).items() if k != "image"}
     differences = {k: (maps[k] - v) ** 2 for k, v in nearest(state.memory, maps).items()}

@@ -46,6 +46,18 @@ def test_batch_norm_is_folded_into_the_network_that_scores(frozen, variables):
         np.testing.assert_allclose(folded[layer], maps[layer], atol=2e-3)
 
 
+def test_the_mtd_teachers_architecture_is_folded_alike():
+    """A ResNet-50 whose stride sits in the first convolution of a block, as Caffe's has it."""
+    name, layers, images = "resnet50.caffe_in1k", ("layer2",), jnp.asarray(IMAGES[:2])
+    learner, network = student(name, layers), backbone(name)
+    given = network.init(KEY)
+    made = jax.jit(learner.init)(KEY)
+    maps, running = jax.jit(learner.apply)(made, given, images, jnp.ones(2, bool))
+    params = learner.freeze(made | {"batch_stats": of_batch(made["batch_stats"], running)})
+    folded = jax.jit(network.apply, static_argnums=2)(given | {"params": params}, images, layers)
+    np.testing.assert_allclose(folded["layer2"], maps["layer2"], atol=2e-3 * float(maps["layer2"].max()))
+
+
 def test_padding_is_not_in_the_statistics(frozen, variables):
     apply = jax.jit(student(NAME, LAYERS).apply)
     maps, running = apply(variables, frozen, IMAGES, jnp.array([True, True, True, False]))

@@ -23,9 +23,14 @@ GENERATORS = {
     "cutpaste rotated": functools.partial(cutpaste.cutpaste, degrees=45.0),
     "scar": cutpaste.scar,
     "textured": lambda key, image: anomaly.textured(key, image, SOURCE),
-    "made-up texture": lambda key, image: anomaly.textured(key, image, texture.source(key, SIZE, None)),
+    "made-up texture": lambda key, image: anomaly.textured(
+        jax.random.fold_in(key, 0), image, texture.source(jax.random.fold_in(key, 1), SIZE, None)
+    ),
     "shuffled": lambda key, image: anomaly.textured(
-        key, image, anomaly.shuffled(key, image), foreground=anomaly.foreground(image)
+        jax.random.fold_in(key, 0),
+        image,
+        anomaly.shuffled(jax.random.fold_in(key, 1), image),
+        foreground=anomaly.foreground(image),
     ),
     "confetti": anomaly.confetti,
     "natural": lambda key, image: nsa.natural(key, image, SOURCE),

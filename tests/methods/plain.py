@@ -1,0 +1,63 @@
+"""The layers of networks as loops and products of numpy, in float64: what networks of flax are compared with."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxad.ops.heatmap import resize_matrix
+
+
+def randomized(variables: Any, seed: int) -> Any:
+    """Parameters and statistics that differ everywhere, variances above 0."""
+    random = np.random.default_rng(seed)
+
+    def drawn(path: Any, leaf: jax.Array) -> np.ndarray:
+        x = random.normal(0, max(leaf.size, 2) ** -0.25, leaf.shape)
+        return (np.abs(x) + 0.5 if path[-1].key in ("var", "scale") else x).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, variables)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def conv(x: np.ndarray, params: Any, stride: int = 1) -> np.ndarray:
+    """A convolution whose zeros around the image are half of its kernel."""
+    kernel = np.asarray(params["kernel"], np.float64)
+    half = kernel.shape[0] // 2
+    padded = np.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], (1, 2))[:, ::stride, ::stride]
+    return np.einsum("bhwcij,ijcf->bhwf", windows, kernel) + np.asarray(params.get("bias", 0.0))
+
+
+def transposed(x: np.ndarray, params: Any) -> np.ndarray:
+    """Its kernel added at every second pixel: torch's of stride 2, padding of half the kernel, output padding of 1."""
+    kernel = np.asarray(params["kernel"], np.float64)
+    (b, h, w, _), k = x.shape, kernel.shape[0]
+    found = np.zeros((b, 2 * h + 2 * k, 2 * w + 2 * k, kernel.shape[-1]))
+    for i, j in np.ndindex(h, w):
+        top, left = (k + 2 * at - k // 2 for at in (i, j))
+        found[:, top : top + k, left : left + k] += np.einsum("bc,ijcf->bijf", x[:, i, j], kernel[::-1, ::-1])
+    return found[:, k:-k, k:-k]
+
+
+def norm(x: np.ndarray, params: Any, running: Any) -> np.ndarray:
+    """Batch norm by running statistics."""
+    p, r = ({k: np.asarray(v, np.float64) for k, v in part["norm"].items()} for part in (params, running))
+    return (x - r["mean"]) / np.sqrt(r["var"] + 1e-5) * p["scale"] + p["bias"]
+
+
+def conv_norm(x: np.ndarray, params: Any, running: Any, stride: int = 1) -> np.ndarray:
+    return norm(conv(x, params["conv"], stride), params, running)
+
+
+def doubled(x: np.ndarray) -> np.ndarray:
+    """Bilinear upsampling."""
+    rows, columns = (resize_matrix(n, 2 * n) for n in x.shape[1:3])
+    return np.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns)
