@@ -23,7 +23,7 @@ RECIPES = {
         image_size=128,
         hyperparameters=FEW | {"epochs": 3},
         published=published("paper, mean of all classes, by DRAEM's table", image_AUROC=0.877, pixel_AUROC=0.939),
-        notes="33 px patches alone, of every eighth pixel, 128 px, 3 epochs of 2 images a step at 5e-4 instead of 100 of 1.",
+        notes="33 px patches alone, of every eighth pixel, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_mtd": Recipe(
