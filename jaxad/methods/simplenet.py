@@ -69,7 +69,7 @@ def simplenet(
         layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
         feature_scale: What patch features are multiplied by. The noise suit weights like torchvision's, whose
-            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has eight times as much.
+            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has four times as much.
         hidden: Units of the discriminator.
         noise: Standard deviation of what makes a feature anomalous.
         margin: Scores beyond it cost nothing.
