@@ -68,7 +68,7 @@ def simplenet(
         backbone: The network that describes patches.
         layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
-        feature_scale: What patch features are multiplied by. The noise suit weights like torchvision's, whose
+        feature_scale: What patch features are multiplied by. The noise suits weights like torchvision's, whose
             features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has four times as much.
         hidden: Units of the discriminator.
         noise: Standard deviation of what makes a feature anomalous.
