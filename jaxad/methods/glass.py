@@ -117,8 +117,8 @@ def glass(
         image_size: (height, width) of the images, which is that of the heat map.
         hypothesis: Normal features lie on a "manifold", or in a "hypersphere" about their mean at a position.
         on_foreground: Textures lie on the object only, which Otsu's threshold finds.
-        feature_scale: What patch features are multiplied by. Noise and distances suit weights like torchvision's, whose
-            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has four times as much.
+        feature_scale: What patch features are multiplied by. Noise and distances suit weights like torchvision's; the
+            features of Caffe's ResNets are several times as large.
         hidden: Units of the discriminator.
         noise: Standard deviation of what global anomalies begin with.
         ascent_steps: Steps up that they take.

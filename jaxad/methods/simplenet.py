@@ -68,8 +68,8 @@ def simplenet(
         backbone: The network that describes patches.
         layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
         image_size: (height, width) of the images, which is that of the heat map.
-        feature_scale: What patch features are multiplied by. The noise suits weights like torchvision's, whose
-            features deviate by 0.06 or so (a ResNet-18's); Caffe's ResNet-50 has four times as much.
+        feature_scale: What patch features are multiplied by. The noise suits weights like torchvision's; the
+            features of Caffe's ResNets are several times as large.
         hidden: Units of the discriminator.
         noise: Standard deviation of what makes a feature anomalous.
         margin: Scores beyond it cost nothing.
