@@ -47,6 +47,12 @@ RECIPES = {
         "draem", "pillqc", BACKBONE, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone=BACKBONE
     ),
     "draem_demo": Recipe(
-        "draem", "demo", BACKBONE, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone=BACKBONE
+        "draem",
+        "demo",
+        BACKBONE,
+        SMALL | {"epochs": 100},
+        image_size=128,
+        notes="128 px, networks of 16 channels, 100 epochs of 8 images at 1e-3.",
+        smoke_backbone=BACKBONE,
     ),
 }
