@@ -1,17 +1,18 @@
 """CutPaste: a network learns to tell images with a pasted piece, and a Gaussian of its normal features scores others.
 
 Stored: a network, trained to tell normal images from those with a pasted rectangle or a pasted scar or both (sections
-2.1 to 2.3), and the mean and covariance of its pooled features of the training images, or of their patches. An image
-scores the Mahalanobis distance of its features, and the heat map is the gradient-weighted class activation map of that
-(GradCAM); a network of patches scores every patch of a grid, the heat map spreads each with a Gaussian, and an image
-scores the largest (section 2.4).
+2.1 to 2.3), and the mean and covariance of its pooled features of the training images, or of their patches, each scaled
+to unit length. An image scores the Mahalanobis distance of its features, and the heat map is the gradient-weighted
+class activation map of that (GradCAM); a network of patches scores every patch of a grid, the heat map spreads each
+with a Gaussian, and an image scores the largest (section 2.4).
 
 Paper: CutPaste: Self-Supervised Learning for Anomaly Detection and Localization, CVPR 2021, arXiv:2104.04015.
 Reference: https://github.com/Runinho/pytorch-cutpaste (no official code)
 Differences: a pretrained network learns without batch norm, which is folded into its convolutions; the hidden layers of
-    the head have batch norm; images are changed in color before, not moved; the covariance is shrunk (Ledoit and Wolf),
-    as there are fewer images than features; an epoch is one pass over the images, not 256 steps; the running variance
-    is not corrected for the size of a batch.
+    the head have batch norm; images are changed in color before, not moved; features of unit length, and a pretrained
+    network that stays as it is at first, are the reference's, not the paper's; the covariance is shrunk (Ledoit and
+    Wolf), as there are fewer images than features; an epoch is one pass over the images, not 256 steps; the running
+    variance is not corrected for the size of a batch.
 Results: experiments/recipes/cutpaste.py
 """
 
@@ -84,6 +85,11 @@ class Head(nn.Module):
         return nn.Dense(self.ways)(nn.Dense(self.dims[-1])(x))
 
 
+def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Vectors scaled to unit length."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def spread(grid: int, out: int, first: float, apart: int, sigma: float) -> Float[np.ndarray, "out grid"]:
     """The matrix that spreads the scores of patches along an axis: means weighted by Gaussians about their middles."""
     middle = first + apart * np.arange(grid)
@@ -98,6 +104,7 @@ def cutpaste(
     image_size: tuple[int, int] = (256, 256),
     way: Literal["binary", "scar", "3way"] = "3way",
     pretrained: bool = False,
+    frozen_share: float = 20 / 256,
     patch_size: int | None = None,
     stride: int = 32,
     head: tuple[int, ...] = (*(512,) * 8, 128),
@@ -116,6 +123,7 @@ def cutpaste(
         image_size: (height, width) of the images, which is that of the heat map.
         way: What is told from normal images: a rectangle ("binary"), a scar, or both, as two classes ("3way").
         pretrained: The network begins with the weights given, not from scratch.
+        frozen_share: Share of the steps, the first ones, in which of a pretrained network only the head learns.
         patch_size: Height and width of the patches that a network of patches learns from; None for whole images.
         stride: Pixels between the patches that are scored.
         head: Units of the layers behind the network, of which the last is the projection.
@@ -136,6 +144,8 @@ def cutpaste(
         raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way}")
     if not head or min(head) < 1:
         raise ValueError(f"head must be numbers of units, one or more, got {head}")
+    if not 0 <= frozen_share <= 1:
+        raise ValueError(f"frozen_share must be in [0, 1], got {frozen_share}")
     if patch_size is not None and not 1 <= patch_size <= min(image_size):
         raise ValueError(f"patch_size must be in [1, {min(image_size)}], got {patch_size}")
     residual_blocks(backbone)  # raises for what is no ResNet
@@ -189,7 +199,9 @@ def cutpaste(
 
         def loss(params: PyTree) -> Any:
             if pretrained:
-                maps, running = described(params["network"], frozen, made), {}
+                still = batch.progress < frozen_share
+                own = jax.tree.map(lambda p: jnp.where(still, jax.lax.stop_gradient(p), p), params["network"])
+                maps, running = described(own, frozen, made), {}
             else:
                 variables = {"params": params["network"], "batch_stats": state.running["network"]}
                 found, running = learner.apply(variables, frozen, made, valid)
@@ -212,7 +224,7 @@ def cutpaste(
 
     def describe(key: Key, state: CutpasteDescribing, frozen: Frozen, batch: Batch) -> tuple[Any, Metrics]:
         del key
-        found = described(state.params, frozen, patches(zero_padding(batch.x, batch.valid))).mean((1, 2))
+        found = unit(described(state.params, frozen, patches(zero_padding(batch.x, batch.valid))).mean((1, 2)))
         row = jnp.where(batch.valid, batch.index, len(state.seen))
         features = state.features.at[row].set(found.reshape(len(row), *state.features.shape[1:]), mode="drop")
         return state._replace(features=features, seen=state.seen.at[row].set(True, mode="drop")), {}
@@ -225,7 +237,7 @@ def cutpaste(
 
     def score(state: CutpasteGaussian, frozen: Frozen, x: UInt8[Array, "b h w 3"]) -> Scores:
         maps = described(state.params, frozen, patches(x))
-        distance = lambda pooled: mahalanobis(pooled, state.mean, state.factor)  # noqa: E731
+        distance = lambda pooled: mahalanobis(unit(pooled), state.mean, state.factor)  # noqa: E731
         if patch_size is None:
             pooled = maps.mean((1, 2))
             weight = jax.grad(lambda pooled: distance(pooled).sum())(pooled)
