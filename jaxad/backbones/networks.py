@@ -45,7 +45,7 @@ class Backbone(NamedTuple):
 
 
 def normalize(frozen: Frozen, image: Array, dtype: DTypeLike) -> Float[Array, "b h w 3"]:
-    """Subtracts the mean and divides by the deviation that the weights were trained with (in units of 0..255)."""
+    """Subtracts the mean and divides by the deviation that the weights expect (in units of 0..255)."""
     scale = 1.0 if image.dtype == jnp.uint8 else 255.0
     return ((image.astype(jnp.float32) * scale - frozen["mean"]) / frozen["std"]).astype(dtype)
 
@@ -143,9 +143,13 @@ def backbone(name: str) -> Backbone:
     network = _network(entry)
     stages = network.stages
 
+    mean, std = (np.asarray(values, np.float32) for values in entry.normalization)
+    # Caffe's levels are not divided. A first convolution that learns from hundreds takes steps thousands of times as
+    # long as one that learns from ones, so they are, and the convolution has the factor.
+    scale = np.asarray(registry.IMAGENET[1], np.float32) if entry.normalization == registry.CAFFE else np.ones_like(std)
+
     def freeze(params) -> Frozen:
-        mean, std = (np.asarray(values, np.float32) for values in entry.normalization)
-        return {"params": params, "mean": mean, "std": std}
+        return {"params": params, "mean": mean, "std": std * scale}
 
     @jax.jit
     def init(key: Key) -> Frozen:
@@ -173,9 +177,12 @@ def backbone(name: str) -> Backbone:
 
     def fold(tensors: Mapping[str, np.ndarray]) -> Frozen:
         try:
-            return freeze(_fold(entry, stages, tensors))
+            params = _fold(entry, stages, tensors)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
+        if (scale != 1).any():
+            params = params | {"conv1": params["conv1"] | {"kernel": params["conv1"]["kernel"] * scale[:, None]}}
+        return freeze(params)
 
     return Backbone(name, *network[1:], init, apply, fold)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, efficientnet, networks, pdn, resnet, transformer, vgg
+from jaxad.backbones import backbone, efficientnet, networks, pdn, registry, resnet, transformer, vgg
 from tests.cases import TINY
 
 from .make_golden import GOLDEN, PATCHED, SIZES, TRANSFORMERS, image, kept, sizes, synthetic
@@ -55,7 +55,9 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
 def differences(name: str, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[tuple[int, int], str], float]:
     """For every size and stage the largest difference from the original, relative to the stage's largest value."""
     network = backbone(name.removesuffix(".torchvision"))
-    frozen = network.fold(checkpoint(name)) | {"mean": np.zeros(3, np.float32), "std": np.full(3, 255, np.float32)}
+    frozen = network.fold(checkpoint(name))
+    own = frozen["std"] / np.float32(registry.lookup(network.name).normalization[1])  # the first convolution has it
+    frozen = frozen | {"mean": np.zeros(3, np.float32), "std": 255 * own}
     apply = jax.jit(lambda frozen, image: network.apply(frozen, image, network.stages))
     golden = np.load(GOLDEN / f"{name}.npz")
     found = {}

@@ -370,4 +370,13 @@ def test_a_file_of_another_variant_is_refused(tmp_path):
     save_file(partial("resnet50"), file)
     with pytest.raises(ValueError, match=r"holds the variant resnet50.caffe_in1k: ask for that backbone instead"):
         backbones.load("resnet50", file)
-    assert backbones.load(backbones.resolve("resnet50", file), file)["std"].tolist() == [1, 1, 1]
+    frozen = backbones.load(backbones.resolve("resnet50", file), file)
+    np.testing.assert_allclose(frozen["mean"], (123.68, 116.779, 103.939))
+
+
+def test_levels_are_divided_whatever_the_weights_were_trained_with():
+    """Caffe's were not: its first convolution takes the factor, which leaves what it gives as it is."""
+    caffe, plain = (backbones.backbone(name).fold(partial("resnet50")) for name in ("resnet50.caffe_in1k", "resnet50"))
+    np.testing.assert_array_equal(caffe["std"], plain["std"])
+    kernel, expected = (frozen["params"]["conv1"]["kernel"] for frozen in (caffe, plain))
+    np.testing.assert_allclose(kernel / caffe["std"][:, None], expected, rtol=1e-6)
