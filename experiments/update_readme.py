@@ -89,6 +89,16 @@ def speed_of_generators(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(*item) for item in record["generators"].items()])
 
 
+def place_of_synthesis(record: dict[str, Any]) -> str:
+    """DRAEM's training with anomalies drawn within its step and by the host, of bench_synthesis.json."""
+    places = {"within the step": ("device", "host_seconds_a_step"), "by the host": ("host", "synthesis_seconds_a_step")}
+    rows = [
+        [name, *(f"{record[of][key]:.3g}" for key in ("images_a_second", "seconds_a_step", busy))]
+        for name, (of, busy) in places.items()
+    ]
+    return markdown_table(["anomalies are drawn", "images/s", "seconds a step", "of which the host works"], rows)
+
+
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     """The pixel_AUROC of test images after every fourth epoch, of epochs_*.json."""
     curves = {of: curve["pixel_AUROC"] for of, curve in record["curves"].items()}
@@ -122,6 +132,7 @@ EXPERIMENTS = {
     "nf_ood_bottle": (foreign_images, "nf_ood"),
     "bench_flows": (speed_of_flows, "bench_flows"),
     "bench_latency": (latency, "bench_latency"),
+    "bench_synthesis": (place_of_synthesis, "bench_synthesis"),
     "bench_generators": (speed_of_generators, "bench_generators"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
