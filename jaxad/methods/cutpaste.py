@@ -29,6 +29,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.color import color_jitter
+from jaxad.ops.cosine import unit
 from jaxad.ops.cutpaste import cutpaste as with_piece
 from jaxad.ops.cutpaste import scar as with_scar
 from jaxad.ops.gaussian import ledoit_wolf, mahalanobis
@@ -85,11 +86,6 @@ class Head(nn.Module):
         return nn.Dense(self.ways)(nn.Dense(self.dims[-1])(x))
 
 
-def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Vectors scaled to unit length."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def spread(grid: int, out: int, first: float, apart: int, sigma: float) -> Float[np.ndarray, "out grid"]:
     """The matrix that spreads the scores of patches along an axis: means weighted by Gaussians about their middles."""
     middle = first + apart * np.arange(grid)
@@ -123,7 +119,8 @@ def cutpaste(
         image_size: (height, width) of the images, which is that of the heat map.
         way: What is told from normal images: a rectangle ("binary"), a scar, or both, as two classes ("3way").
         pretrained: The network begins with the weights given, not from scratch.
-        frozen_share: Share of the steps, the first ones, in which of a pretrained network only the head learns.
+        frozen_share: Share of the steps, the first ones, in which a pretrained network gets no gradient and
+            only the head learns.
         patch_size: Height and width of the patches that a network of patches learns from; None for whole images.
         stride: Pixels between the patches that are scored.
         head: Units of the layers behind the network, of which the last is the projection.

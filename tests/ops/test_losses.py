@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from jaxad.nn.sspcab import Sspcab
 from jaxad.ops.ascent import ascend, into_shell
+from jaxad.ops.cosine import unit
 from jaxad.ops.focal import focal_loss
 from jaxad.ops.ssim import ssim
 
@@ -69,3 +70,9 @@ def test_sspcab_sees_only_the_corners_around_a_position():
     corners = {(2, 2), (2, 6), (6, 2), (6, 6)}
     largest = {tuple(map(int, np.unravel_index(i, slope.shape))) for i in np.argsort(slope.ravel())[-4:]}
     assert largest <= corners and slope[4, 4] < 0.2 * slope.max()
+
+
+def test_unit_vectors_and_the_gradient_of_zeros():
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: unit(x).sum())(x)).all()
