@@ -147,6 +147,19 @@ def test_a_scar_has_the_published_size(seed):
     assert np.ptp(np.flatnonzero(mask.any(1))) <= 32 and np.ptp(np.flatnonzero(mask.any(0))) <= 32
 
 
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_a_rotated_rectangle_is_whole_and_shows_the_image(seed):
+    """The window that is computed cuts nothing off, and the piece is the one that is pasted without a rotation."""
+    image = jnp.asarray(np.random.default_rng(seed).permutation(96 * 96).reshape(96, 96, 1) * np.ones(3), jnp.float32)
+    makes = (jax.jit(functools.partial(cutpaste.cutpaste, degrees=degrees, jitter=0.0)) for degrees in (0.0, 45.0))
+    straight, turned = ([np.asarray(x) for x in make(jax.random.key(seed), image)] for make in makes)
+    mask = turned[1]
+    if not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()):
+        np.testing.assert_allclose(mask.sum(), straight[1].sum(), rtol=0.1, atol=8)
+    assert np.isin(turned[0][mask][:, 0], straight[0][straight[1]][:, 0]).mean() > 0.99
+
+
 def test_the_three_ways():
     images, masks = cutpaste.three_way(jax.random.key(0), noise(0))
     np.testing.assert_array_equal(images[0], noise(0))
