@@ -96,7 +96,8 @@ def place_of_synthesis(record: dict[str, Any]) -> str:
         [name, *(f"{record[of][key]:.3g}" for key in ("images_a_second", "seconds_a_step", busy))]
         for name, (of, busy) in places.items()
     ]
-    return markdown_table(["anomalies are drawn", "images/s", "seconds a step", "of which the host works"], rows)
+    what = f"anomalies of {record['size']} px (networks of {record['width']} channels) are drawn"
+    return markdown_table([what, "images/s", "seconds a step", "of which the host works"], rows)
 
 
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
