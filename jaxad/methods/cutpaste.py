@@ -119,8 +119,8 @@ def cutpaste(
         image_size: (height, width) of the images, which is that of the heat map.
         way: What is told from normal images: a rectangle ("binary"), a scar, or both, as two classes ("3way").
         pretrained: The network begins with the weights given, not from scratch.
-        frozen_share: Share of the steps, the first ones, in which a pretrained network gets no gradient and
-            only the head learns.
+        frozen_share: Share of the steps, the first ones, in which only the head of a pretrained network learns; the
+            network has no gradient then, but its weights decay.
         patch_size: Height and width of the patches that a network of patches learns from; None for whole images.
         stride: Pixels between the patches that are scored.
         head: Units of the layers behind the network, of which the last is the projection.
