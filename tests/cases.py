@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
-"""Ratios so small that no two patches are equally far, to 1e-6, when one of them is picked: rounding picks among ties."""
+"""Ratios so small that no two patches are equally far, to 1e-6, when one is picked: rounding picks among such."""
 
 CFA: dict[str, Any] = dict(layers=TWO, gamma_c=3, gamma_d=4, epochs=2, train_batch_size=4)
 CFLOW: dict[str, Any] = dict(

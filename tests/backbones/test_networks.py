@@ -204,6 +204,33 @@ def test_same_padding_is_that_of_xla(size, kernel, stride):
     )
 
 
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "pad"), [(2, 1, 4, 0), (3, 2, 1, 1), (5, 3, 2, 2)])
+def test_shifted_products_are_the_convolution(kernel, stride, dilation, pad):
+    """And so are their gradients, for several kernels at once."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernels = jax.random.normal(keys[0], (2, 14, 17, 3)), jax.random.normal(keys[1], (2, kernel, kernel, 3, 4))
+
+    def values(convolved):
+        def total(x, kernels):
+            y = jax.vmap(functools.partial(convolved, x))(kernels)
+            return jnp.sum(y**2), y
+
+        (_, y), gradient = jax.value_and_grad(total, (0, 1), has_aux=True)(x, kernels)
+        return y, *gradient
+
+    pads = [(pad, pad)] * 2
+    shifted = values(lambda x, k: convolution.convolve(x, k, stride, pads, dilation))
+    order = ("NHWC", "HWIO", "NHWC")
+    apart = (dilation, dilation)
+    native = values(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (stride, stride), pads, rhs_dilation=apart, dimension_numbers=order
+        )
+    )
+    for a, b in zip(shifted, native, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.caffe_in1k"])
 def test_real_weights_hold_the_first_three_stages(shared, name):
     frozen = load(name, shared / "weights" / f"{name}.safetensors")
