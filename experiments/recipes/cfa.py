@@ -25,8 +25,8 @@ RECIPES = {
     "cfa_mtd": Recipe(
         "cfa",
         backbone=RESNET50,
-        image_size=160,
-        hyperparameters=SMALL | {"epochs": 5},
+        image_size=224,
+        hyperparameters=SMALL | {"epochs": 30},
         seeds=(0, 1, 2),
         published=published(
             "IM-IAD, backbone not stated, 256 px",
@@ -36,7 +36,7 @@ RECIPES = {
             pixel_AP=0.246,
             pixel_AUPRO=0.528,
         ),
-        notes="A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 5 epochs.",
+        notes="A ResNet-50's layers 2 and 3, 224 px, a quarter of the channels (gamma_d).",
         **MTD,
     ),
     "cfa_pillqc": Recipe("cfa", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
