@@ -111,7 +111,7 @@ def rotations_of(backbone: str, layer: str, n: int, keep_image: bool) -> EmbedFn
     one = describe(backbone, layer)
 
     def embed(frozen: Frozen, image: Array) -> Embedded:
-        found = each(lambda degrees: one(frozen, rotate(floats(image), degrees)), jnp.asarray(angles(n)))
+        found = jax.lax.map(lambda degrees: one(frozen, rotate(floats(image), degrees)), jnp.asarray(angles(n)))
         return Embedded(jnp.moveaxis(found, 0, 1), image if keep_image else None)
 
     return embed

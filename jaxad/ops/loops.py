@@ -1,4 +1,4 @@
-"""Loops whose steps hold convolutions, which are far slower in loops on a CPU."""
+"""Loops whose steps hold gradients of convolutions, which are far slower in loops on a CPU."""
 
 from collections.abc import Callable
 
