@@ -1,19 +1,22 @@
 """Uninformed Students, arXiv:1911.02357: 3 students of each of 3 patch sizes, 256 px, Adam 1e-4, one image a step.
 
-    python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33
+    python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33 \
+        --patches 20000 --epochs 2 --learning-rate 5e-4
     python experiments/run.py uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
     python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
 The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size, distilled
-on few photographs, and descriptions of every eighth pixel. The last epoch counts, whatever the test images say.
+on 20,000 patches of few photographs (distill_patch33.json), and descriptions of every eighth pixel. The last epoch
+counts, whatever the test images say.
 """
 
 from recipes import MTD, Recipe, published
 
 TEACHER = "patch33"
+PATCHES = "33 px patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"
 FEW = {"train_batch_size": 2, "learning_rate": 5e-4, "stride": 8}
 SMALL = FEW | {"num_students": 2, "epochs": 3}
-NOTES = "33 px patches alone, of every eighth pixel, 2 students, 128 px, 3 epochs of 2 images a step at 5e-4."
+NOTES = f"{PATCHES}, 2 students, 128 px, 3 epochs of 2 images a step at 5e-4."
 
 RECIPES = {
     "uninformed_students_bottle": Recipe(
@@ -23,7 +26,7 @@ RECIPES = {
         image_size=128,
         hyperparameters=FEW | {"epochs": 3},
         published=published("paper, mean of all classes, by DRAEM's table", image_AUROC=0.877, pixel_AUROC=0.939),
-        notes="33 px patches alone, of every eighth pixel, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
+        notes=f"{PATCHES}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_mtd": Recipe(
@@ -32,7 +35,7 @@ RECIPES = {
         image_size=96,
         hyperparameters=SMALL | {"epochs": 1},
         seeds=(0, 1, 2),
-        notes="33 px patches alone, of every eighth pixel, 2 students, 96 px, 1 epoch of 2 images a step at 5e-4.",
+        notes=f"{PATCHES}, 2 students, 96 px, 1 epoch of 2 images a step at 5e-4.",
         smoke_backbone="patch17",
         **MTD,
     ),

@@ -162,7 +162,8 @@ def held(stages: tuple[str, ...], wanted: Mapping[str, Shapes], tensors: Mapping
         stages: The stages' names, shallow to deep. A module belongs to the stage that its name starts with; one that
             belongs to none is always wanted.
         wanted: For every module its tensors' names and shapes.
-        tensors: The checkpoint: anything with a shape by name. A classifier's tensors (at most two axes) are ignored.
+        tensors: The checkpoint: anything with a shape by name. A classifier's tensors are ignored: those of
+            at most two axes, and timm's `pre_logits`.
 
     Raises:
         ValueError: A tensor is missing, or has another shape, or belongs to no module.
@@ -178,7 +179,7 @@ def held(stages: tuple[str, ...], wanted: Mapping[str, Shapes], tensors: Mapping
                 raise ValueError(f"needs the tensor {key} of shape {shape}, got {tuple(tensors[key].shape)}")
     known = set().union(*wanted.values())
     for key, tensor in tensors.items():
-        if len(tensor.shape) == 4 and key not in known:
+        if len(tensor.shape) == 4 and key not in known and not key.startswith("pre_logits."):
             raise ValueError(f"has no tensor {key}, got one of shape {tuple(tensor.shape)}")
     return modules
 

@@ -200,7 +200,7 @@ def residual_blocks(name: str) -> resnet.ResidualBlocks:
 
 
 class Student(NamedTuple):
-    """A backbone that is trained from scratch, a ResNet with batch norm."""
+    """A backbone that is trained from scratch; a ResNet has batch norm."""
 
     init: Callable[[Key], PyTree]
     """Variables: parameters, and the running statistics of the batch norms."""

@@ -11,9 +11,9 @@ Paper: CFA: Coupled-hypersphere-based Feature Adaptation for Target-Oriented Ano
     arXiv:2206.04325.
 Reference: https://github.com/sungwool/CFA_for_anomaly_localization
 Differences: as in the reference, the memory is a mean over images, not clusters of the first of them that follow the
-    others; it counts the images of an incomplete last batch too; its clusters come from one seeding by k-means++; the
-    hard negatives follow the K nearest whatever J is; EfficientNets get no treatment of their own; the bias of the
-    convolution begins as zeros; the last epoch counts, not the best on the test images.
+    others; it counts the images of an incomplete last batch too; its clusters come from one seeding by k-means++ and
+    at most 300 rounds; the hard negatives follow the K nearest whatever J is; EfficientNets get no treatment of their
+    own; the bias of the convolution begins as zeros; the last epoch counts, not the best on the test images.
 Results: experiments/recipes/cfa.py
 """
 

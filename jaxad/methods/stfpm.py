@@ -14,7 +14,6 @@ Results: experiments/recipes/stfpm.py
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.ops.cosine import unit
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
@@ -39,11 +39,6 @@ class StfpmStudent(NamedTuple):
     """The trained student, batch norm folded in."""
 
     params: PyTree
-
-
-def unit(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    """Vectors of length 1; zeros stay."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
 def distances(maps: dict[str, Float[Array, "b _ _ _"]], teacher: dict[str, Array]) -> dict[str, Float[Array, "b _ _"]]:
