@@ -4,13 +4,14 @@
 
 The discriminator is one hidden layer on the backbone's patch features (layer2 and layer3), trained by cross-entropy to
 tell the patches of a generator's anomalies from those of normal images; a patch scores its logit, an image the largest.
-Everything but the generator stays as it is. DRAEM's textures are made-up ones. "feature noise" stands for a generator
-that never sees a pixel, that of SimpleNet. Writes ablate_generators_NAME.json: the AUROC of every kind of defect
-against the normal test images. The last epoch counts, whatever the test images say. `--smoke` is the small variant that
-the tests run.
+Everything but the generator stays as it is. DRAEM's textures are those of `--auxiliary`, or made-up ones. Two never see
+a pixel: "feature noise", that of SimpleNet, and "feature ascent", GLASS's, which lets such features climb the loss of
+the discriminator. Writes ablate_generators_NAME.json: the AUROC of every kind of defect against the normal test images.
+The last epoch counts, whatever the test images say. `--smoke` is the small variant that the tests run.
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -35,14 +36,18 @@ from jaxad.fit import fit, score_all
 from jaxad.metrics import auroc
 from jaxad.nn.patches import Discriminator
 from jaxad.ops import anomaly, texture
+from jaxad.ops.ascent import ascend, into_shell
 from jaxad.ops.gradient import begin, descend_with, zero_padding
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.rules import multiples_of
 
 LAYERS = ("layer2", "layer3")
-NOISE = "feature noise"
+ON_FEATURES = {"feature noise": 0, "feature ascent": 10}
+"""Steps up of those that need no image."""
 DEVIATION = 0.25
-"""Of the noise, as a share of the deviation of a patch's features."""
+"""Of the noise, as a share of the deviation of a patch's features; a step up is a tenth as long as the noise."""
+TEXTURES = 200
+"""Of a folder, at most."""
 
 
 @dataclasses.dataclass
@@ -55,6 +60,8 @@ class Options:
     """Of the data set, for the file of results."""
     weights: Path = Path("resnet50.caffe_in1k.safetensors")
     """A ResNet's."""
+    auxiliary: Path | None = None
+    """A folder of textures; none: made-up ones."""
     mask_threshold: int = 0
     image_size: int = 128
     hidden: int = 256
@@ -69,25 +76,24 @@ class Options:
     """Few small images, random weights."""
 
 
-def known_generators(size: tuple[int, int]) -> dict[str, Any]:
-    """What makes an anomaly and its mask, of a key, an image and another normal one; None: noise on features."""
+def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[str, Any]:
+    """What makes an anomaly and its mask, of a key, an image and another one; or how many steps features climb."""
 
     def textured(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other
         draw, made = jax.random.split(key)
-        return anomaly.textured(draw, image, texture.source(made, size, None))
+        return anomaly.textured(draw, image, texture.source(made, size, textures))
 
     def tiles(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other
         draw, order = jax.random.split(key)
         return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0))
 
-    known = generators(size) | {"texture (DRAEM)": textured, "tiles (MemSeg)": tiles, NOISE: None}
-    return {name: make for name, make in known.items() if name not in ("Perlin mask", "NSA, mixed")}
+    return generators(size) | {"texture (DRAEM)": textured, "tiles (MemSeg)": tiles} | ON_FEATURES
 
 
 def discriminator(options: Options, network: str, generator: Any) -> Method:
-    """The method that learns from a generator's anomalies, or from noise on features (None)."""
+    """The method that learns from a generator's anomalies, or from features that climb (a number of steps)."""
     size = (options.image_size, options.image_size)
     optimizer, module = optax.adam(options.learning_rate), Discriminator(options.hidden)
 
@@ -98,6 +104,20 @@ def discriminator(options: Options, network: str, generator: Any) -> Method:
         """Features of every patch about their mean, in units of their deviation."""
         return (found - found.mean(-1, keepdims=True)) / (found.std(-1, keepdims=True) + 1e-6)
 
+    def climbed(state: PyTree, normal: jax.Array, noise: jax.Array) -> jax.Array:
+        """Normal features with noise, after steps up the loss that calls them anomalous, kept in a shell."""
+        variables = {"params": state["trained"].params, "batch_stats": state["running"]}
+        least = DEVIATION * math.sqrt(normal.shape[-1])
+
+        def normality(moved: jax.Array) -> jax.Array:
+            found: Any = module.apply(variables, moved, valid=None)
+            return optax.sigmoid_binary_cross_entropy(found, jnp.ones(())).mean()
+
+        def into(x: jax.Array) -> jax.Array:
+            return into_shell(x, normal, jnp.float32(least))
+
+        return ascend(normality, normal + noise, generator, 0.1 * least, 5, into)
+
     def init(key: Key, frozen: Frozen, spec: PyTree) -> PyTree:
         c = jax.eval_shape(described, spec).shape[-1]
         made = module.init(key, jnp.zeros((1, 1, 1, c)), valid=jnp.ones(1, bool))
@@ -106,8 +126,8 @@ def discriminator(options: Options, network: str, generator: Any) -> Method:
     def train(key: Key, state: PyTree, frozen: Frozen, batch: Batch) -> tuple[PyTree, Metrics]:
         x = zero_padding(batch.x, batch.valid)
         normal = described(x)
-        if generator is None:
-            made = standardized(normal + DEVIATION * jax.random.normal(key, normal.shape))
+        if isinstance(generator, int):
+            made = standardized(climbed(state, normal, DEVIATION * jax.random.normal(key, normal.shape)))
             there = jnp.ones(made.shape[:3], bool)
         else:
             image = x["image"].astype(jnp.float32) / 255
@@ -158,13 +178,18 @@ def main(options: Options) -> None:
     if options.smoke:
         options.data, options.image_size, options.hidden, options.epochs = "demo", 64, 8, 1
     multiples_of(8, image_size=(options.image_size, options.image_size))
-    makes = known_generators((options.image_size, options.image_size))
+    size, textures = (options.image_size, options.image_size), None
+    if options.auxiliary is not None and not options.smoke:
+        (split,) = open_data(options.auxiliary, preprocess=Preprocess(size), layout="flat").values()
+        assert split.train is not None
+        chosen = np.unique(np.linspace(0, len(split.train) - 1, TEXTURES).astype(int))
+        textures = jnp.asarray(split.train.images(chosen))
+    makes = known_generators(size, textures)
     if not set(options.generators) <= set(makes):
         raise ValueError(f"generators must be of {', '.join(makes)}; got {', '.join(options.generators)}")
     network = "resnet18" if options.smoke else of_file(options.weights)
     frozen = backbone(network).init(jax.random.key(0)) if options.smoke else load(network, options.weights)
-    preprocess = Preprocess((options.image_size, options.image_size))
-    splits = open_data(options.data, preprocess=preprocess, mask_threshold=options.mask_threshold)
+    splits = open_data(options.data, preprocess=Preprocess(size), mask_threshold=options.mask_threshold)
     rows: dict[str, Any] = {}
     for generator in options.generators or makes:
         method, rows[generator] = discriminator(options, network, makes[generator]), {}

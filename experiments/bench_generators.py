@@ -26,7 +26,7 @@ from scipy import ndimage
 import jaxad
 from jaxad.artifact import replacing, write_json
 from jaxad.data.demo import render
-from jaxad.ops import anomaly, cutpaste, nsa, perlin, texture
+from jaxad.ops import anomaly, cutpaste, nsa, perlin, poisson, texture
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -184,8 +184,18 @@ def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndar
     return (255 * made).astype(np.uint8), label
 
 
-def generators(shape: tuple[int, int]) -> dict[str, Generator]:
+def generators(size: tuple[int, int]) -> dict[str, Generator]:
     """All of them by name; DRAEM's texture is the other image."""
+
+    def shape(key: jax.Array, image: jax.Array, octaves: int) -> anomaly.Anomalous:
+        mask = perlin.perlin_mask(key, size, octaves=octaves)
+        return jnp.where(mask[..., None], 1.0, image), mask
+
+    def cloned(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        inside = jnp.pad(jnp.ones([n - 2 for n in size], bool), 1)
+        mask = perlin.perlin_mask(key, size, (1, 3), 0.3) & inside
+        moved = jnp.roll(other, [n // 3 for n in size], (0, 1))
+        return jnp.clip(poisson.seamless_clone(image, moved, mask), 0, 1), mask
 
     def textured(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         change, draw = jax.random.split(key)
@@ -199,11 +209,14 @@ def generators(shape: tuple[int, int]) -> dict[str, Generator]:
 
     return {
         "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
+        "CutPaste, rotated": lambda key, image, other: cutpaste.cutpaste(key, image, degrees=45.0),
         "scar": lambda key, image, other: cutpaste.scar(key, image),
-        "Perlin mask": lambda key, image, other: (image, perlin.perlin_mask(key, shape)),
+        "Perlin mask": lambda key, image, other: shape(key, image, 1),
+        "fractal mask": lambda key, image, other: shape(key, image, 4),
         "texture (DRAEM)": textured,
         "tiles (MemSeg)": tiles,
         "confetti": lambda key, image, other: anomaly.confetti(key, image),
+        "Poisson cloning": cloned,
         "NSA": lambda key, image, other: nsa.natural(key, image, other),
         "NSA, mixed": lambda key, image, other: nsa.natural(key, image, other, mixed=True),
     }

@@ -115,15 +115,15 @@ def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
 
 
 def transfer(record: dict[str, Any]) -> str:
-    """The AUROC of defects by the generator that a discriminator learned from, of ablate_generators_NAME.json."""
-    rows, first = record["generators"], next(iter(record["generators"].values()))
-    if len(first) == 1:  # by kind of defect, else by category
-        rows = {name: next(iter(row.values())) for name, row in rows.items()}
-    else:
-        rows = {name: {category: kinds["all"] for category, kinds in row.items()} for name, row in rows.items()}
-    columns = list(next(iter(rows.values())))
-    cells = [[name, *(fraction(row[column]["image_AUROC"]) for column in columns)] for name, row in rows.items()]
-    return markdown_table(["learned from", *columns], cells)
+    """The AUROC of every kind of defect, a mean of categories, by the generator that a discriminator learned from."""
+    rows = record["generators"]
+    kinds = list(next(iter(next(iter(rows.values())).values())))
+
+    def cell(categories: dict[str, Any], kind: str) -> str:
+        return fraction(sum(found[kind]["image_AUROC"] for found in categories.values()) / len(categories))
+
+    cells = [[name, *(cell(categories, kind) for kind in kinds)] for name, categories in rows.items()]
+    return markdown_table(["learned from", *kinds], cells)
 
 
 EXPERIMENTS = {

@@ -293,7 +293,7 @@ def test_the_benchmark_and_the_sheet_of_generators(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_standard_promotion")
 def test_the_ablation_of_generators(tmp_path: Path) -> None:
     ablate = script("ablate_generators")
-    names = ("confetti", "feature noise")
+    names = ("confetti", "feature noise", "feature ascent")
     ablate.main(ablate.Options(generators=names, results=tmp_path, smoke=True))
     result = json.loads((tmp_path / "ablate_generators_demo.json").read_text())
     assert tuple(result["generators"]) == names
@@ -303,7 +303,7 @@ def test_the_ablation_of_generators(tmp_path: Path) -> None:
             assert "all" in kinds and "good" not in kinds and len(kinds) > 1
             assert all(0 <= entry[metric] <= 1 for entry in kinds.values() for metric in entry)
     table = script("update_readme").transfer(result)
-    assert "| learned from | brushed_metal |" in table and "| feature noise | " in table
+    assert "| learned from | all | crack | dent |" in table and "| feature noise | " in table
     with pytest.raises(ValueError, match=r"generators must be of CutPaste, .*; got fog"):
         ablate.main(ablate.Options(generators=("fog",), results=tmp_path, smoke=True))
 

@@ -3,8 +3,9 @@
 Stored: a reconstructive network, an encoder and decoder without links, that learns to give normal images back from
 those with synthetic anomalies (squared error and structural similarity); and a discriminative network, a
 U-Net, that learns from both images which pixels are anomalous (focal loss). The heat map is what it says of a
-pixel (softmax), and an image scores the maximum of the map's means over 21 x 21 pixels (section 3.4). Half of the
-training images have an anomaly: a texture within a shape of Perlin noise (section 3.3).
+pixel (softmax), and an image scores the maximum of the map's means over 21 x 21 pixels of 256 px, and as many of
+other sizes (section 3.4). Half of the training images have an anomaly: a texture within a shape of Perlin noise
+(section 3.3).
 
 Paper: DRAEM: A Discriminatively Trained Reconstruction Embedding for Surface Anomaly Detection, ICCV 2021,
     arXiv:2108.07610; SSPCAB, CVPR 2022, arXiv:2111.09099.
@@ -41,8 +42,8 @@ from jaxad.ops.warp import rotate
 ROTATED, ANOMALOUS = 0.3, 0.5
 """Shares of the training images that are rotated, and that have an anomaly."""
 DEGREES = 90.0
-MEAN = 21
-"""Pixels of the mean that scores an image."""
+REACH = 10 / 256
+"""Of the mean that scores an image, from its middle to its sides, as a share of the image's shorter side."""
 
 
 class DraemTraining(NamedTuple):
@@ -201,7 +202,7 @@ def draem(
         del frozen
         _, _, logits, _ = apply(state.params, state.running, x.astype(jnp.float32) / 255, None)
         pixel = jax.nn.softmax(logits)[..., 1]
-        return Scores(neighborhood_mean(pixel[..., None], MEAN).max((1, 2, 3)), pixel)
+        return Scores(neighborhood_mean(pixel[..., None], 2 * round(REACH * min(image_size)) + 1).max((1, 2, 3)), pixel)
 
     stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
     return Method(pixels, init, (stage,), score, auxiliary="optional")

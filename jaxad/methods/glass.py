@@ -121,11 +121,11 @@ def glass(
             features of Caffe's ResNets are several times as large.
         hidden: Units of the discriminator.
         noise: Standard deviation of what global anomalies begin with.
-        ascent_steps: Steps up that they take.
+        ascent_steps: Steps up that they take; they are projected after every fifth.
         hard_share: Share of the patches of images with textures that teach nothing, those that are told best.
         epochs: Passes over the training images.
         train_batch_size: Images of a step.
-        learning_rate: Of the adaptor's Adam; twice that of the discriminator's AdamW (whose decay is 0.01).
+        learning_rate: Of the adaptor's Adam; the discriminator's AdamW has twice that (and a decay of 0.01).
         weight_decay: Of the adaptor, added to the gradient.
         sigma: Smoothing of the heat map in pixels.
 

@@ -5,7 +5,7 @@ map and its squared difference to the nearest image of the memory (multi-scale f
 and the difference as a mask, section 3.4), and decodes them to a mask like a U-Net. Half of the training images have
 an anomaly: a texture, or the image itself in tiles out of order, within a shape of Perlin noise on the object (section
 3.2). The heat map is the probability of a pixel's being anomalous (softmax), and an image scores the mean of its
-largest 100.
+largest 100 (of the 65,536 of 256 px; as large a share of other sizes).
 
 Paper: MemSeg: A semi-supervised method for image surface defect detection using differences and commonalities,
     Engineering Applications of Artificial Intelligence 2023, arXiv:2205.00908.
@@ -53,8 +53,8 @@ L1, FOCAL, GAMMA = 0.6, 0.4, 4.0
 """Weights of both losses, and the exponent of the focal one."""
 WARM, LEAST = 0.1, 1 / 30
 """Share of the steps in which the rate rises, and what it begins and ends with, as a share of the largest."""
-WORST = 100
-"""Pixels that score an image."""
+WORST = 100 / 256**2
+"""Share of the pixels that score an image."""
 Maps = dict[str, Float[Array, "b _ _ _"]]
 
 
@@ -154,6 +154,7 @@ def memseg(
     backbone: str = "resnet18",
     image_size: tuple[int, int] = (256, 256),
     channel_pooling: int = 1,
+    feature_scale: float = 1.0,
     memory_size: int = 30,
     on_foreground: bool = True,
     epochs: int = 190,
@@ -168,6 +169,8 @@ def memseg(
         image_size: (height, width) of the images, multiples of 32; that of the heat map.
         channel_pooling: Neighboring channels of the backbone's maps that are averaged into one; 4 gives those of a
             ResNet-50 the channels of a ResNet-18's.
+        feature_scale: What they are multiplied by; masks are products of squared differences, which suit a ResNet-18
+            of torchvision, while those of Caffe's ResNets are several times as large.
         memory_size: Training images in the memory.
         on_foreground: Anomalies lie on the object only, which Otsu's threshold finds.
         epochs: Passes over the training images (about 5,000 steps of MVTec's bottle by default).
@@ -182,7 +185,7 @@ def memseg(
     at_least_one(
         channel_pooling=channel_pooling, memory_size=memory_size, epochs=epochs, train_batch_size=train_batch_size
     )
-    above_zero(learning_rate=learning_rate)
+    above_zero(feature_scale=feature_scale, learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay)
     multiples_of(32, image_size=image_size)
     residual_blocks(backbone)  # raises for what is no ResNet
@@ -190,11 +193,12 @@ def memseg(
     optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
 
     def pooled(x: dict[str, Array]) -> Maps:
-        """The maps with fewer channels."""
+        """The scaled maps with fewer channels."""
         for layer in LAYERS:
             if x[layer].shape[-1] % channel_pooling:
                 raise ValueError(f"channel_pooling must divide {x[layer].shape[-1]} channels, got {channel_pooling}")
-        return {layer: x[layer].reshape(*x[layer].shape[:-1], -1, channel_pooling).mean(-1) for layer in LAYERS}
+        apart = {layer: x[layer].reshape(*x[layer].shape[:-1], -1, channel_pooling) for layer in LAYERS}
+        return {layer: feature_scale * maps.mean(-1) for layer, maps in apart.items()}
 
     def segment(
         params: PyTree, running: PyTree, memory: Memory, frozen: Frozen, seen: tuple[Array, Maps], valid: Any
@@ -268,7 +272,7 @@ def memseg(
 
     def score(state: MemsegNetwork, frozen: Frozen, x: dict[str, Array]) -> Scores:
         pixel, _ = segment(state.params, state.running, state.memory, frozen, (x["image"], pooled(x)), None)
-        worst, _ = jax.lax.top_k(pixel.reshape(len(pixel), -1), WORST)
+        worst, _ = jax.lax.top_k(pixel.reshape(len(pixel), -1), max(1, round(WORST * pixel[0].size)))
         return Scores(worst.mean(1), pixel)
 
     stages = (

@@ -29,7 +29,7 @@ def textured(
     source: Float[Array, "h w 3"],
     *,
     opacity: tuple[float, float] = (0.2, 1.0),
-    exponents: tuple[int, int] = (0, 6),
+    exponents: tuple[int, int] | None = None,
     foreground: Bool[Array, "h w"] | None = None,
 ) -> Anomalous:
     """DRAEM's anomaly: a source shows through the image where Perlin noise is high.

@@ -1,5 +1,7 @@
 """Perlin noise of any size, and masks of random shapes made of it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -42,37 +44,51 @@ def perlin_noise(
 
 
 def fractal_noise(
-    key: Key, size: tuple[int, int], cells: tuple[int, int], octaves: int, persistence: float = 0.5
+    key: Key,
+    size: tuple[int, int],
+    cells: tuple[int, int] | Int[Array, "2"],
+    octaves: int,
+    persistence: float = 0.5,
+    most: int | None = None,
 ) -> Float[Array, "h w"]:
     """Perlin noise of several scales, in [-1, 1].
 
-    Each has twice the cells of the one before and is `persistence` times as strong.
+    Each has twice the cells of the one before and is `persistence` times as strong; the rest is as in `perlin_noise`.
     """
+    most = max(map(int, cells)) if most is None else most
     strength = [persistence**i for i in range(octaves)]
     layers = [
-        s * perlin_noise(jax.random.fold_in(key, i), size, (cells[0] << i, cells[1] << i))
+        s * perlin_noise(jax.random.fold_in(key, i), size, jnp.asarray(cells) << i, most << i)
         for i, s in enumerate(strength)
     ]
     return jnp.stack(layers).sum(0) / sum(strength)
 
 
 def perlin_mask(
-    key: Key, size: tuple[int, int], exponents: tuple[int, int] = (0, 6), threshold: float = 0.5, degrees: float = 90.0
+    key: Key,
+    size: tuple[int, int],
+    exponents: tuple[int, int] | None = None,
+    threshold: float = 0.5,
+    degrees: float = 90.0,
+    octaves: int = 1,
 ) -> Bool[Array, "h w"]:
     """Where rotated Perlin noise exceeds a threshold; in some draws nowhere.
 
     Args:
         key: Draws the noise, its cells and the rotation.
         size: Height and width in pixels.
-        exponents: The cells down and across are powers of two, from 2 to the first of these to below that to the last.
+        exponents: The cells down and across are powers of two, from 2 to the first of these to below that to the last;
+            None: from one cell to cells of about 8 pixels (DRAEM's 0 and 6 of 256 px).
         threshold: Of the noise.
         degrees: It is rotated by so much at most, either way; nothing exceeds the threshold beyond its corners.
+        octaves: Scales of the noise; several make fractal shapes, whose borders are rough.
 
     Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3.
     """
     which, draw, turn = jax.random.split(key, 3)
+    exponents = (0, max(1, round(math.log2(min(size) / 4)))) if exponents is None else exponents
     cells = 2 ** jax.random.randint(which, (2,), *exponents)
-    noise = perlin_noise(draw, size, cells, 2 ** (exponents[1] - 1))
+    noise = fractal_noise(draw, size, cells, octaves, most=2 ** (exponents[1] - 1))
     if degrees:
         noise = rotate(noise, jax.random.uniform(turn, minval=-degrees, maxval=degrees))
     return noise > threshold

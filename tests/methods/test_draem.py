@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxad.base import Batch
-from jaxad.methods.draem import MEAN, Discriminative, DraemNetworks, Reconstructive, draem
+from jaxad.methods.draem import REACH, Discriminative, DraemNetworks, Reconstructive, draem
 from jaxad.ops.ssim import ssim
 
 module = importlib.import_module("jaxad.methods.draem")
@@ -51,8 +51,9 @@ def test_an_image_scores_the_largest_mean_of_its_heat_map(method, state):
     fitted = method.stages[0].finalize(KEY, state, {})
     assert isinstance(fitted, DraemNetworks)
     scores = jax.jit(method.score)(fitted, {}, jnp.asarray(IMAGES))
-    padded = np.pad(np.asarray(scores.pixel, np.float64), ((0, 0), (MEAN // 2,) * 2, (MEAN // 2,) * 2))
-    means = np.lib.stride_tricks.sliding_window_view(padded, (MEAN, MEAN), (1, 2)).mean((3, 4))
+    reach = round(REACH * min(scores.pixel.shape[1:]))
+    padded = np.pad(np.asarray(scores.pixel, np.float64), ((0, 0), (reach,) * 2, (reach,) * 2))
+    means = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2, (1, 2)).mean((3, 4))
     np.testing.assert_allclose(scores.image, means.max((1, 2)), rtol=1e-4)
 
 

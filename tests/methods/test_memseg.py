@@ -141,11 +141,21 @@ def test_the_network_is_the_official_one():
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_an_image_scores_the_mean_of_the_largest_100(fitted, embedded, frozen):
+def test_an_image_scores_the_mean_of_100_in_65536_pixels(fitted, embedded, frozen):
     method, state = fitted
     scores = jax.jit(method.score)(state, frozen, embedded)
-    largest = np.sort(np.asarray(scores.pixel, np.float64).reshape(6, -1))[:, -100:]
+    pixel = np.asarray(scores.pixel, np.float64).reshape(6, -1)
+    largest = np.sort(pixel)[:, -round(100 / 256**2 * pixel.shape[1]) :]
     np.testing.assert_allclose(scores.image, largest.mean(1), rtol=1e-5)
+
+
+def test_scaled_features_are_larger_ones(fitted, embedded, frozen):
+    _, state = fitted
+    larger = embedded | {layer: 0.5 * embedded[layer] for layer in LAYERS}
+    once, scaled = (jax.jit(memseg(**SMALL, feature_scale=scale).score) for scale in (1.0, 0.5))
+    found, wanted = scaled(state, frozen, embedded), once(state, frozen, larger)
+    np.testing.assert_allclose(found.pixel, wanted.pixel, atol=1e-5)
+    assert float(jnp.abs(found.pixel - once(state, frozen, embedded).pixel).max()) > 1e-4
 
 
 def test_the_loss_weighs_absolute_and_focal_errors(monkeypatch, frozen):

@@ -18,6 +18,13 @@ from jaxad.ops import anomaly, color, cutpaste, nsa, perlin, poisson, texture, w
 
 SIZE = (48, 64)
 SOURCE = jnp.asarray(np.random.default_rng(9).random((*SIZE, 3), np.float32))
+
+
+def shown(image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The image, negative within the mask."""
+    return jnp.where(mask[..., None], 1 - image, image), mask
+
+
 GENERATORS = {
     "cutpaste": cutpaste.cutpaste,
     "cutpaste rotated": functools.partial(cutpaste.cutpaste, degrees=45.0),
@@ -32,6 +39,9 @@ GENERATORS = {
         anomaly.shuffled(jax.random.fold_in(key, 1), image),
         foreground=anomaly.foreground(image),
     ),
+    "shape": lambda key, image: shown(image, perlin.perlin_mask(key, SIZE)),
+    "fractal shape": lambda key, image: shown(image, perlin.perlin_mask(key, SIZE, octaves=3)),
+    "three-way": lambda key, image: jax.tree.map(lambda x: x[1], cutpaste.three_way(key, image)),
     "confetti": anomaly.confetti,
     "natural": lambda key, image: nsa.natural(key, image, SOURCE),
     "natural mixed": lambda key, image: nsa.natural(key, image, SOURCE, mixed=True, logistic=None),
@@ -112,6 +122,25 @@ def test_fractal_noise_adds_octaves():
     parts = [perlin.perlin_noise(jax.random.fold_in(key, i), (24, 30), (2 << i, 3 << i)) for i in range(3)]
     expected = sum(0.5**i * part for i, part in enumerate(parts)) / 1.75
     np.testing.assert_allclose(perlin.fractal_noise(key, (24, 30), (2, 3), 3), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "last"), [((256, 256), 6), ((288, 300), 6), ((128, 160), 5), ((64, 64), 4)])
+def test_the_smallest_cells_of_a_mask_have_about_8_pixels(size, last):
+    """So that DRAEM's 256 px have what its code has."""
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(perlin.perlin_mask(key, size), perlin.perlin_mask(key, size, (0, last)))
+    assert (perlin.perlin_mask(key, size) != perlin.perlin_mask(key, size, (0, last + 1))).any()
+
+
+def test_octaves_make_borders_rough():
+    def border(octaves: int) -> float:
+        """Pixels on borders for each within."""
+        masks = jax.vmap(lambda key: perlin.perlin_mask(key, (128, 128), (1, 2), 0.2, octaves=octaves))(keys)
+        assert 0 < masks.mean() < 0.5
+        return sum((m & ~ndimage.binary_erosion(m)).sum() for m in np.asarray(masks)) / masks.sum()
+
+    keys = jax.random.split(jax.random.key(1), 8)
+    assert border(5) > 1.5 * border(1)
 
 
 @pytest.mark.parametrize("degrees", [-63.0, 0.0, 20.0, 90.0])
@@ -312,6 +341,19 @@ def test_seamless_cloning_is_the_sparse_solution(name, mixed):
     expected[inner] = scipy.sparse.linalg.spsolve(matrix.tocsc(), right).reshape(-1, 3)
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-3)
     np.testing.assert_array_equal(found[~inner], target.astype(np.float32)[~inner])
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=10)
+def test_confetti_has_sizes_in_range(seed):
+    """One rectangle, not rotated: both sides are drawn, and what lies beyond the image is missing."""
+    image = noise(seed)
+    _, mask = jax.jit(functools.partial(anomaly.confetti, most=1, degrees=0.0))(jax.random.key(seed), image)
+    rows, columns = np.asarray(mask).any(1), np.asarray(mask).any(0)
+    least, most = 8 / 240 * SIZE[0], 54 / 240 * SIZE[0]
+    for along in (rows, columns):
+        assert along.sum() <= most + 1 and (along[0] or along[-1] or along.sum() >= least - 1)
+    assert mask.sum() == rows.sum() * columns.sum() > 0
 
 
 @given(seeds)
