@@ -93,7 +93,7 @@ GLASS: dict[str, Any] = dict(
     layers=TWO, hidden=8, hypothesis="hypersphere", ascent_steps=5, epochs=2, train_batch_size=4, learning_rate=1e-6
 )
 MEMSEG: dict[str, Any] = dict(
-    memory_size=4, channel_pooling=4, epochs=2, train_batch_size=4, learning_rate=1e-6, on_foreground=False
+    memory_size=4, channel_pooling=4, epochs=1, train_batch_size=4, learning_rate=1e-6, on_foreground=False
 )
 MKD: dict[str, Any] = dict(layers=TWO, hidden=4, epochs=2, train_batch_size=4, learning_rate=1e-5)
 NF: dict[str, Any] = dict(layers=TWO, couplings=2, hidden=4, blocks=1, epochs=2, train_batch_size=4)
@@ -157,7 +157,7 @@ CASES = {
         streaming=True,
         determined=False,
         tolerance=2e-3,
-        longer=dict(epochs=10, noise=0.3, learning_rate=1e-2),
+        longer=dict(epochs=20, noise=0.3, learning_rate=1e-2),
     ),
     "memseg": Case(
         "memseg",
