@@ -45,7 +45,7 @@ def convolve(
     """A convolution as a sum of matrix products of shifted images, one after the other.
 
     Many kernels at once (`vmap`) then make no grouped convolution, on whose gradient over several devices XLA's
-    partitioner aborts (jaxlib 0.10.2), and which on a CPU takes four times as long. The gradient shifts anew.
+    partitioner aborts (jaxlib 0.10.2), and which is slower on a CPU. The gradient shifts anew.
     """
     k = kernel.shape[0]
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))

@@ -3,8 +3,8 @@
 Stored: a reconstructive network, an encoder and decoder without links, that learns to give normal images back from
 those with synthetic anomalies (squared error and structural similarity); and a discriminative network, a
 U-Net, that learns from both images which pixels are anomalous (focal loss). The heat map is what it says of a
-pixel (softmax), and an image scores the maximum of the map's means over 21 x 21 pixels of 256 px, and as many of
-other sizes (section 3.4). Half of the training images have an anomaly: a texture within a shape of Perlin noise
+pixel (softmax), and an image scores the maximum of the map's means over 21 x 21 pixels (of 256 px, in proportion for
+other sizes; section 3.4). Half of the training images have an anomaly: a texture within a shape of Perlin noise
 (section 3.3).
 
 Paper: DRAEM: A Discriminatively Trained Reconstruction Embedding for Surface Anomaly Detection, ICCV 2021,
