@@ -47,10 +47,10 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
     elif "efficientnet" in name:
         keys = ("features.0.0.weight",) if plain != name else ()
         source = functools.partial(efficientnet.source, plain, keys=keys)
-    hidden = {"pre_logits.fc1.weight": (4, 512, 7, 7)} if name in vgg.ARCHITECTURES else {}  # as timm keeps it
     kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(plain).items()}
     wanted = {key: shape for module, kernel in kernels.items() for key, shape in source(module).shapes(kernel).items()}
-    wanted |= hidden
+    if name in vgg.ARCHITECTURES:
+        wanted["pre_logits.fc1.weight"] = (4, 512, 7, 7)  # timm keeps the classifier as convolutions
     return {key: synthetic(key, shape) for key, shape in wanted.items()}
 
 
