@@ -25,7 +25,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).parent))
 
 import run
-from bench_generators import generators
+from bench_generators import MASKS, generators
 
 import jaxad
 from jaxad.artifact import write_json
@@ -89,7 +89,8 @@ def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[
         draw, order = jax.random.split(key)
         return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0))
 
-    return generators(size) | {"texture (DRAEM)": textured, "tiles (MemSeg)": tiles} | ON_FEATURES
+    known = {name: make for name, make in generators(size).items() if name not in MASKS}
+    return known | {"texture (DRAEM)": textured, "tiles (MemSeg)": tiles} | ON_FEATURES
 
 
 def discriminator(options: Options, network: str, generator: Any) -> Method:

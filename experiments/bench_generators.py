@@ -184,12 +184,12 @@ def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndar
     return (255 * made).astype(np.uint8), label
 
 
+MASKS = ("Perlin mask", "fractal mask")
+"""Generators that leave the image as it is."""
+
+
 def generators(size: tuple[int, int]) -> dict[str, Generator]:
     """All of them by name; DRAEM's texture is the other image."""
-
-    def shape(key: jax.Array, image: jax.Array, octaves: int) -> anomaly.Anomalous:
-        mask = perlin.perlin_mask(key, size, octaves=octaves)
-        return jnp.where(mask[..., None], 1.0, image), mask
 
     def cloned(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         inside = jnp.pad(jnp.ones([n - 2 for n in size], bool), 1)
@@ -211,8 +211,8 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
         "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
         "CutPaste, rotated": lambda key, image, other: cutpaste.cutpaste(key, image, degrees=45.0),
         "scar": lambda key, image, other: cutpaste.scar(key, image),
-        "Perlin mask": lambda key, image, other: shape(key, image, 1),
-        "fractal mask": lambda key, image, other: shape(key, image, 4),
+        "Perlin mask": lambda key, image, other: (image, perlin.perlin_mask(key, size)),
+        "fractal mask": lambda key, image, other: (image, perlin.perlin_mask(key, size, octaves=4)),
         "texture (DRAEM)": textured,
         "tiles (MemSeg)": tiles,
         "confetti": lambda key, image, other: anomaly.confetti(key, image),
@@ -301,7 +301,8 @@ def draw(options: Options, path: Path) -> None:
                 made, mask = program(jax.random.key(64 * i + number), image, other)
                 if float(jnp.mean(jnp.asarray(mask, jnp.float32))) > 0.004:
                     break
-            row[2 * i].imshow(np.asarray(made))
+            shown = jnp.where(mask[..., None], 1, made) if title in MASKS else made
+            row[2 * i].imshow(np.asarray(shown))
             row[2 * i + 1].imshow(np.asarray(mask, np.float32), cmap="gray", vmin=0, vmax=1)
         row[0].set_ylabel(title, fontsize=9)
         for axis in row:
