@@ -26,7 +26,7 @@ RECIPES = {
         "rd4ad",
         backbone=RESNET50,
         image_size=128,
-        hyperparameters=SMALL | {"epochs": 3},
+        hyperparameters=SMALL | {"epochs": 6},
         seeds=(0, 1, 2),
         published=published(
             "IM-IAD, backbone not stated, 256 px",
@@ -36,7 +36,7 @@ RECIPES = {
             pixel_AP=0.218,
             pixel_AUPRO=0.623,
         ),
-        notes="A ResNet-50, 128 px, 3 epochs of 8 images a step.",
+        notes="A ResNet-50, 128 px, 6 epochs of 8 images a step. RD++'s pixel_AUPRO is 0.741 (AnomalyNCD).",
         **MTD,
     ),
     "rd4ad_pillqc": Recipe("rd4ad", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
