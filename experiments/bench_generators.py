@@ -2,15 +2,16 @@
 
     python experiments/bench_generators.py
 
-Both sides make the same kind of anomaly at 256 px from the same rendered images, jaxad on all cores, the other in one
-process; medians of calls of this one run, compile time apart. It also draws the sheet of samples in docs/generators.png
+Both sides make the same kind of anomaly at 256 px from the same rendered images, jaxad on all cores or a GPU, the other
+in one process; medians of calls of this one run, compile time apart. What bench_generators.json holds of other devices
+stays. It also draws the sheet of samples in docs/generators.png
 (`--sheet`). `--smoke` is the small variant that the tests run.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import ndimage
 
 import jaxad
-from jaxad.artifact import replacing, write_json
+from jaxad.artifact import read_json, replacing, write_json
 from jaxad.data.demo import render
 from jaxad.ops import anomaly, cutpaste, nsa, perlin, poisson, texture
 
@@ -256,13 +257,12 @@ def rates(call: Callable[[int], Any], images: int, seconds: float) -> list[float
     return found
 
 
-def measured(options: Options) -> dict[str, Any]:
-    """Every generator on both sides."""
+def measured(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every generator on both sides, by name."""
     names = ("fabric", "tablet")
     images = np.stack([render(names[i % 2], i, size=options.size)[0] for i in range(options.batch)])
     others = np.stack([render(names[i % 2], i + 100, size=options.size)[0] for i in range(options.batch)])
     float_images, float_others = (jnp.asarray(x, jnp.float32) / 255 for x in (images, others))
-    rows = {}
     for name, make in of_jaxad(options).items():
         program, started = jax.jit(jax.vmap(make)), time.perf_counter()
         keys = jax.random.split(jax.random.key(0), (64, options.batch))
@@ -283,8 +283,7 @@ def measured(options: Options) -> dict[str, Any]:
             row["numpy_images_a_second"] = float(np.median(rates(apart, options.batch, options.seconds)))
             row["ratio"] = row["images_a_second"] / row["numpy_images_a_second"]
         print(name, row, flush=True)
-        rows[name] = row
-    return rows
+        yield name, row
 
 
 def draw(options: Options, path: Path) -> None:
@@ -320,17 +319,20 @@ def main(options: Options) -> None:
     if options.sheet is not None:
         draw(options, options.sheet)
         return
-    record = {
-        "experiment": "bench_generators",
-        "size": options.size,
+    record = {"experiment": "bench_generators", "size": options.size}
+    path, device = options.results / "bench_generators.json", jax.devices()[0].device_kind
+    old = read_json(path) if path.exists() else {}
+    devices = old["devices"] if record.items() <= old.items() else {}
+    devices[device] = {
         "batch": options.batch,
-        "generators": measured(options),
+        "generators": {},
         "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "command": " ".join(["python", *sys.argv]),
     }
-    write_json(options.results / "bench_generators.json", record)
+    for name, row in measured(options):
+        devices[device]["generators"][name] = row
+        write_json(path, record | {"devices": devices})
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def latency(record: dict[str, Any]) -> str:
     def cells_of(row: dict[str, Any]) -> list[str]:
         cells = [f"`{row['method']}`", row["backbone"], row["device"]]
         for found in row["batches"].values():
-            cells += [f"{found['images_a_second']:.1f}", f"{found['backbone_share']:.0%}", f"{found['peak_share']:.0%}"]
+            shares = (found["backbone_share"], found["peak_share"])
+            cells += [f"{found['images_a_second']:.1f}", *("–" if s is None else f"{s:.0%}" for s in shares)]
         return cells
 
     return markdown_table(heads, [cells_of(row) for row in record["rows"]], left=3)
@@ -81,12 +82,17 @@ def latency(record: dict[str, Any]) -> str:
 def speed_of_generators(record: dict[str, Any]) -> str:
     """Synthetic anomalies a second, of bench_generators.json."""
 
-    def row(name: str, found: dict[str, float]) -> list[str]:
+    def row(name: str, device: str, found: dict[str, float]) -> list[str]:
         plain = [f"{found['numpy_images_a_second']:.0f}", f"{found['ratio']:.1f}"] if "ratio" in found else [ABSENT] * 2
-        return [name, f"{found['images_a_second']:.0f}", *plain]
+        return [name, device, f"{found['images_a_second']:.0f}", *plain]
 
-    heads = ["generator", "images/s", "one at a time in numpy and Pillow", "ratio"]
-    return markdown_table(heads, [row(*item) for item in record["generators"].items()])
+    heads = ["generator", "device", "images/s", "one at a time in numpy and Pillow", "ratio"]
+    rows = [
+        row(name, device, found)
+        for device, part in record["devices"].items()
+        for name, found in part["generators"].items()
+    ]
+    return markdown_table(heads, rows, left=2)
 
 
 def place_of_synthesis(record: dict[str, Any]) -> str:
@@ -98,6 +104,15 @@ def place_of_synthesis(record: dict[str, Any]) -> str:
     ]
     what = f"anomalies of {record['size']} px (networks of {record['width']} channels) are drawn"
     return markdown_table([what, "images/s", "seconds a step", "of which the host works"], rows)
+
+
+def work_and_pauses(record: dict[str, Any]) -> str:
+    """How far the device is at work while the driver trains DRAEM, of profile_draem.json."""
+    what = f"training of DRAEM, {record['size']} px, {record['width']} channels, batches of {record['batch']}"
+    heads = [what, "seconds", "share at work", "longest pause, ms"]
+    share, pause = record["share_at_work"], record["longest_pause_seconds"]
+    cells = [record["device"], f"{record['seconds']:.1f}", f"{share:.1%}", f"{1000 * pause:.1f}"]
+    return markdown_table(heads, [cells])
 
 
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
@@ -135,6 +150,7 @@ EXPERIMENTS = {
     "bench_latency": (latency, "bench_latency"),
     "bench_synthesis": (place_of_synthesis, "bench_synthesis"),
     "bench_generators": (speed_of_generators, "bench_generators"),
+    "profile_draem": (work_and_pauses, "profile_draem"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
 """What has a table of its own, and the script that measures it."""

@@ -281,7 +281,9 @@ def test_the_benchmark_and_the_sheet_of_generators(tmp_path: Path) -> None:
     bench = script("bench_generators")
     names = ("Perlin mask", "confetti", "NSA")
     bench.main(bench.Options(generators=names, results=tmp_path, smoke=True))
-    rows = json.loads((tmp_path / "bench_generators.json").read_text())["generators"]
+    record = json.loads((tmp_path / "bench_generators.json").read_text())
+    rows = record["devices"]["cpu"]["generators"]
+    assert "| confetti | cpu | " in script("update_readme").speed_of_generators(record)
     assert tuple(rows) == names and all(row["ratio"] > 0 and row["compile_seconds"] > 0 for row in rows.values())
     bench.main(bench.Options(generators=names[:2], sheet=tmp_path / "sheet.png", smoke=True))
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -315,6 +317,16 @@ def test_the_benchmark_of_synthesis(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "bench_synthesis.json").read_text())
     assert result["device"]["host_operations"] == 0
     assert result["ratio"] > 0 and result["host"]["synthesis_seconds_a_step"] > 0
+
+
+def test_the_profile_of_training(tmp_path: Path) -> None:
+    profile = script("profile_draem")
+    profile.main(profile.Options(results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "profile_draem.json").read_text())
+    assert 0 < result["share_at_work"] <= 1 and 0 <= result["longest_pause_seconds"] < result["seconds"]
+    assert "| cpu | " in script("update_readme").work_and_pauses(result)
+    at_work = np.array([[0.0, 2.0], [1.0, 1.5], [3.0, 4.0], [4.5, 5.0]])
+    np.testing.assert_allclose(profile.pauses(at_work, 2.0), [1.0, 0.5])
 
 
 @pytest.mark.usefixtures("_standard_promotion")
