@@ -4,11 +4,12 @@
 
 Both sides make the same kind of anomaly at 256 px from the same rendered images, jaxad on all cores or a GPU, the other
 in one process; medians of calls of this one run, compile time apart. What bench_generators.json holds of other devices
-stays. It also draws the sheet of samples in docs/generators.png
-(`--sheet`). `--smoke` is the small variant that the tests run.
+and generators stays. It also draws the sheet of samples in docs/generators.png (`--sheet`). `--smoke` is the small
+variant that the tests run.
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -323,15 +324,14 @@ def main(options: Options) -> None:
     path, device = options.results / "bench_generators.json", jax.devices()[0].device_kind
     old = read_json(path) if path.exists() else {}
     devices = old["devices"] if record.items() <= old.items() else {}
-    devices[device] = {
+    of_run = {
         "batch": options.batch,
-        "generators": {},
         "cores": os.cpu_count(),
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
     for name, row in measured(options):
-        devices[device]["generators"][name] = row
+        devices.setdefault(device, {})[name] = row | of_run
         write_json(path, record | {"devices": devices})
 
 

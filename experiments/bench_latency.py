@@ -6,8 +6,8 @@ One program goes from images to scores and heat maps. Methods that train see a f
 same whatever was learned; those that remember images remember all of them. The share of the backbone is the time of
 `embed` alone over that of the whole, and the share of the peak the arithmetic of the whole a second (loops multiplied
 out; those whose rounds data decide count one) over that of a product of large matrices. Programs of accelerators hide
-their arithmetic in library calls: what a CPU's row of the same file counted stands for it. `--smoke` is the small
-variant that the tests run.
+their arithmetic in library calls: what a CPU's row of the same file counted, of the same data, stands for it.
+`--smoke` is the small variant that the tests run.
 """
 
 import inspect
@@ -93,10 +93,7 @@ def operations(compiled: Any, counted: dict[str, Any] | None, size: int) -> floa
     """Of a compiled program; on an accelerator, what a CPU's row counted for batches of this size, if there is one."""
     if jax.default_backend() == "cpu":
         return Module(compiled.as_text(), (1.0,) * 4).cost().flops
-    if counted is None:
-        return None
-    batch = counted["batches"][str(size)]
-    return batch["peak_share"] * counted["peak_flops_a_second"] * size / batch["images_a_second"]
+    return None if counted is None else counted["batches"][str(size)]["operations"]
 
 
 def measure(name: str, chosen: str, options: Options, most: float, counted: dict[str, Any] | None) -> dict[str, Any]:
@@ -131,7 +128,8 @@ def measure(name: str, chosen: str, options: Options, most: float, counted: dict
         row["batches"][str(size)] = {
             "images_a_second": size / took,
             "backbone_share": min(1.0, alone / took),
-            "peak_share": None if count is None else count / took / most,
+            "operations": count,
+            "peak_share": count and count / took / most,
         }
     return row
 

@@ -1,18 +1,18 @@
-"""What the device does while the driver trains DRAEM: the share of the time it works, and what it waits for.
+"""What the device does while `jaxad.fit.fit` trains DRAEM: the share of the time it works, and its longest pause.
 
     python experiments/profile_draem.py
 
-`jaxad.fit.fit` learns from the demo data's fabric, first to compile, then under JAX's profiler. Of the second half of
-that time, by when all images have been decoded, it reports in which share the device was at work, on a kernel of a GPU
-or an operation of a CPU, and its longest pause: with work for the host between steps it would wait for it. `--smoke` is
-the small variant that the tests run.
+The demo data's fabric is learned twice, first to compile and to decode the images, then under JAX's profiler. A GPU is
+at work while a kernel runs, not while something is copied; a CPU while a compiled program does. If the host had work to
+do between chunks of steps, the device would pause for it. What profile_draem.json holds of other devices stays.
+`--smoke` is the small variant that the tests run.
 """
 
-import gzip
-import json
 import os
+import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import jax
 import numpy as np
 
 import jaxad
-from jaxad.artifact import write_json
+from jaxad.artifact import read_json, write_json
 from jaxad.data import Preprocess, open_data
+from jaxad.embedding import EmbeddingCache
 from jaxad.fit import fit
 from jaxad.methods import draem
 
@@ -35,15 +36,16 @@ class Options:
     batch: int = 8
     width: int = 16
     """Channels of the first block of both networks."""
-    epochs: int = 8
+    epochs: int = 4
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
     smoke: bool = False
     """Small images, few epochs."""
 
 
-def traced(options: Options, folder: Path) -> Path:
-    """Trains twice, the second time under the profiler; its file."""
-    side = (options.size, options.size)
+def traced(options: Options, folder: Path) -> Any:
+    """Trains twice, the second time under the profiler; its profile."""
+    side, cache = (options.size, options.size), EmbeddingCache()
+    frozen: dict[str, Any] = {}
     method = draem(
         image_size=side,
         reconstructive_width=options.width,
@@ -54,33 +56,30 @@ def traced(options: Options, folder: Path) -> Path:
     data = open_data("demo", preprocess=Preprocess(side))["fabric"].train
     assert data is not None
     data = data.subset(range(16)) if options.smoke else data
-    fit(method, {}, data, jax.random.key(0))
     how = jax.profiler.ProfileOptions()
     how.python_tracer_level = 0
+    fit(method, frozen, data, jax.random.key(0), cache=cache)
     with jax.profiler.trace(folder, profiler_options=how):
-        fit(method, {}, data, jax.random.key(0))
-    (found,) = folder.rglob("*.trace.json.gz")
-    return found
+        fit(method, frozen, data, jax.random.key(0), cache=cache)
+    (found,) = folder.rglob("*.xplane.pb")
+    return jax.profiler.ProfileData.from_file(str(found))
 
 
-def spans(trace: Path) -> np.ndarray:
+def spans(profile: Any, cpu: bool) -> Iterator[tuple[float, float]]:
     """Beginning and end, in seconds, of all that ran on the device."""
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    named = {(e["name"], e["pid"], e.get("tid")): e["args"].get("name", "") for e in events if e.get("ph") == "M"}
-
-    def on_device(event: dict[str, Any]) -> bool:
-        process = named.get(("process_name", event["pid"], None), "")
-        thread = named.get(("thread_name", event["pid"], event["tid"]), "")
-        return thread.startswith("Stream" if process.startswith("/device:") else "tf_XLA")
-
-    found = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["dur"] and on_device(e)]
-    return 1e-6 * np.array(sorted(found))
+    for plane in profile.planes:
+        if not plane.name.startswith("/host:CPU" if cpu else "/device:"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("tf_XLA" if cpu else "Stream"):
+                ran = (event for event in line.events if not event.name.startswith("Memcpy"))
+                yield from ((1e-9 * event.start_ns, 1e-9 * event.end_ns) for event in ran)
 
 
-def pauses(at_work: np.ndarray, since: float) -> np.ndarray:
-    """Seconds between the ends of what ran and the beginning of the next, later than `since`."""
-    ends = np.maximum.accumulate(at_work[:, 1])
-    return np.maximum(0, at_work[1:, 0] - ends[:-1])[at_work[1:, 0] > since]
+def pauses(at_work: np.ndarray) -> np.ndarray:
+    """Seconds between the end of all that had begun and the beginning of the next."""
+    at_work = at_work[at_work[:, 0].argsort()]
+    return np.maximum(0, at_work[1:, 0] - np.maximum.accumulate(at_work[:-1, 1]))
 
 
 def main(options: Options) -> None:
@@ -88,24 +87,24 @@ def main(options: Options) -> None:
     if options.smoke:
         options.size, options.batch, options.width, options.epochs = 32, 4, 2, 2
     with tempfile.TemporaryDirectory() as folder:
-        at_work = spans(traced(options, Path(folder)))
-    middle, end = (at_work[0, 0] + at_work[:, 1].max()) / 2, at_work[:, 1].max()
-    waited = pauses(at_work, middle)
-    record = {
-        "experiment": "profile_draem",
+        at_work = np.array([*spans(traced(options, Path(folder)), jax.default_backend() == "cpu")])
+    seconds, waited = float(np.ptp(at_work)), pauses(at_work)
+    row = {
         "size": options.size,
         "batch": options.batch,
         "width": options.width,
-        "seconds": float(end - middle),
-        "share_at_work": float(1 - waited.sum() / (end - middle)),
+        "epochs": options.epochs,
+        "seconds": seconds,
+        "share_at_work": 1 - float(waited.sum()) / seconds,
         "longest_pause_seconds": float(waited.max()),
         "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
         "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
-    print(record)
-    write_json(options.results / "profile_draem.json", record)
+    print(row)
+    path = options.results / "profile_draem.json"
+    devices = read_json(path)["devices"] if path.exists() else {}
+    write_json(path, {"experiment": "profile_draem", "devices": devices | {jax.devices()[0].device_kind: row}})
 
 
 if __name__ == "__main__":

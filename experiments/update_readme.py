@@ -73,7 +73,7 @@ def latency(record: dict[str, Any]) -> str:
         cells = [f"`{row['method']}`", row["backbone"], row["device"]]
         for found in row["batches"].values():
             shares = (found["backbone_share"], found["peak_share"])
-            cells += [f"{found['images_a_second']:.1f}", *("–" if s is None else f"{s:.0%}" for s in shares)]
+            cells += [f"{found['images_a_second']:.1f}", *(ABSENT if s is None else f"{s:.0%}" for s in shares)]
         return cells
 
     return markdown_table(heads, [cells_of(row) for row in record["rows"]], left=3)
@@ -87,11 +87,7 @@ def speed_of_generators(record: dict[str, Any]) -> str:
         return [name, device, f"{found['images_a_second']:.0f}", *plain]
 
     heads = ["generator", "device", "images/s", "one at a time in numpy and Pillow", "ratio"]
-    rows = [
-        row(name, device, found)
-        for device, part in record["devices"].items()
-        for name, found in part["generators"].items()
-    ]
+    rows = [row(name, device, found) for device, part in record["devices"].items() for name, found in part.items()]
     return markdown_table(heads, rows, left=2)
 
 
@@ -107,12 +103,14 @@ def place_of_synthesis(record: dict[str, Any]) -> str:
 
 
 def work_and_pauses(record: dict[str, Any]) -> str:
-    """How far the device is at work while the driver trains DRAEM, of profile_draem.json."""
-    what = f"training of DRAEM, {record['size']} px, {record['width']} channels, batches of {record['batch']}"
-    heads = [what, "seconds", "share at work", "longest pause, ms"]
-    share, pause = record["share_at_work"], record["longest_pause_seconds"]
-    cells = [record["device"], f"{record['seconds']:.1f}", f"{share:.1%}", f"{1000 * pause:.1f}"]
-    return markdown_table(heads, [cells])
+    """How far a device is at work while DRAEM is trained, of profile_draem.json."""
+
+    def cells_of(device: str, row: dict[str, Any]) -> list[str]:
+        share, pause = f"{row['share_at_work']:.1%}", f"{1000 * row['longest_pause_seconds']:.1f}"
+        return [device, *(str(row[k]) for k in ("size", "width", "batch")), f"{row['seconds']:.1f}", share, pause]
+
+    heads = ["device", "px", "channels", "images a step", "seconds", "at work", "longest pause, ms"]
+    return markdown_table(heads, [cells_of(*item) for item in record["devices"].items()])
 
 
 def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:

@@ -281,9 +281,15 @@ def test_the_benchmark_and_the_sheet_of_generators(tmp_path: Path) -> None:
     bench = script("bench_generators")
     names = ("Perlin mask", "confetti", "NSA")
     bench.main(bench.Options(generators=names, results=tmp_path, smoke=True))
-    record = json.loads((tmp_path / "bench_generators.json").read_text())
-    rows = record["devices"]["cpu"]["generators"]
+    path = tmp_path / "bench_generators.json"
+    record = json.loads(path.read_text())
+    rows = record["devices"]["cpu"]
     assert "| confetti | cpu | " in script("update_readme").speed_of_generators(record)
+    record["devices"] |= {"another": rows}
+    path.write_text(json.dumps(record))
+    bench.main(bench.Options(generators=names[:1], results=tmp_path, smoke=True))
+    kept = json.loads(path.read_text())["devices"]
+    assert tuple(kept["cpu"]) == names and kept["another"] == rows and kept["cpu"]["NSA"] == rows["NSA"]
     assert tuple(rows) == names and all(row["ratio"] > 0 and row["compile_seconds"] > 0 for row in rows.values())
     bench.main(bench.Options(generators=names[:2], sheet=tmp_path / "sheet.png", smoke=True))
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -320,13 +326,32 @@ def test_the_benchmark_of_synthesis(tmp_path: Path) -> None:
 
 
 def test_the_profile_of_training(tmp_path: Path) -> None:
-    profile = script("profile_draem")
+    profile, path = script("profile_draem"), tmp_path / "profile_draem.json"
+    path.write_text(json.dumps({"devices": {"another": {}}}))
     profile.main(profile.Options(results=tmp_path, smoke=True))
-    result = json.loads((tmp_path / "profile_draem.json").read_text())
+    record = json.loads(path.read_text())
+    assert record["devices"].keys() == {"another", "cpu"}
+    result = record["devices"].pop("cpu")
     assert 0 < result["share_at_work"] <= 1 and 0 <= result["longest_pause_seconds"] < result["seconds"]
-    assert "| cpu | " in script("update_readme").work_and_pauses(result)
-    at_work = np.array([[0.0, 2.0], [1.0, 1.5], [3.0, 4.0], [4.5, 5.0]])
-    np.testing.assert_allclose(profile.pauses(at_work, 2.0), [1.0, 0.5])
+    assert "| cpu | 32 | 2 | 4 | " in script("update_readme").work_and_pauses({"devices": {"cpu": result}})
+    at_work = np.array([[3.0, 4.0], [0.0, 2.0], [1.0, 1.5], [4.5, 5.0]])
+    np.testing.assert_allclose(profile.pauses(at_work), [0.0, 1.0, 0.5])
+
+
+def test_a_gpu_is_at_work_while_a_kernel_runs() -> None:
+    def line(name: str, *events: tuple[int, int, int]) -> str:
+        ran = (f"events {{ metadata_id: {i} offset_ps: {t}000 duration_ps: {d}000 }}" for i, t, d in events)
+        return f"lines {{ name: '{name}' timestamp_ns: 5 {' '.join(ran)} }}"
+
+    kinds = " ".join(
+        f"event_metadata {{ key: {i} value {{ id: {i} name: '{name}' }} }}"
+        for i, name in ((1, "fusion"), (2, "MemcpyH2D"))
+    )
+    lines = [line("Stream #13(Compute,MemcpyH2D)", (1, 10, 20), (2, 40, 50)), line("XLA Modules", (1, 0, 100))]
+    text = f"planes {{ name: '/device:GPU:0' {' '.join(lines)} {kinds} }}"
+    text += f" planes {{ name: '/host:CPU' {line('tf_XLAEigen', (1, 0, 100))} {kinds} }}"
+    found = [*script("profile_draem").spans(jax.profiler.ProfileData.from_text_proto(text), cpu=False)]
+    np.testing.assert_allclose(found, [(15e-9, 35e-9)])
 
 
 @pytest.mark.usefixtures("_standard_promotion")
@@ -343,6 +368,15 @@ def test_the_benchmark_of_latency(tmp_path: Path) -> None:
         for found in row["batches"].values():
             assert found["images_a_second"] > 0 and 0 < found["backbone_share"] <= 1 and found["peak_share"] > 0
     assert "| `padim` | resnet18 | cpu | " in script("update_readme").latency(record)
+    found["peak_share"] = None
+    assert script("update_readme").latency(record).splitlines()[-1].endswith(" | – |")
+
+
+def test_the_arithmetic_of_an_accelerator_is_that_of_the_cpus_row(monkeypatch) -> None:
+    bench = script("bench_latency")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert bench.operations(None, {"batches": {"32": {"operations": 7.0}}}, 32) == 7.0
+    assert bench.operations(None, None, 32) is None
 
 
 def test_latency_is_measured_on_stages_that_the_weights_at_hand_have() -> None:

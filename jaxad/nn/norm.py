@@ -21,8 +21,8 @@ class Convolution(nn.Module):
 
     With `up` a transposed one, which multiplies rows and columns by the size of an even kernel, and doubles them if
     the kernel is odd (torch's of stride 2 whose output is padded by 1). Even ones and those of a single pixel are
-    matrix products, other odd ones a plain convolution for each of the four pixels that one becomes: XLA computes and
-    differentiates both many times faster on a CPU.
+    matrix products, other odd ones a plain convolution for each of the four pixels that one becomes, since XLA is slow
+    at transposed ones on a CPU.
     """
 
     features: int

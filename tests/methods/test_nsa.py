@@ -56,7 +56,7 @@ def test_the_decoder_has_the_official_ones_kernels():
     assert kernels == sorted(wanted)
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_an_odd_transposed_convolution_is_a_sum_of_its_kernel_at_every_second_pixel(kernel):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
     convolve = Convolution(5, kernel, up=True)
