@@ -34,12 +34,12 @@ RECIPES = {
         "draem",
         backbone=BACKBONE,
         image_size=128,
-        hyperparameters=SMALL | {"epochs": 3},
+        hyperparameters=SMALL | {"epochs": 4},
         seeds=(0, 1, 2),
         published=published(
             "IM-IAD, 256 px", image_AUROC=0.782, image_AP=0.885, pixel_AUROC=0.66, pixel_AP=0.148, pixel_AUPRO=0.541
         ),
-        notes="128 px, networks of 16 channels, 3 epochs of 4 images at 1e-3.",
+        notes="128 px, networks of 16 channels, 4 epochs of 4 images at 1e-3.",
         smoke_backbone=BACKBONE,
         **MTD,
     ),
