@@ -113,7 +113,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 
 
-APART = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "select_")
+APART = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
 """Files among the results that are not of a recipe."""
 
 
