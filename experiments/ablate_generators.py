@@ -12,8 +12,6 @@ The last epoch counts, whatever the test images say. `--smoke` is the small vari
 
 import dataclasses
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import run
 from bench_generators import MASKS, generators
-
-import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.backbones import backbone, features, load, of_file
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
@@ -210,14 +205,10 @@ def main(options: Options) -> None:
         },
         "backbone": network,
         "generators": rows,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / f"ablate_generators_{options.name}.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

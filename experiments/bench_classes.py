@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxad
+from command import origin, start
 from jaxad import backbones
 from jaxad.artifact import write_json
 from jaxad.base import Frozen, Method, Scores
@@ -281,9 +281,7 @@ def main(options: Options) -> None:
         "most_images": options.most_images,
         "padded_share": {"train": padded(train), "test": padded(test)},
         "methods": methods,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
         "notes": options.notes,
     }
     write_json(options.results / "bench_classes.json", record)
@@ -297,6 +295,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.base import Batch
 from jaxad.data import open_data
@@ -109,15 +110,11 @@ def main(options: Options) -> None:
         "product_flops_per_second": rates,
         "bytes_per_second": moved / seconds,
         "peak_bytes": peak_bytes(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
         "notes": "flops and bytes are those of the passes over all points; a product is one block of a pass.",
     }
     write_json(options.results / "bench_coreset.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 
 import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.data import Dataset, Preprocess, demo, open_data
 from jaxad.detector import plan_together
@@ -120,14 +120,10 @@ def main(options: Options) -> None:
         "backbone": "pdn_small",
         "cases": cases,
         "worst_ratio": max((case["ratio"] for case in cases.values()), key=lambda ratio: abs(np.log(ratio))),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / "bench_estimate.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

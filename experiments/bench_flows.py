@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxad
+from command import origin, start
 from jaxad import backbones
 from jaxad.artifact import write_json
 from jaxad.base import Batch, Method, PyTree
@@ -221,15 +220,10 @@ def main(options: Options) -> None:
         "flows": rows,
         "freia": peers,
         "classes_at_once": together,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / "bench_flows.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -8,9 +8,6 @@ and generators stays. It also draws the sheet of samples in docs/generators.png 
 variant that the tests run.
 """
 
-import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +22,7 @@ import scipy.fft
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import ndimage
 
-import jaxad
+from command import origin, start
 from jaxad.artifact import read_json, replacing, write_json
 from jaxad.data.demo import render
 from jaxad.ops import anomaly, cutpaste, nsa, perlin, poisson, texture
@@ -321,21 +318,13 @@ def main(options: Options) -> None:
         draw(options, options.sheet)
         return
     record = {"experiment": "bench_generators", "size": options.size}
-    path, device = options.results / "bench_generators.json", jax.devices()[0].device_kind
+    path, of_run = options.results / "bench_generators.json", origin()
     old = read_json(path) if path.exists() else {}
     devices = old["devices"] if record.items() <= old.items() else {}
-    of_run = {
-        "batch": options.batch,
-        "cores": os.cpu_count(),
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": shlex.join(["python", *sys.argv]),
-    }
     for name, row in measured(options):
-        devices.setdefault(device, {})[name] = row | of_run
+        devices.setdefault(of_run["device"], {})[name] = row | {"batch": options.batch} | of_run
         write_json(path, record | {"devices": devices})
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

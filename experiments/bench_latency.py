@@ -11,8 +11,6 @@ their arithmetic in library calls: what a CPU's row of the same file counted, of
 """
 
 import inspect
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,11 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_scaling import Module
-
 import jaxad
+from bench_scaling import Module
+from command import origin, start
 from jaxad.artifact import read_json, write_json
 from jaxad.backbones import backbone, of_file
 from jaxad.data import open_data
@@ -143,8 +139,7 @@ def main(options: Options) -> None:
         "image_size": options.size,
         "batches": options.batches,
     }
-    versions = {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__}
-    path, device = options.results / "bench_latency.json", jax.devices()[0].device_kind
+    path, of_run = options.results / "bench_latency.json", origin()
     old = read_json(path) if path.exists() else {}
     rows = old["rows"] if record.items() <= old.items() else []
     cpu = jax.default_backend() == "cpu"
@@ -152,11 +147,10 @@ def main(options: Options) -> None:
     resnet = "resnet18" if options.weights is None else of_file(options.weights)
     for name in options.methods or METHODS:
         for chosen in OWN.get(name, (resnet,)):
-            of = {"method": name, "backbone": chosen, "device": device}
+            of = {"method": name, "backbone": chosen, "device": of_run["device"]}
             of_cpu = of | {"device": "cpu"}
             counted = next((row for row in rows if of_cpu.items() <= row.items()), None)
-            row = of | measure(name, chosen, options, most, counted)
-            row |= {"peak_flops_a_second": most, "versions": versions, "command": shlex.join(["python", *sys.argv])}
+            row = of | measure(name, chosen, options, most, counted) | {"peak_flops_a_second": most} | of_run
             rows = [other for other in rows if not of.items() <= other.items()] + [row]
             rows.sort(key=lambda row: (row["device"], row["method"], row["backbone"]))
             write_json(path, record | {"rows": rows})
@@ -165,6 +159,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -19,6 +19,7 @@ import jax
 import tyro
 
 import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.data import Dataset, Preprocess, demo
 from jaxad.detector import peak_bytes
@@ -82,14 +83,10 @@ def main(options: Options) -> None:
         "bytes_per_further_image": growth,
         "patchcore_patch_bytes_per_image": patches,
         "patchcore_fit_over_patches": growth["patchcore fit"] / patches,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / "bench_memory.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

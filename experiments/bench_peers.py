@@ -8,7 +8,6 @@ product of the nearest-neighbor search stands beside them as the floor of any br
 two CPU cores. `--smoke` is the small variant that the tests run.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import sklearn
 import sklearn.neighbors
 
 import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.data import open_data
 from jaxad.detector import peak_bytes
@@ -163,9 +163,8 @@ def main(options: Options) -> None:
         "knn": neighbors(query, bank, runs),
         "whole_fit": whole,
         "peak_bytes": peak_bytes(),
-        "device": jax.devices()[0].device_kind,
+        **origin(),
         "versions": {"jax": jax.__version__, "faiss": faiss.__version__, "scikit-learn": sklearn.__version__},
-        "command": " ".join(["python", *sys.argv]),
     }
     write_json(options.results / "bench_peers.json", record)
     for what in ("coreset", "knn"):
@@ -176,6 +175,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

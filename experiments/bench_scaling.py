@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import tyro
 from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]
 
-import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch
@@ -352,9 +352,8 @@ def main(options: Options) -> None:
             for program, entry in entries.items()
             if not entry.get("within_goal", True)
         ],
+        **origin(),
         "device": "virtual CPU devices, compiled only",
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-        "command": " ".join(["python", *sys.argv]),
     }
     write_json(options.results / "bench_scaling.json", record)
     most = max(options.devices)
@@ -367,6 +366,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from jax.sharding import AbstractMesh, AxisType
 
-import jaxad
+from command import origin, start
 from jaxad import backbones
 from jaxad.artifact import read_json, write_json
 from jaxad.base import Method
@@ -316,10 +316,7 @@ def main(options: Options) -> None:
             "image_size": options.size,
             "batch_size": options.batch_size,
             "methods": {name: json.loads(json.dumps(run(name, options))) for name in ("padim", "patchcore")},
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__},
-            "command": " ".join(["python", *sys.argv]),
+            **origin(),
             "notes": options.notes,
         }
         write_json(path, record)
@@ -333,6 +330,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -11,9 +11,7 @@ variant that the tests run.
 """
 
 import importlib
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,12 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import bench_generators
 import loops
-
-import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.base import PyTree
 from jaxad.data.demo import render
@@ -109,29 +104,24 @@ def main(options: Options) -> None:
         "size": options.size,
         "batch": options.batch,
         "width": options.width,
-        "device": {
+        "within_step": {
             "images_a_second": options.batch / float(np.median(seconds)),
             "seconds_a_step": float(np.median(seconds)),
             "host_seconds_a_step": float(np.median(sent)),
             "host_operations": len(HOST.findall(compiled.as_text())),
         },
-        "host": {
+        "by_host": {
             "images_a_second": options.batch / float(np.median(host)),
             "seconds_a_step": float(np.median(host)),
             "synthesis_seconds_a_step": synthesis,
         },
         "networks_seconds_a_step": float(np.median(network)),
         "ratio": float(np.median(host) / np.median(seconds)),
-        "cores": os.cpu_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     print(record)
     write_json(options.results / "bench_synthesis.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -15,7 +15,6 @@ Needs about 4 GB of memory; about an hour on two CPU cores. A killed run resumes
 
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,13 +29,11 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from photographs import photographs
-
 import jaxad.backbones
+from command import origin, start
 from jaxad.backbones import pdn
 from jaxad.ops.heatmap import stack_maps
+from photographs import photographs
 
 
 @dataclass
@@ -203,9 +200,8 @@ def main(recipe: Recipe) -> None:
         "file_bytes": recipe.out.stat().st_size,
         "seconds": {"total": time.time() - started},
         "resumed_from_epoch": resumed,
-        "device": jax.devices()[0].device_kind,
+        **origin(),
         "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "command": " ".join(["python", *sys.argv]),
     }
     recipe.results.parent.mkdir(parents=True, exist_ok=True)
     temporary = recipe.results.with_suffix(".partial")
@@ -214,6 +210,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Recipe)

@@ -18,7 +18,6 @@ that the tests run: a few patches of noise, random weights.
 import dataclasses
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,12 +28,8 @@ from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import run
-from photographs import photographs
-
-import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.backbones import backbone, load, normalize
 from jaxad.backbones.convolution import Conv
@@ -45,6 +40,7 @@ from jaxad.fit import fit, score_all
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_bias, torch_uniform
 from jaxad.ops.image import levels
+from photographs import photographs
 
 LAYER = "layer3"
 ENLARGED = 96
@@ -124,7 +120,7 @@ def distillation(options: Options, teacher: str) -> Method:
     around, size = options.patch // 4, options.patch
     module = PatchNetwork(
         f"patch{size}",
-        lambda *shape, **how: Conv(*shape, kernel_init=torch_uniform, bias_init=torch_bias, **how),
+        lambda *shape, **how: Conv(*shape, shifted=True, kernel_init=torch_uniform, bias_init=torch_bias, **how),
         alone=True,
     )
     network = backbone(teacher)
@@ -239,15 +235,11 @@ def main(options: Options) -> None:
         "learning_rate": options.learning_rate,
         "variance_explained": explained,
         "seconds": fitted.run_seconds,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / f"distill_{name}.json", record)
     print(f"{name}: {explained:.3f} of the variance of held-out patches explained", flush=True)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

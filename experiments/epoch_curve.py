@@ -24,12 +24,9 @@ import jax
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import loops
 import run
-
-import jaxad
+from command import machine, start
 from jaxad.artifact import read_json, write_json
 from jaxad.base import Frozen, Method, PyTree
 from jaxad.metrics import auroc
@@ -96,8 +93,7 @@ def main(options: Options) -> None:
         "method": detector.method_name,
         "hyperparameters": {k: v for k, v in detector.hyperparameters.items() if k != "epochs"},
         "images": {"learned": len(train), "test": len(test)},
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        **machine(),
     }
     path = options.results / f"epochs_{options.name}.json"
     old = read_json(path) if path.exists() else {}
@@ -132,6 +128,4 @@ def stopped(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from freia_step import fastflow_loss, fastflow_of
 from torch import nn  # pyright: ignore[reportMissingImports]
+
+from freia_step import fastflow_loss, fastflow_of
 
 
 def main(given):

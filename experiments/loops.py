@@ -1,7 +1,6 @@
 """Training of recipes on what they embedded, epoch by epoch, for experiments that look at the states on the way."""
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import run
-
 import jaxad
+import run
 from jaxad.base import Batch, Frozen, Method, PyTree
 from jaxad.data import Dataset, Split, open_data
 from jaxad.methods import METHODS

@@ -27,13 +27,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import loops
 import run
-from photographs import photographs
-
-import jaxad
+from command import machine, start
 from jaxad.artifact import read_json, write_json
 from jaxad.backbones import backbone, load, of_file
 from jaxad.data import Dataset, Preprocess, open_data
@@ -41,6 +37,7 @@ from jaxad.fit import fit, score_all
 from jaxad.methods import nf
 from jaxad.metrics import auroc
 from jaxad.program import Program
+from photographs import photographs
 
 SIZE = 32
 ENLARGED = 224
@@ -190,8 +187,7 @@ def main(options: Options) -> None:
         "train_images": len(train),
         "test_images": len(test),
         "foreign_images": {k: len(v) for k, v in foreign.items()},
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        **machine(),
     }
     rows, path = {}, options.results / f"{name}.json"
     old = read_json(path) if path.exists() else {}
@@ -237,6 +233,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

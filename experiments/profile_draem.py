@@ -8,9 +8,6 @@ do between chunks of steps, the device would pause for it. What profile_draem.js
 `--smoke` is the small variant that the tests run.
 """
 
-import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import jaxad
+from command import origin, start
 from jaxad.artifact import read_json, write_json
 from jaxad.data import Preprocess, open_data
 from jaxad.embedding import EmbeddingCache
@@ -97,17 +94,13 @@ def main(options: Options) -> None:
         "seconds": seconds,
         "share_at_work": 1 - float(waited.sum()) / seconds,
         "longest_pause_seconds": float(waited.max()),
-        "cores": os.cpu_count(),
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(),
     }
     print(row)
     path = options.results / "profile_draem.json"
     devices = read_json(path)["devices"] if path.exists() else {}
-    write_json(path, {"experiment": "profile_draem", "devices": devices | {jax.devices()[0].device_kind: row}})
+    write_json(path, {"experiment": "profile_draem", "devices": devices | {row["device"]: row}})
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -21,12 +21,10 @@ import jax
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import recipes
-
 import jaxad
 import jaxad.backbones
+import recipes
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.data import Dataset, open_data
 from jaxad.detector import peak_bytes
@@ -116,9 +114,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         "n_test": sum(p[0]["n_test"] for p in entries.values()),
         "seconds": {k: float(np.mean([seconds[k] for seconds in first])) for k in first[0]},
         "peak_bytes": peak_bytes(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
         "notes": recipe.notes,
     }
     write_json(options.results / f"{name}.json", record)
@@ -194,6 +190,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -7,7 +7,6 @@ All images are normal ones of the training split; test images are not looked at.
 """
 
 import functools
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +15,9 @@ import jax
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import loops
 import run
-
-import jaxad
+from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.base import Frozen, Method, PyTree
 from jaxad.program import Program
@@ -90,14 +86,10 @@ def main(options: Options) -> None:
         "hyperparameters": detector.hyperparameters,
         "images": {"learned": len(learn), "held_out": len(held_out)},
         "held_out_loss": losses,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jaxad": jaxad.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        **origin(),
     }
     write_json(options.results / f"select_{options.name}.json", record)
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command import start
 from jaxad.artifact import read_json, write_atomically
 from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
 
@@ -93,7 +94,10 @@ def speed_of_generators(record: dict[str, Any]) -> str:
 
 def place_of_synthesis(record: dict[str, Any]) -> str:
     """DRAEM's training with anomalies drawn within its step and by the host, of bench_synthesis.json."""
-    places = {"within the step": ("device", "host_seconds_a_step"), "by the host": ("host", "synthesis_seconds_a_step")}
+    places = {
+        "within the step": ("within_step", "host_seconds_a_step"),
+        "by the host": ("by_host", "synthesis_seconds_a_step"),
+    }
     rows = [
         [name, *(f"{record[of][key]:.3g}" for key in ("images_a_second", "seconds_a_step", busy))]
         for name, (of, busy) in places.items()
@@ -190,6 +194,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from command import start
-
     start(main, Options)

@@ -3,20 +3,24 @@
     python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33 \
         --patches 20000 --epochs 2 --learning-rate 5e-4
     python experiments/run.py uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
+    python experiments/run.py uninformed_students_bottle_65 --data BOTTLE_FOLDER --weights patch65.safetensors
     python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
-The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size, distilled
-on 20,000 patches of few photographs (distill_patch33.json), and descriptions of every eighth pixel. The last epoch
-counts, whatever the test images say.
+The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size at a time,
+distilled on 20,000 patches of few photographs (distill_patch33.json and its like; 17 px as above, 65 px with
+`--epochs 1`), and descriptions of every eighth pixel. The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, Recipe, published
 
 TEACHER = "patch33"
-PATCHES = "33 px patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"
+ALONE = "patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"
+PATCHES = f"33 px {ALONE}"
 FEW = {"train_batch_size": 2, "learning_rate": 5e-4, "stride": 8}
 SMALL = FEW | {"num_students": 2, "epochs": 3}
 NOTES = f"{PATCHES}, 2 students, 128 px, 3 epochs of 2 images a step at 5e-4."
+
+BOTTLE = published("paper, mean of all classes, by DRAEM's table", image_AUROC=0.877, pixel_AUROC=0.939)
 
 RECIPES = {
     "uninformed_students_bottle": Recipe(
@@ -25,8 +29,28 @@ RECIPES = {
         backbone=TEACHER,
         image_size=128,
         hyperparameters=FEW | {"epochs": 3},
-        published=published("paper, mean of all classes, by DRAEM's table", image_AUROC=0.877, pixel_AUROC=0.939),
+        published=BOTTLE,
         notes=f"{PATCHES}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
+        smoke_backbone="patch17",
+    ),
+    "uninformed_students_bottle_17": Recipe(
+        "uninformed_students",
+        "mvtec_bottle",
+        backbone="patch17",
+        image_size=96,
+        hyperparameters=SMALL | {"epochs": 1},
+        published=BOTTLE,
+        notes=f"17 px {ALONE}, 2 students, 96 px, 1 epoch of 2 images a step at 5e-4.",
+        smoke_backbone="patch17",
+    ),
+    "uninformed_students_bottle_65": Recipe(
+        "uninformed_students",
+        "mvtec_bottle",
+        backbone="patch65",
+        image_size=128,
+        hyperparameters=FEW | {"epochs": 3},
+        published=BOTTLE,
+        notes=f"65 px {ALONE}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_mtd": Recipe(
