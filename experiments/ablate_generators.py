@@ -84,8 +84,9 @@ def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[
         draw, order = jax.random.split(key)
         return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0))
 
-    known = {name: make for name, make in generators(size).items() if name not in MASKS}
-    return known | {"texture (DRAEM)": textured, "tiles (MemSeg)": tiles} | ON_FEATURES
+    others = {*MASKS, "tiles (MemSeg)"}  # of which the last stay on an object, which images of a material have not
+    known = {name: make for name, make in generators(size).items() if name not in others}
+    return known | {"texture (DRAEM)": textured, "tiles, anywhere": tiles} | ON_FEATURES
 
 
 def discriminator(options: Options, network: str, generator: Any) -> Method:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import scipy.fft
+import scipy.sparse
+import scipy.sparse.linalg
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import ndimage
 
@@ -85,6 +87,14 @@ def plain_cutpaste(random: np.random.Generator, image: np.ndarray, other: np.nda
     return pasted(random, image, h, w, 0)
 
 
+def plain_rotated(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """CutPaste of a rotated rectangle."""
+    del other
+    pixels, ratio = random.uniform(0.02, 0.15) * image.shape[0] ** 2, random.uniform(0.3, 1) ** random.choice((-1, 1))
+    h, w = (max(1, round((pixels * r / 2) ** 0.5)) for r in (ratio, 1 / ratio))  # it fits in the image when rotated
+    return pasted(random, image, h, w, random.uniform(-45, 45))
+
+
 def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
     """A scar."""
     del other
@@ -139,6 +149,49 @@ def plain_textured(random: np.random.Generator, image: np.ndarray, other: np.nda
     opacity = random.uniform(0.2, 1)
     mixed = (1 - opacity) * image + opacity * np.asarray(found)
     return np.where(mask[..., None], mixed, image).astype(np.uint8), mask
+
+
+def plain_tiles(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """MemSeg's, of the image in tiles out of order, on the object (Otsu's threshold)."""
+    del other
+    n, found = image.shape[0], Image.fromarray(image)
+    for flip in (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT):
+        found = found.transpose(flip) if random.random() < 0.5 else found
+    found = jitter(random, found.rotate(random.uniform(-45, 45), Image.Resampling.BILINEAR))
+    tiles = np.asarray(found).reshape(4, n // 4, 8, n // 8, 3).swapaxes(1, 2).reshape(32, n // 4, n // 8, 3)
+    shuffled = tiles[random.permutation(32)].reshape(4, 8, n // 4, n // 8, 3).swapaxes(1, 2).reshape(n, n, 3)
+    gray = np.asarray(Image.fromarray(image).convert("L"))
+    count = np.bincount(gray.ravel(), minlength=256).astype(float)
+    below, total = count.cumsum(), (count * np.arange(256)).cumsum()
+    above = below[-1] - below
+    between = (total * below[-1] - total[-1] * below) ** 2 / np.maximum(below * above, 1)
+    within = gray > between.argmax()
+    if np.concatenate([within[0], within[-1], within[:, 0], within[:, -1]]).mean() > 0.5:
+        within = ~within
+    mask, opacity = (plain_noise(random, n) > 0.5) & within, random.uniform(0.15, 1)
+    return np.where(mask[..., None], (1 - opacity) * image + opacity * shuffled, image).astype(np.uint8), mask
+
+
+def plain_cloned(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """Poisson's equation within a shape of Perlin noise, by a sparse direct solver."""
+    mask = np.pad(plain_noise(random, image.shape[0])[1:-1, 1:-1] > 0.3, 1)
+    number = np.cumsum(mask).reshape(mask.shape) - 1
+    y, x = np.nonzero(mask)
+    if not len(y):
+        return image, mask
+    moved = np.roll(other, [n // 3 for n in image.shape[:2]], (0, 1)).astype(float)
+    matrix, right = scipy.sparse.eye(len(y), format="csc") * 4, np.zeros((len(y), 3))
+    for down, across in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        there = y + down, x + across
+        right += moved[y, x] - moved[there]
+        inside = mask[there]
+        right += np.where(inside[:, None], 0, image[there])
+        rows = number[y, x][inside]
+        columns = number[there][inside]
+        matrix = matrix - scipy.sparse.csc_matrix((np.ones(len(rows)), (rows, columns)), matrix.shape)
+    made = image.astype(float)
+    made[y, x] = scipy.sparse.linalg.splu(matrix).solve(right)
+    return np.clip(made, 0, 255).astype(np.uint8), mask
 
 
 def plain_confetti(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
@@ -236,10 +289,13 @@ def of_jaxad(options: Options) -> dict[str, Generator]:
 
 PLAIN: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], Made]] = {
     "CutPaste": plain_cutpaste,
+    "CutPaste, rotated": plain_rotated,
     "scar": plain_scar,
     "Perlin mask": plain_mask,
     "texture (DRAEM)": plain_textured,
+    "tiles (MemSeg)": plain_tiles,
     "confetti": plain_confetti,
+    "Poisson cloning": plain_cloned,
     "NSA": plain_natural,
 }
 

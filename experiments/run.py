@@ -77,13 +77,12 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
             **preprocess,
             **recipe.hyperparameters,
         )
-        backbone = detector.backbones[0]
         if frozen is None:
             source = "demo" if options.smoke else options.data
             splits = open_data(source, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
             few = slice(None, None, 4 if options.smoke else 1)
             opened = {c: [part and part.subset(few) for part in split] for c, split in splits.items()}
-            frozen = random_weights(backbone, splits) if options.smoke else detector.load_frozen(learning=True)
+            frozen = random_weights(recipe, splits) if options.smoke else detector.load_frozen(learning=True)
         detector.frozen = frozen
         for category, (train, test) in opened.items():
             assert train is not None
@@ -101,8 +100,8 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         "method": recipe.method,
         "dataset": recipe.dataset,
         "category": next(iter(categories)) if len(categories) == 1 else None,
-        "backbone": backbone,
-        "weights": jaxad.backbones.source(backbone, options.weights).get("sha256") if not options.smoke else None,
+        "backbone": recipe.backbone,
+        "weights": sha256_of_weights(recipe, options),
         "hyperparameters": dict(recipe.hyperparameters),
         "image_size": preprocess["image_size"],
         "center_crop": preprocess["center_crop"],
@@ -120,10 +119,17 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     write_json(options.results / f"{name}.json", record)
 
 
-def random_weights(backbone: str, splits: dict[str, Any]) -> Any:
-    """A backbone's, and a few images as auxiliary ones."""
+def sha256_of_weights(recipe: recipes.Recipe, options: Options) -> str | None:
+    """Of the backbone's; None where there are none."""
+    if recipe.backbone is None or options.smoke:
+        return None
+    return jaxad.backbones.source(recipe.backbone, options.weights).get("sha256")
+
+
+def random_weights(recipe: recipes.Recipe, splits: dict[str, Any]) -> Any:
+    """A small backbone's, and a few images as auxiliary ones."""
     images = next(iter(splits.values())).train.images(range(4))
-    return jaxad.backbones.backbone(backbone).init(jax.random.key(0)) | {"auxiliary": images}
+    return jaxad.backbones.backbone(recipe.smoke_backbone).init(jax.random.key(0)) | {"auxiliary": images}
 
 
 def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:

@@ -66,15 +66,19 @@ def speed_of_flows(record: dict[str, Any]) -> str:
 
 def latency(record: dict[str, Any]) -> str:
     """Images a second of every method, of bench_latency.json."""
-    heads = ["method", "backbone", "device"]
+    heads, peaks = ["method", "backbone", "device"], {}
+    for row in record["rows"]:  # a busy machine has a lower one
+        peaks[row["device"]] = max(row["peak_flops_a_second"], peaks.get(row["device"], 0))
     for size in record["batches"]:
         heads += [f"images/s, batch {size}", "backbone", "of the peak"]
 
     def cells_of(row: dict[str, Any]) -> list[str]:
         cells = [f"`{row['method']}`", row["backbone"], row["device"]]
-        for found in row["batches"].values():
-            shares = (found["backbone_share"], found["peak_share"])
-            cells += [f"{found['images_a_second']:.1f}", *(ABSENT if s is None else f"{s:.0%}" for s in shares)]
+        for size, found in row["batches"].items():
+            count, speed = found["operations"], found["images_a_second"]
+            share = None if count is None else count / int(size) * speed / peaks[row["device"]]
+            shares = (found["backbone_share"], share)
+            cells += [f"{speed:.1f}", *(ABSENT if s is None else f"{s:.0%}" for s in shares)]
         return cells
 
     return markdown_table(heads, [cells_of(row) for row in record["rows"]], left=3)

@@ -85,7 +85,7 @@ DIFFERNET: dict[str, Any] = dict(
     layer="layer1", coupling_blocks=2, hidden=8, rotations=2, train_rotations=1, epochs=2, train_batch_size=4
 )
 DRAEM: dict[str, Any] = dict(
-    reconstructive_width=2, discriminative_width=2, epochs=2, train_batch_size=4, learning_rate=1e-6
+    reconstructive_width=2, sspcab=True, discriminative_width=2, epochs=2, train_batch_size=4, learning_rate=1e-6
 )
 EFFICIENTAD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)

@@ -12,7 +12,8 @@ class Recipe(NamedTuple):
 
     method: str
     dataset: str
-    backbone: str
+    backbone: str | None
+    """None: the method has networks of its own."""
     hyperparameters: Mapping[str, Any] = NOTHING
     image_size: int = 224
     center_crop: int | None = None

@@ -10,8 +10,6 @@ images say.
 
 from recipes import MTD, Recipe, published
 
-BACKBONE = "pdn_small"
-"""Not used: DRAEM has networks of its own."""
 SMALL = {"reconstructive_width": 16, "discriminative_width": 16, "train_batch_size": 4, "learning_rate": 1e-3}
 NOTES = "128 px, networks of 16 channels, 20 epochs of 4 images at 1e-3."
 BOTTLE = published("paper, mean of all classes", image_AUROC=0.98, pixel_AUROC=0.973, pixel_AP=0.684)
@@ -20,39 +18,48 @@ RECIPES = {
     "draem_bottle": Recipe(
         "draem",
         "mvtec_bottle",
-        backbone=BACKBONE,
+        backbone=None,
         image_size=128,
         hyperparameters=SMALL | {"epochs": 40},
         published=BOTTLE,
         notes="128 px, 16 channels, 40 epochs of 4 images at 1e-3; paper: 256 px, 128 and 64, 700 of 8 at 1e-4.",
-        smoke_backbone=BACKBONE,
+        smoke_backbone="pdn_small",
     ),
     "draem_bottle_paper": Recipe(
-        "draem", "mvtec_bottle", BACKBONE, image_size=256, published=BOTTLE, notes="The published setting."
+        "draem", "mvtec_bottle", None, image_size=256, published=BOTTLE, notes="The published setting."
     ),
     "draem_mtd": Recipe(
         "draem",
-        backbone=BACKBONE,
+        backbone=None,
         image_size=128,
-        hyperparameters=SMALL | {"epochs": 4},
+        hyperparameters=SMALL | {"epochs": 20},
         seeds=(0, 1, 2),
         published=published(
             "IM-IAD, 256 px", image_AUROC=0.782, image_AP=0.885, pixel_AUROC=0.66, pixel_AP=0.148, pixel_AUPRO=0.541
         ),
-        notes="128 px, networks of 16 channels, 4 epochs of 4 images at 1e-3.",
-        smoke_backbone=BACKBONE,
+        notes=NOTES,
+        smoke_backbone="pdn_small",
         **MTD,
     ),
     "draem_pillqc": Recipe(
-        "draem", "pillqc", BACKBONE, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone=BACKBONE
+        "draem", "pillqc", None, SMALL | {"epochs": 20}, image_size=128, notes=NOTES, smoke_backbone="pdn_small"
+    ),
+    "draem_pillqc_sspcab": Recipe(
+        "draem",
+        "pillqc",
+        None,
+        SMALL | {"epochs": 20, "sspcab": True},
+        image_size=128,
+        notes=f"With SSPCAB. {NOTES}",
+        smoke_backbone="pdn_small",
     ),
     "draem_demo": Recipe(
         "draem",
         "demo",
-        BACKBONE,
+        None,
         SMALL | {"epochs": 100},
         image_size=128,
         notes="128 px, networks of 16 channels, 100 epochs of 4 images at 1e-3.",
-        smoke_backbone=BACKBONE,
+        smoke_backbone="pdn_small",
     ),
 }

@@ -10,7 +10,7 @@ Paper: CutPaste: Self-Supervised Learning for Anomaly Detection and Localization
 Reference: https://github.com/Runinho/pytorch-cutpaste (no official code)
 Differences: a pretrained network learns without batch norm, which is folded into its convolutions; the hidden layers of
     the head have batch norm; images are changed in color before, not moved; features of unit length, and a pretrained
-    network that stays as it is at first, are the reference's, not the paper's; the covariance is shrunk (Ledoit and
+    network that has no gradient at first, are the reference's, not the paper's; the covariance is shrunk (Ledoit and
     Wolf), as there are fewer images than features; an epoch is one pass over the images, not 256 steps; the running
     variance is not corrected for the size of a batch.
 Results: experiments/recipes/cutpaste.py

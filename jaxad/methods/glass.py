@@ -102,7 +102,7 @@ def glass(
     hidden: int = 1024,
     noise: float = 0.015,
     ascent_steps: int = 20,
-    hard_share: float = 0.5,
+    hard_quantile: float = 0.5,
     epochs: int = 640,
     train_batch_size: int = 8,
     learning_rate: float = 1e-4,
@@ -122,7 +122,7 @@ def glass(
         hidden: Units of the discriminator.
         noise: Standard deviation of what global anomalies begin with.
         ascent_steps: Steps up that they take; they are projected after every fifth.
-        hard_share: Share of the patches of images with textures that teach nothing, those that are told best.
+        hard_quantile: Share of the patches of images with textures that teach nothing, those that are told best.
         epochs: Passes over the training images.
         train_batch_size: Images of a step.
         learning_rate: Of the adaptor's Adam; the discriminator's AdamW has twice that (and a decay of 0.01).
@@ -135,8 +135,8 @@ def glass(
     at_least_one(hidden=hidden, ascent_steps=ascent_steps, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(feature_scale=feature_scale, noise=noise, learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
-    if not 0 <= hard_share < 1:
-        raise ValueError(f"hard_share must be in [0, 1), got {hard_share}")
+    if not 0 <= hard_quantile < 1:
+        raise ValueError(f"hard_quantile must be in [0, 1), got {hard_quantile}")
     if hypothesis not in ("manifold", "hypersphere"):
         raise ValueError(f"hypothesis must be manifold or hypersphere, got {hypothesis}")
     network = architecture(backbone)
@@ -223,7 +223,7 @@ def glass(
             found, running = logits(params, running, other)
             probability = jax.nn.sigmoid(found)
             wrong = jax.lax.stop_gradient(jnp.where(every, (probability - there.astype(jnp.float32)) ** 2, jnp.nan))
-            hard = wrong >= jnp.nanquantile(wrong, hard_share)
+            hard = wrong >= jnp.nanquantile(wrong, hard_quantile)
             focal = jnp.mean(focal_loss(probability, there), where=hard | ~hard.any())
             return mean_of_valid(of_normal + of_anomalous, batch.valid) + focal, running
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone
+from jaxad.backbones import backbone, normalize
 from jaxad.base import Batch
-from jaxad.methods.mkd import guided_relu, mkd
+from jaxad.methods.mkd import Cloner, guided_relu, mkd
 from jaxad.ops.heatmap import upsample_blur
 
 KEY = jax.random.key(0)
@@ -33,7 +33,20 @@ def fitted(frozen):
     after, metrics = update(KEY, state, frozen, batch)
     _, later = update(KEY, after, frozen, batch)
     assert later["loss"] < metrics["loss"]
+    np.testing.assert_allclose(metrics["loss"], loss_of(state, frozen, x), rtol=1e-4)
     return method, method.stages[0].finalize(KEY, after, frozen), x
+
+
+def loss_of(state, frozen, x):
+    """Both maps of training images against the teacher's, in numpy."""
+    variables = {"params": state.trained.params, "batch_stats": state.running}
+    image = normalize(frozen, jnp.asarray(IMAGES), jnp.float32)
+    maps, _ = Cloner(channels_of(x), 4).apply(variables, image, jnp.ones(4, bool), mutable=["batch_stats"])
+    return sum(discrepancy(own, x[layer]) for own, layer in zip(maps, LAYERS, strict=True)).mean()
+
+
+def channels_of(x):
+    return 0, x["layer1"].shape[-1], x["layer2"].shape[-1]
 
 
 def discrepancy(own, teacher):
@@ -44,12 +57,8 @@ def discrepancy(own, teacher):
 
 def test_an_image_scores_the_discrepancy_of_all_maps_but_the_first(frozen, fitted):
     method, state, x = fitted
-    from jaxad.backbones import normalize
-    from jaxad.methods.mkd import Cloner
-
-    channels = (0, x["layer1"].shape[-1], x["layer2"].shape[-1])
     variables = {"params": state.params, "batch_stats": state.running}
-    maps = Cloner(channels, 4).apply(variables, normalize(frozen, jnp.asarray(IMAGES), jnp.float32), None)
+    maps = Cloner(channels_of(x), 4).apply(variables, normalize(frozen, jnp.asarray(IMAGES), jnp.float32), None)
     assert [m.shape for m in maps] == [x[layer].shape for layer in LAYERS]
     scores = jax.jit(method.score)(state, frozen, x)
     np.testing.assert_allclose(scores.image, discrepancy(maps[1], x["layer2"]), rtol=1e-4)

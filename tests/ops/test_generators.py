@@ -75,6 +75,14 @@ def test_a_mask_is_where_pixels_changed(name, seed):
         assert not changed[~where].any() and (~changed)[where].sum() <= 0.02 * where.sum()
 
 
+def test_textures_stay_in_the_foreground():
+    keys, within = jax.random.split(jax.random.key(0), 20), jnp.zeros(SIZE, bool).at[10:30, 20:40].set(True)
+    draw = lambda within: jax.vmap(lambda key: anomaly.textured(key, noise(0), SOURCE, foreground=within)[1])(keys)  # noqa: E731
+    found, anywhere = np.asarray(draw(within)), np.asarray(draw(None))
+    assert found.any() and (anywhere & ~np.asarray(within)).any()
+    np.testing.assert_array_equal(found, anywhere & np.asarray(within))
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_key_makes_one_anomaly_also_among_others(name):
     one, many = program(name)

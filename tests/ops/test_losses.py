@@ -72,6 +72,20 @@ def test_sspcab_sees_only_the_corners_around_a_position():
     assert largest <= corners and slope[4, 4] < 0.2 * slope.max()
 
 
+def test_sspcab_in_numpy():
+    block, x = Sspcab(), jnp.asarray(RNG.normal(size=(2, 5, 6, 16)), jnp.float32)
+    variables = block.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    padded, found = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))), 0
+    for i, (down, right) in enumerate(((0, 0), (4, 0), (0, 4), (4, 4))):
+        seen = padded[:, down : down + 5, right : right + 6]
+        found = found + seen @ params[f"corner{i}"]["kernel"][0, 0] + params[f"corner{i}"]["bias"]
+    found = np.maximum(found, 0)
+    hidden = np.maximum(found.mean((1, 2)) @ params["squeeze"]["kernel"] + params["squeeze"]["bias"], 0)
+    weight = 1 / (1 + np.exp(-(hidden @ params["excite"]["kernel"] + params["excite"]["bias"])))
+    np.testing.assert_allclose(block.apply(variables, x), found * weight[:, None, None], rtol=1e-4, atol=1e-5)
+
+
 def test_unit_vectors_and_the_gradient_of_zeros():
     x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
