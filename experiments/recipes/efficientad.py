@@ -13,8 +13,6 @@ from recipes import MTD, Recipe, published
 
 FEW = {"learning_rate": 1e-3}
 TEACHER = "pdn_small"
-NOTES = "The embedded teacher, 128 px, 10 epochs at 1e-3."
-SMALL = FEW | {"epochs": 10}
 
 RECIPES = {
     "efficientad_bottle": Recipe(
@@ -39,9 +37,21 @@ RECIPES = {
         **MTD,
     ),
     "efficientad_pillqc": Recipe(
-        "efficientad", "pillqc", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone=TEACHER
+        "efficientad",
+        "pillqc",
+        TEACHER,
+        FEW | {"epochs": 10},
+        image_size=256,
+        notes="The embedded teacher, 10 epochs at 1e-3.",
+        smoke_backbone=TEACHER,
     ),
     "efficientad_demo": Recipe(
-        "efficientad", "demo", TEACHER, SMALL, image_size=128, notes=NOTES, smoke_backbone=TEACHER
+        "efficientad",
+        "demo",
+        TEACHER,
+        FEW | {"epochs": 12},
+        image_size=256,
+        notes="The embedded teacher, 12 epochs at 1e-3.",
+        smoke_backbone=TEACHER,
     ),
 }

@@ -1,7 +1,8 @@
 """Small fully convolutional patch-description networks: that of a fresh clone, and the published ones of EfficientAD.
 
 Every output position of `pdn_small` describes the 65 px patch around it. Its weights in the package are distilled from
-a ResNet-50's layer2 and layer3 by `experiments/distill_backbone.py`, as the patch networks of the two papers below are.
+a ResNet-50's layer2 and layer3 by `experiments/distill_backbone.py`, much as the patch networks of the two papers below
+are; its channels are principal components of those, of one scale, not channels of unit variance each.
 Those of `efficientad_small` and `efficientad_medium` describe patches of 33 px; whoever has their authors' or a
 reimplementation's weights imports them.
 

@@ -8,25 +8,29 @@ held-out normal images become 0 and 0.1 (section 3.4); a position scores their m
 
 Paper: EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies, WACV 2024, arXiv:2303.14535.
 Reference: https://github.com/nelson1425/EfficientAD (no official code); anomalib.
-Differences: the teacher may be `pdn_small`, which pads and has stride 8; the decoder of the autoencoder stops at twice
-    the teacher's grid, which for the published networks is the published one, and its sizes follow the image's; every
-    tenth training image is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 of them
-    on MVTec's classes of about 240 images); photographs are drawn from 1,000 at most. As in the reference, what the
-    teacher does not describe at the border scores 0, and the heat map has the size that the network sees.
+Differences: the teacher may be `pdn_small`, which has stride 8 and pads: it and its student see images continued by
+    their mirror images, or else errors are largest at the borders of normal images; its channels, principal components
+    of its own teacher's, are mixed first (`mixing`). The decoder of the autoencoder stops at twice the teacher's grid,
+    which for the published networks is the published one, and its sizes follow the image's; every tenth training image
+    is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 of them on MVTec's classes of
+    about 240 images); photographs are drawn from 1,000 at most. As in the reference, what the teacher does not describe
+    at the border scores 0, and the heat map has the size that the network sees.
 Results: experiments/recipes/efficientad.py
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, normalize, stride, student
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.color import apart_from, gray_of
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import (
@@ -41,10 +45,13 @@ from jaxad.ops.gradient import (
 )
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import ONE_OF, held_out, learned_from
+from jaxad.ops.image import levels
 from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
+AROUND = 32
+"""Pixels by which images are continued for `pdn_small`, which describes patches of 65."""
 
 
 class EfficientadMeasuring(NamedTuple):
@@ -143,12 +150,47 @@ def hard_mean(errors: Float[Array, "b h w c"], share: float) -> Float[Array, "b"
     return jax.lax.top_k(flat, n - math.ceil(share * (n - 1)))[0].mean(-1)
 
 
+def continued(backbone: str, image: Array) -> Array:
+    """The image as teacher and student see it; that of `pdn_small` goes on as its mirror image, which fills patches."""
+    margin = AROUND if backbone == "pdn_small" else 0
+    return jnp.pad(image, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "symmetric")
+
+
+def inside(backbone: str, maps: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Of the map of a continued image, that of the image itself."""
+    margin = AROUND // 8 if backbone == "pdn_small" else 0
+    return maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
+
+
+@functools.lru_cache
+def described(backbone: str, layer: str) -> EmbedFn:
+    """The `embed`: the image, and what the teacher makes of it, in channels that can be scaled on their own."""
+    teacher = features(backbone, (layer,))
+
+    def embed(frozen: Frozen, image: Array) -> dict[str, Array]:
+        found = inside(backbone, teacher(frozen, continued(backbone, image))[layer])
+        if backbone == "pdn_small":
+            found = jnp.matmul(found, mixing(found.shape[-1]), precision="highest")
+        return {"image": levels(image), layer: found}
+
+    return embed
+
+
+def mixing(c: int) -> Float[np.ndarray, "c c"]:
+    """A rotation, the same every time, that makes of principal components channels of about the same variance.
+
+    Squared distances stay what they are. Scaling every component to the same variance would make noise of the last ones
+    as large as the first ones.
+    """
+    return np.linalg.qr(np.random.default_rng(0).standard_normal((c, c)))[0].astype(np.float32)
+
+
 def efficientad(
     *,
     backbone: str = "efficientad_small",
     image_size: tuple[int, int] = (256, 256),
     penalty: bool = True,
-    hard_share: float = 0.999,
+    hard_quantile: float = 0.999,
     epochs: int = 325,
     train_batch_size: int = 1,
     learning_rate: float = 1e-4,
@@ -161,7 +203,7 @@ def efficientad(
             (M) or `pdn_small`.
         image_size: (height, width) of the images, multiples of 32; that of the heat map.
         penalty: The student learns to fail on photographs of other things, which must be given as auxiliary images.
-        hard_share: Share of a teacher's values that teach nothing, those where the student errs least.
+        hard_quantile: Share of a teacher's values that teach nothing, those where the student errs least.
         epochs: Passes over the training images.
         train_batch_size: Images of a step.
         learning_rate: Of Adam, a tenth of it in the last twentieth of the steps.
@@ -173,13 +215,18 @@ def efficientad(
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay)
-    if not 0 <= hard_share < 1:
-        raise ValueError(f"hard_share must be in [0, 1), got {hard_share}")
+    if not 0 <= hard_quantile < 1:
+        raise ValueError(f"hard_quantile must be in [0, 1), got {hard_quantile}")
     multiples_of(32, image_size=image_size)
     network = architecture(backbone)
     layer = network.stages[-1]
     learner, apart = student(backbone, (layer,), copies=2), stride(network, layer)
     optimizer = torch_adam(learning_rate, weight_decay)
+    embed = described(backbone, layer)
+
+    def learned(students: PyTree, frozen: Frozen, image: Array, valid: Any) -> Float[Array, "b h w c2"]:
+        """Both halves of the student's map."""
+        return inside(backbone, learner.apply(students, frozen, continued(backbone, image), valid)[0][layer])
 
     def decoder(x: PyTree) -> Autoencoder:
         _, h, w, c = x[layer].shape
@@ -202,24 +249,25 @@ def efficientad(
         del key, frozen
         return EfficientadTraining(begin(optimizer, state.params), *channels(state.moments), state.maps)
 
+    def standard(state: Any, x: dict[str, Array]) -> Float[Array, "b h w c"]:
+        return (x[layer] - state.mean) / state.deviation
+
     def train(key: Key, state: EfficientadTraining, frozen: Frozen, batch: Batch) -> tuple[Any, Metrics]:
         keys = jax.random.split(key, 3)
         x = zero_padding(batch.x, batch.valid)
         image = x["image"].astype(jnp.float32) / 255
-        n, c = x[layer].shape[0], x[layer].shape[-1]
+        n, c = len(image), x[layer].shape[-1]
         seen = [image, jitter(keys[0], image)]
         if penalty:
             if "auxiliary" not in frozen:
                 raise ValueError("penalty needs photographs of other things: give auxiliary, or set penalty to False")
             seen.append(draw_photographs(keys[1], frozen["auxiliary"], n))
-        standard = lambda found: (found - state.mean) / state.deviation  # noqa: E731
-        own, other = (standard(found) for found in (x[layer], network.apply(frozen, seen[1], (layer,))[layer]))
+        own, other = (standard(state, maps) for maps in (x, embed(frozen, seen[1])))
 
         def loss(params: PyTree) -> Float[Array, ""]:
-            maps, _ = learner.apply(params["student"], frozen, jnp.concatenate(seen), batch.valid)
-            parts = jnp.split(maps[layer], len(seen))
+            parts = jnp.split(learned(params["student"], frozen, jnp.concatenate(seen), batch.valid), len(seen))
             decoded: Any = decoder(x).apply(params["autoencoder"], normalize(frozen, seen[1], jnp.float32), keys[2])
-            found = hard_mean((own - parts[0][..., :c]) ** 2, hard_share)
+            found = hard_mean((own - parts[0][..., :c]) ** 2, hard_quantile)
             found = found + jnp.mean((other - decoded) ** 2 + (decoded - parts[1][..., c:]) ** 2, (1, 2, 3))
             if penalty:
                 found = found + jnp.mean(parts[2][..., :c] ** 2, (1, 2, 3))
@@ -235,8 +283,8 @@ def efficientad(
 
     def errors(state: Any, frozen: Frozen, x: dict[str, Array]) -> Float[Array, "b h w 2"]:
         """The student's map and that of student and autoencoder."""
-        own, c = (x[layer] - state.mean) / state.deviation, x[layer].shape[-1]
-        found = learner.apply(state.params["student"], frozen, x["image"], None)[0][layer]
+        own, c = standard(state, x), x[layer].shape[-1]
+        found = learned(state.params["student"], frozen, x["image"], None)
         image = normalize(frozen, x["image"], jnp.float32)
         decoded: Any = decoder(x).apply(state.params["autoencoder"], image, None)
         return jnp.stack([((own - found[..., :c]) ** 2).mean(-1), ((decoded - found[..., c:]) ** 2).mean(-1)], -1)
@@ -264,6 +312,4 @@ def efficientad(
         ),
         Stage("calibrate", calibrate, finish, rows=held_out),
     )
-    return Method(
-        features(backbone, (layer,), image=True), init, stages, score, auxiliary="needed" if penalty else "none"
-    )
+    return Method(embed, init, stages, score, auxiliary="needed" if penalty else "none")

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 from PIL import Image
 
 import jaxad
 from jaxad import Detector
 from jaxad.backbones import backbone, features, normalize, stride, student
+from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit, score_all
-from jaxad.methods.efficientad import Autoencoder, efficientad, hard_mean, jitter
+from jaxad.methods.efficientad import Autoencoder, described, draw_photographs, efficientad, hard_mean, jitter, mixing
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
 from tests.cases import TINY
@@ -124,6 +126,64 @@ def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen, d
     scores = score_all(efficientad(**SMALL, penalty=False), state, frozen, data)
     np.testing.assert_allclose(scores.pixel, expected, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(scores.image, expected.max((1, 2)), rtol=1e-2, atol=1e-3)
+
+
+def test_training_step(frozen):
+    """The loss, in which all four terms are, and the rate that drops in the last twentieth of the steps."""
+    method, photographs = efficientad(**SMALL), np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    frozen = frozen | {"auxiliary": photographs}
+    x, valid = jax.jit(method.embed)(frozen, IMAGES[:4]), np.array([True, True, False, True])
+
+    def batch(progress):
+        return Batch(x, jnp.asarray(valid), jnp.zeros(4, jnp.int32), None, jnp.arange(4), jnp.float32(progress))
+
+    measured, _ = jax.jit(method.stages[0].update)(KEY, method.init(KEY, frozen, x), frozen, batch(0))
+    state = method.stages[0].finalize(KEY, measured, frozen)
+    update = jax.jit(method.stages[1].update)
+    (early, metrics), (late, _) = (update(KEY, state, frozen, batch(progress)) for progress in (0.94, 0.96))
+    before, early, late = (ravel_pytree(s.trained.params)[0] for s in (state, early, late))
+    np.testing.assert_allclose(late - before, 0.1 * (early - before), atol=1e-6)
+
+    keys, image = jax.random.split(KEY, 3), jnp.asarray(IMAGES[:4] * valid[:, None, None, None], jnp.float32) / 255
+    seen = [image, jitter(keys[0], image), draw_photographs(keys[1], jnp.asarray(photographs), 4)]
+    teacher = jax.jit(lambda image: backbone(NAME).apply(frozen, image, ("head",))["head"])
+    learner, shown = student(NAME, ("head",), copies=2), jnp.concatenate(seen)
+    found = learner.apply(state.trained.params["student"], frozen, shown, None)
+    own, changed, foreign = np.split(np.asarray(found[0]["head"], np.float64), 3)
+    decoder = Autoencoder((8, 8), 384, 4)
+    decoded = decoder.apply(state.trained.params["autoencoder"], normalize(frozen, seen[1], jnp.float32), keys[2])
+    first, second = (
+        (np.asarray(teacher(image)) - np.asarray(state.mean)) / np.asarray(state.deviation) for image in seen[:2]
+    )
+    losses = []
+    for i in np.flatnonzero(valid):
+        errors = (first[i] - own[i, ..., :384]) ** 2
+        hard = errors[errors >= np.quantile(errors, 0.999)].mean()
+        branch = ((second[i] - decoded[i]) ** 2).mean() + ((decoded[i] - changed[i, ..., 384:]) ** 2).mean()
+        losses.append(hard + branch + (foreign[i, ..., :384] ** 2).mean())
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-3)
+
+
+def test_mixed_principal_components_are_of_one_scale_and_as_far_apart():
+    turn = mixing(384)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(384), atol=1e-5)
+    variance = 0.95 ** np.arange(384)
+    mixed = turn.T**2 @ variance
+    assert variance.max() > 1e8 * variance.min() and mixed.max() < 6 * mixed.min()
+
+
+def test_borders_of_the_embedded_network_are_described_like_the_middle():
+    """A pattern that repeats, and so continues in its mirror image, is described everywhere as in a larger image."""
+    frozen = backbone("pdn_small").init(KEY)
+    tile = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    tile = np.concatenate([tile, tile[::-1]])
+    tile = np.concatenate([tile, tile[:, ::-1]], 1)
+    image = jnp.asarray(np.tile(tile, (8, 8, 1))[None])
+    found = np.asarray(jax.jit(described("pdn_small", "layer3"))(frozen, image)["layer3"])
+    assert found.shape == (1, 8, 8, 384)
+    np.testing.assert_allclose(found, np.broadcast_to(found[:, 4:5, 4:5], found.shape), rtol=1e-3, atol=1e-4)
+    raw = np.asarray(jax.jit(features("pdn_small", ("layer3",)))(frozen, image)["layer3"])
+    assert np.abs(raw[:, 0] - raw[:, 4]).max() > 0.1 * np.abs(raw).max()
 
 
 def test_penalty_needs_photographs(frozen, data):
