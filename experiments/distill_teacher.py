@@ -118,7 +118,7 @@ def crops(options: Options) -> np.ndarray:
 def distillation(options: Options, teacher: str) -> Method:
     """The distillation as a method; its image score is the decoder's squared error over the description's."""
     around, size = options.patch // 4, options.patch
-    module = PatchNetwork(
+    module = PatchNetwork(  # of shifted products, since XLA's convolutions are slow at small maps on a CPU
         f"patch{size}",
         lambda *shape, **how: Conv(*shape, shifted=True, kernel_init=torch_uniform, bias_init=torch_bias, **how),
         alone=True,
