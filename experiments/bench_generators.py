@@ -79,20 +79,20 @@ def pasted(random: np.random.Generator, image: np.ndarray, h: int, w: int, degre
     return np.asarray(whole), np.asarray(where) > 0
 
 
-def plain_cutpaste(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
-    """CutPaste."""
+def plain_cutpaste(
+    random: np.random.Generator, image: np.ndarray, other: np.ndarray, degrees: float = 0.0, smaller: int = 1
+) -> Made:
+    """CutPaste, rotated or not, of an area so many times smaller."""
     del other
-    pixels, ratio = random.uniform(0.02, 0.15) * image.shape[0] ** 2, random.uniform(0.3, 1) ** random.choice((-1, 1))
-    h, w = (min(image.shape[0], max(1, round((pixels * r) ** 0.5))) for r in (ratio, 1 / ratio))
-    return pasted(random, image, h, w, 0)
+    n = image.shape[0]
+    pixels, ratio = random.uniform(0.02, 0.15) * n**2 / smaller, random.uniform(0.3, 1) ** random.choice((-1, 1))
+    h, w = (min(n, max(1, round((pixels * r) ** 0.5))) for r in (ratio, 1 / ratio))
+    return pasted(random, image, h, w, random.uniform(-degrees, degrees))
 
 
 def plain_rotated(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
-    """CutPaste of a rotated rectangle."""
-    del other
-    pixels, ratio = random.uniform(0.02, 0.15) * image.shape[0] ** 2, random.uniform(0.3, 1) ** random.choice((-1, 1))
-    h, w = (max(1, round((pixels * r / 2) ** 0.5)) for r in (ratio, 1 / ratio))  # it fits in the image when rotated
-    return pasted(random, image, h, w, random.uniform(-45, 45))
+    """CutPaste of a rotated rectangle, of half the area so that it fits in the image."""
+    return plain_cutpaste(random, image, other, degrees=45.0, smaller=2)
 
 
 def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
@@ -102,9 +102,9 @@ def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray
     return pasted(random, image, h, w, random.uniform(-45, 45))
 
 
-def plain_noise(random: np.random.Generator, n: int) -> np.ndarray:
+def plain_noise(random: np.random.Generator, n: int, exponents: tuple[int, int] = (0, 6)) -> np.ndarray:
     """Rotated Perlin noise of a random number of cells, with repeated gradients as in DRAEM's code."""
-    cells = 2 ** random.integers(0, int(np.log2(min(64, n))), 2)
+    cells = 2 ** random.integers(*exponents, 2)
     angle = 2 * np.pi * random.random(cells + 1)
     gradient = np.stack([np.cos(angle), np.sin(angle)], -1)
     step = n // cells
@@ -174,7 +174,7 @@ def plain_tiles(random: np.random.Generator, image: np.ndarray, other: np.ndarra
 
 def plain_cloned(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
     """Poisson's equation within a shape of Perlin noise, by a sparse direct solver."""
-    mask = np.pad(plain_noise(random, image.shape[0])[1:-1, 1:-1] > 0.3, 1)
+    mask = np.pad(plain_noise(random, image.shape[0], (1, 3))[1:-1, 1:-1] > 0.3, 1)
     number = np.cumsum(mask).reshape(mask.shape) - 1
     y, x = np.nonzero(mask)
     if not len(y):
