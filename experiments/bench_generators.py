@@ -8,6 +8,7 @@ and generators stays. It also draws the sheet of samples in docs/generators.png 
 variant that the tests run.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 import scipy.fft
 import scipy.sparse
 import scipy.sparse.linalg
@@ -27,7 +29,9 @@ from scipy import ndimage
 from command import origin, start
 from jaxad.artifact import read_json, replacing, write_json
 from jaxad.data.demo import render
+from jaxad.methods.glass import APART, EVERY, STEP
 from jaxad.ops import anomaly, cutpaste, nsa, perlin, poisson, texture
+from jaxad.ops.ascent import ascend, into_shell
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -36,6 +40,8 @@ Made = tuple[np.ndarray, np.ndarray]
 """An image, and its anomaly."""
 Generator = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """Of a key, an image and another one."""
+STEPS = 20
+"""Up, of GLASS's features."""
 
 
 @dataclass
@@ -236,6 +242,43 @@ def plain_natural(random: np.random.Generator, image: np.ndarray, other: np.ndar
     return (255 * made).astype(np.uint8), label
 
 
+def plain_both(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """The three classes of the 3-way problem."""
+    made = [plain(random, image, other) for plain in (plain_cutpaste, plain_scar)]
+    return np.stack([image, *(one for one, _ in made)]), np.stack([mask for _, mask in made])
+
+
+@functools.cache
+def judged() -> tuple[np.ndarray, np.ndarray]:
+    """The layers of an untrained discriminator of GLASS, for the channels of a ResNet-18's layers 2 and 3."""
+    random = np.random.default_rng(0)
+    draws = (random.standard_normal((n, m)) * (2 / (n + m)) ** 0.5 for n, m in ((384, 1024), (1024, 1)))
+    first, second = (x.astype(np.float32) for x in draws)
+    return first, second
+
+
+def plain_climb(x: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """GLASS's ascent of features that begin near their normal ones, by the gradient of cross-entropy as a formula."""
+    first, second = judged()
+    for i in range(STEPS):
+        hidden = moved @ first
+        slope = np.where(hidden > 0, np.float32(1), np.float32(0.2))
+        gradient = (slope * second[:, 0] / (1 + np.exp((hidden * slope) @ second))) @ -first.T
+        moved = moved + np.float32(STEP) * gradient / np.linalg.norm(gradient, axis=-1, keepdims=True)
+        if (i + 1) % EVERY == 0:
+            apart = moved - x
+            distance = np.linalg.norm(apart, axis=-1, keepdims=True)
+            moved = x + apart * np.clip(distance, APART, 2 * APART) / distance
+    return moved
+
+
+def plain_ascent(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """GLASS's, of patches at every eighth pixel."""
+    del other
+    x = random.standard_normal((image.shape[0] // 8, image.shape[1] // 8, len(judged()[0])), np.float32)
+    return plain_climb(x, x + random.normal(0, 0.015, x.shape).astype(np.float32)), x
+
+
 MASKS = ("Perlin mask", "fractal mask")
 """Generators that leave the image as it is."""
 
@@ -274,13 +317,38 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
     }
 
 
+def climb(x: jax.Array, moved: jax.Array) -> jax.Array:
+    """Features made anomalous as GLASS does, by its own constants."""
+    first, second = judged()
+
+    def loss(x: jax.Array) -> jax.Array:
+        return optax.sigmoid_binary_cross_entropy(jax.nn.leaky_relu(x @ first, 0.2) @ second, jnp.ones(())).sum()
+
+    return ascend(loss, moved, STEPS, STEP, EVERY, lambda moved: into_shell(moved, x, jnp.float32(APART)))
+
+
+def ascent(key: jax.Array, image: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """GLASS's, of patches at every eighth pixel."""
+    del other
+    normal, noise = jax.random.split(key)
+    x = jax.random.normal(normal, (1, image.shape[0] // 8, image.shape[1] // 8, len(judged()[0])))
+    return climb(x, x + 0.015 * jax.random.normal(noise, x.shape)), x
+
+
+BEYOND: dict[str, Generator] = {
+    "CutPaste, 3-way": lambda key, image, other: cutpaste.three_way(key, image),
+    "feature ascent (GLASS)": ascent,
+}
+"""What is not an image with an anomaly, but measured too."""
+
+
 def of_jaxad(options: Options) -> dict[str, Generator]:
     """The generators asked for by name.
 
     Raises:
         ValueError: There is no generator of such a name.
     """
-    known = generators((options.size, options.size))
+    known = generators((options.size, options.size)) | (BEYOND if options.sheet is None else {})
     unknown = set(options.generators).difference(known)
     if unknown:
         raise ValueError(f"generators must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
@@ -297,6 +365,8 @@ PLAIN: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], Made]] 
     "confetti": plain_confetti,
     "Poisson cloning": plain_cloned,
     "NSA": plain_natural,
+    "CutPaste, 3-way": plain_both,
+    "feature ascent (GLASS)": plain_ascent,
 }
 
 
