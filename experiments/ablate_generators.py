@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import run
-from bench_generators import MASKS, generators
+from bench_generators import MASKS, ON_OBJECTS, generators
 from command import origin, start
 from jaxad.artifact import write_json
 from jaxad.backbones import backbone, features, load, of_file
@@ -84,8 +84,7 @@ def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[
         draw, order = jax.random.split(key)
         return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0))
 
-    others = {*MASKS, "tiles (MemSeg)"}  # of which the last stay on an object, which images of a material have not
-    known = {name: make for name, make in generators(size).items() if name not in others}
+    known = {name: make for name, make in generators(size).items() if name not in MASKS + ON_OBJECTS}
     return known | {"texture (DRAEM)": textured, "tiles, anywhere": tiles} | ON_FEATURES
 
 
@@ -131,7 +130,7 @@ def discriminator(options: Options, network: str, generator: Any) -> Method:
             shown, mask = jax.vmap(generator)(jax.random.split(key, len(image)), image, jnp.roll(image, 1, 0))
             made = described(backbone(network).apply(frozen, shown, LAYERS))
             window = (1, *(s // g for s, g in zip(size, made.shape[1:3], strict=True)))
-            there = jax.lax.reduce_window(mask > 0, False, jax.lax.bitwise_or, window, window, "VALID")
+            there = jax.lax.reduce_window(mask > 0.5, False, jax.lax.bitwise_or, window, window, "VALID")
         both = jnp.concatenate([normal, made])
         label = jnp.concatenate([jnp.zeros_like(there), there])
         valid = jnp.concatenate([batch.valid, batch.valid])

@@ -71,34 +71,34 @@ def jitter(random: np.random.Generator, piece: Image.Image) -> Image.Image:
 
 
 def pasted(random: np.random.Generator, image: np.ndarray, h: int, w: int, degrees: float) -> Made:
-    """A rectangle of the image elsewhere."""
+    """A rectangle of the image elsewhere; the corners of a rotated one may lie outside."""
     size, whole = image.shape[0], Image.fromarray(image)
     y, x = (int(random.integers(0, size - n + 1)) for n in (h, w))
     piece = jitter(random, whole.crop((x, y, x + w, y + h)))
     mask = Image.new("L", piece.size, 255)
     if degrees:
         piece, mask = (part.rotate(degrees, expand=True) for part in (piece, mask))
-    at: Any = tuple(int(random.integers(0, size - n + 1)) for n in piece.size)
+    at: Any = tuple(
+        int(random.integers(0, size - n + 1)) - (m - n) // 2 for n, m in zip((w, h), piece.size, strict=True)
+    )
     where = Image.new("L", whole.size)
     where.paste(mask, at)
     whole.paste(piece, at, mask)
     return np.asarray(whole), np.asarray(where) > 0
 
 
-def plain_cutpaste(
-    random: np.random.Generator, image: np.ndarray, other: np.ndarray, degrees: float = 0.0, smaller: int = 1
-) -> Made:
-    """CutPaste, rotated or not, of an area so many times smaller."""
+def plain_cutpaste(random: np.random.Generator, image: np.ndarray, other: np.ndarray, degrees: float = 0.0) -> Made:
+    """CutPaste, rotated or not."""
     del other
     n = image.shape[0]
-    pixels, ratio = random.uniform(0.02, 0.15) * n**2 / smaller, random.uniform(0.3, 1) ** random.choice((-1, 1))
+    pixels, ratio = random.uniform(0.02, 0.15) * n**2, random.uniform(0.3, 1) ** random.choice((-1, 1))
     h, w = (min(n, max(1, round((pixels * r) ** 0.5))) for r in (ratio, 1 / ratio))
     return pasted(random, image, h, w, random.uniform(-degrees, degrees))
 
 
 def plain_rotated(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
-    """CutPaste of a rotated rectangle, of half the area so that it fits in the image."""
-    return plain_cutpaste(random, image, other, degrees=45.0, smaller=2)
+    """CutPaste of a rotated rectangle."""
+    return plain_cutpaste(random, image, other, degrees=45.0)
 
 
 def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
@@ -108,9 +108,8 @@ def plain_scar(random: np.random.Generator, image: np.ndarray, other: np.ndarray
     return pasted(random, image, h, w, random.uniform(-45, 45))
 
 
-def plain_noise(random: np.random.Generator, n: int, exponents: tuple[int, int] = (0, 6)) -> np.ndarray:
-    """Rotated Perlin noise of a random number of cells, with repeated gradients as in DRAEM's code."""
-    cells = 2 ** random.integers(*exponents, 2)
+def plain_lattice(random: np.random.Generator, n: int, cells: np.ndarray) -> np.ndarray:
+    """Perlin noise of so many cells, with repeated gradients as in DRAEM's code."""
     angle = 2 * np.pi * random.random(cells + 1)
     gradient = np.stack([np.cos(angle), np.sin(angle)], -1)
     step = n // cells
@@ -123,7 +122,16 @@ def plain_noise(random: np.random.Generator, n: int, exponents: tuple[int, int] 
 
     fade = 6 * at**5 - 15 * at**4 + 10 * at**3
     left, right = (corner(0, b) + fade[..., 0] * (corner(1, b) - corner(0, b)) for b in (0, 1))
-    noise = np.sqrt(2) * (left + fade[..., 1] * (right - left))
+    return np.sqrt(2) * (left + fade[..., 1] * (right - left))
+
+
+def plain_noise(
+    random: np.random.Generator, n: int, exponents: tuple[int, int] = (0, 6), octaves: int = 1
+) -> np.ndarray:
+    """Rotated Perlin noise of a random number of cells."""
+    cells = 2 ** random.integers(*exponents, 2)
+    noise = sum(0.5**i * plain_lattice(random, n, cells << i) for i in range(octaves))
+    noise /= np.linalg.norm(0.5 ** np.arange(octaves))
     turned = Image.fromarray(noise.astype(np.float32)).rotate(random.uniform(-90, 90), Image.Resampling.BILINEAR)
     return np.asarray(turned)
 
@@ -132,6 +140,12 @@ def plain_mask(random: np.random.Generator, image: np.ndarray, other: np.ndarray
     """A shape of Perlin noise alone."""
     del other
     return image, plain_noise(random, image.shape[0]) > 0.5
+
+
+def plain_fractal(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
+    """A shape of fractal noise alone."""
+    del other
+    return image, plain_noise(random, image.shape[0], (0, 3), 4) > 0.5
 
 
 def plain_textured(random: np.random.Generator, image: np.ndarray, other: np.ndarray) -> Made:
@@ -281,6 +295,8 @@ def plain_ascent(random: np.random.Generator, image: np.ndarray, other: np.ndarr
 
 MASKS = ("Perlin mask", "fractal mask")
 """Generators that leave the image as it is."""
+ON_OBJECTS = ("tiles (MemSeg)", "NSA, on the object")
+"""Those that keep to an object, which images of a material have not."""
 
 
 def generators(size: tuple[int, int]) -> dict[str, Generator]:
@@ -302,6 +318,10 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
         within = anomaly.foreground(image)
         return anomaly.textured(draw, image, anomaly.shuffled(order, image), opacity=(0.15, 1.0), foreground=within)
 
+    def natural_on_object(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
+        objects = (anomaly.foreground(image), anomaly.foreground(other))
+        return nsa.natural(key, image, other, foregrounds=objects, least_object=0.7)
+
     return {
         "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
         "CutPaste, rotated": lambda key, image, other: cutpaste.cutpaste(key, image, degrees=45.0),
@@ -314,6 +334,7 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
         "Poisson cloning": cloned,
         "NSA": lambda key, image, other: nsa.natural(key, image, other),
         "NSA, mixed": lambda key, image, other: nsa.natural(key, image, other, mixed=True),
+        "NSA, on the object": natural_on_object,
     }
 
 
@@ -360,6 +381,7 @@ PLAIN: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], Made]] 
     "CutPaste, rotated": plain_rotated,
     "scar": plain_scar,
     "Perlin mask": plain_mask,
+    "fractal mask": plain_fractal,
     "texture (DRAEM)": plain_textured,
     "tiles (MemSeg)": plain_tiles,
     "confetti": plain_confetti,

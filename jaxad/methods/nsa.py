@@ -1,9 +1,9 @@
 """NSA: a network learns where pieces of other normal images were cloned in, and how much they changed.
 
 Stored: an encoder, which is a ResNet, and a decoder of transposed residual blocks, both trained from scratch to say of
-every pixel how much it has changed (binary cross-entropy with a label in [0, 1]). The images have up to `pieces` pieces
-of another normal image, resized and cloned in without a seam (section 3). The heat map is what the network says, and an
-image scores its mean.
+every pixel how much it has changed: in levels (mean squared error), by a logistic function of these, or by yes or no
+(binary cross-entropy). The images have up to `pieces` pieces of another normal image, resized and cloned in without a
+seam (section 3). The heat map is what the network says, and an image scores its mean.
 
 Paper: Natural Synthetic Anomalies for Self-Supervised Anomaly Detection and Localization, ECCV 2022, arXiv:2109.15222.
 Reference: https://github.com/hmsch/natural-synthetic-anomalies
@@ -15,7 +15,7 @@ Differences: the generator's are told in `jaxad.ops.nsa`; pieces come from anoth
 Results: experiments/recipes/nsa.py
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jaxad.nn.unet import doubled
 from jaxad.ops.anomaly import foreground
 from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.image import pixels
-from jaxad.ops.nsa import Sizes, natural
+from jaxad.ops.nsa import Label, Sizes, natural
 from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 from jaxad.ops.warp import moved
 
@@ -76,7 +76,8 @@ def nsa(
     least_side: float = 0.03,
     most_side: float = 0.4,
     resize: tuple[float, float] = (0.7, 1.3),
-    logistic: tuple[float, float] | None = (1 / 12, 24.0),
+    labels: Label = "logistic",
+    logistic: tuple[float, float] = (1 / 12, 24.0),
     mixed: bool = False,
     on_foreground: bool = True,
     least_object: float = 0.7,
@@ -97,8 +98,9 @@ def nsa(
         least_side: Half the least side of what is cut out, as a share of the image's, and the least one of a piece.
         most_side: The same of the largest.
         resize: Least and largest factor by which a piece is resized.
-        logistic: Slope and middle, in levels of 255, of the label as a function of the change; None labels a pixel as
-            changed or not.
+        labels: What the network learns of a pixel: whether it has changed ("binary"), by how many levels of 255
+            ("intensity"), or the logistic function of that.
+        logistic: Slope and middle of that function, in levels of 255.
         mixed: The larger gradients of both images are cloned (for textures).
         on_foreground: Pieces show the object, and lie on it (for objects).
         least_object: Least share of a piece that shows the object.
@@ -124,8 +126,9 @@ def nsa(
     for name, share in (("least_object", least_object), ("least_overlap", least_overlap)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be in [0, 1), got {share}")
-    if logistic is not None:
-        above_zero(logistic=logistic[0])
+    if labels not in get_args(Label):
+        raise ValueError(f"labels must be one of {', '.join(get_args(Label))}, got {labels!r}")
+    above_zero(logistic=logistic[0])
     residual_blocks(backbone)  # raises for what is no ResNet
     encoder, decoder, optimizer = student(backbone, (LAYER,)), Decoder(), optax.adam(learning_rate)
     sizes = Sizes(least_side, most_side)
@@ -155,6 +158,7 @@ def nsa(
             least_object=least_object,
             least_overlap=least_overlap,
             mixed=mixed,
+            labels=labels,
             logistic=logistic,
         )
 
@@ -169,8 +173,11 @@ def nsa(
             variables = {name: {"params": params[name], "batch_stats": state.running[name]} for name in params}
             maps, running = encoder.apply(variables["encoder"], frozen, made, batch.valid)
             logits, new = decoder.apply(variables["decoder"], maps[LAYER], batch.valid, mutable=["batch_stats"])
-            lost = optax.sigmoid_binary_cross_entropy(logits, label).mean((1, 2))
-            return mean_of_valid(lost, batch.valid), {"encoder": running, "decoder": new["batch_stats"]}
+            if labels == "intensity":
+                lost = (jax.nn.relu(logits) - 255 * label) ** 2
+            else:
+                lost = optax.sigmoid_binary_cross_entropy(logits, label)
+            return mean_of_valid(lost.mean((1, 2)), batch.valid), {"encoder": running, "decoder": new["batch_stats"]}
 
         rate = LAST + (1 - LAST) * 0.5 * (1 + jnp.cos(jnp.pi * batch.progress))
         trained, metrics, running = descend_with(optimizer, state.trained, loss, rate)
@@ -184,7 +191,7 @@ def nsa(
         variables = {name: {"params": state.params[name], "batch_stats": state.running[name]} for name in state.params}
         maps, _ = encoder.apply(variables["encoder"], frozen, x, None)
         logits: Any = decoder.apply(variables["decoder"], maps[LAYER], None)
-        pixel = jax.nn.sigmoid(logits)
+        pixel = jax.nn.relu(logits) if labels == "intensity" else jax.nn.sigmoid(logits)
         return Scores(pixel.mean((1, 2)), pixel)
 
     stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)

@@ -7,7 +7,7 @@ a place for a piece is sought 32 times, not 200, and judged on 16 x 16 of its po
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ CHANGED = 1 / 255
 """Mean change of the channels above which a pixel is anomalous."""
 NEAR = 11
 """Height and width of the neighborhood over which a change is averaged."""
+
+
+Label = Literal["binary", "intensity", "logistic"]
+"""Whether a pixel has changed, by how much, and the logistic function of that."""
 
 
 class Sizes(NamedTuple):
@@ -50,6 +54,12 @@ def first_of(suits: Bool[Array, "n"], x: Float[Array, "n d"]) -> tuple[Float[Arr
     return x[jnp.argmax(suits)], suits.any()
 
 
+def half_sides(key: Key, dims: Float[Array, "2"], sizes: Sizes) -> Float[Array, "2"]:
+    """Half the height and width of what is cut out, in pixels."""
+    shape, scale, least = sizes.gamma
+    return jnp.clip((least + scale * jax.random.gamma(key, shape, (2,))) * dims, sizes.least * dims, sizes.most * dims)
+
+
 def add_piece(
     key: Key,
     target: Float[Array, "h w 3"],
@@ -65,8 +75,7 @@ def add_piece(
     dims = jnp.asarray(target.shape[:2], jnp.float32)
     low, high = sizes.least * dims, sizes.most * dims
     side, center, grow, place = jax.random.split(key, 4)
-    shape, scale, least = sizes.gamma
-    half = jnp.clip((least + scale * jax.random.gamma(side, shape, (2,))) * dims, low, high)
+    half = half_sides(side, dims, sizes)
     middle = low + jax.random.uniform(center, (TRIES, 2)) * (dims - 2 * low)
     corners = jnp.round(jnp.maximum(middle - half, 0))
     lengths = jnp.round(jnp.minimum(middle + half, dims)) - corners
@@ -121,7 +130,8 @@ def natural(
     least_object: float = 0.25,
     least_overlap: float = 0.25,
     mixed: bool = False,
-    logistic: tuple[float, float] | None = (1 / 6, 20.0),
+    labels: Label = "logistic",
+    logistic: tuple[float, float] = (1 / 6, 20.0),
 ) -> tuple[Float[Array, "h w 3"], Float[Array, "h w"]]:
     """NSA's anomaly and its label, in [0, 1]: how much a pixel has changed.
 
@@ -136,7 +146,8 @@ def natural(
         least_object: Least share of a piece that shows the object.
         least_overlap: Least share of that which lies on the target's object.
         mixed: Whether the larger gradients of both images are cloned (for textures).
-        logistic: Slope and middle, in levels of 255, of the logistic function of the change; None labels by yes or no.
+        labels: What the label tells.
+        logistic: Slope and middle, in levels of 255, of the logistic function of the change.
     """
     image = target
     for i, k in enumerate(jax.random.split(key, pieces)):
@@ -147,8 +158,10 @@ def natural(
     change = jnp.abs(image - target).mean(-1)
     mask = around((change > CHANGED).astype(jnp.float32), 5) > 0.5
     label = mask.astype(jnp.float32)
-    if logistic is not None:
-        slope, middle = logistic
-        intensity = around(change * label, NEAR) / jnp.maximum(around(label, NEAR), 1e-6)
-        label = label * jax.nn.sigmoid(slope * (255 * intensity - middle))
-    return image, label
+    if labels == "binary":
+        return image, label
+    intensity = around(change * label, NEAR) / jnp.maximum(around(label, NEAR), 1e-6)
+    if labels == "intensity":
+        return image, label * intensity
+    slope, middle = logistic
+    return image, label * jax.nn.sigmoid(slope * (255 * intensity - middle))

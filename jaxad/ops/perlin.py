@@ -51,7 +51,7 @@ def fractal_noise(
     persistence: float = 0.5,
     most: int | None = None,
 ) -> Float[Array, "h w"]:
-    """Perlin noise of several scales, in [-1, 1].
+    """Perlin noise of several scales, with the variance of one alone; few values lie outside [-1, 1].
 
     Each has twice the cells of the one before and is `persistence` times as strong; the rest is as in `perlin_noise`.
     """
@@ -61,7 +61,7 @@ def fractal_noise(
         s * perlin_noise(jax.random.fold_in(key, i), size, jnp.asarray(cells) << i, most << i)
         for i, s in enumerate(strength)
     ]
-    return jnp.stack(layers).sum(0) / sum(strength)
+    return jnp.stack(layers).sum(0) / math.hypot(*strength)
 
 
 def perlin_mask(
@@ -78,7 +78,7 @@ def perlin_mask(
         key: Draws the noise, its cells and the rotation.
         size: Height and width in pixels.
         exponents: The cells down and across are powers of two, from 2 to the first of these to below that to the last;
-            None: from one cell to cells of about 8 pixels (DRAEM's 0 and 6 of 256 px).
+            None: from one cell to cells of about 8 pixels in the last octave (DRAEM's 0 and 6 of 256 px).
         threshold: Of the noise.
         degrees: It is rotated by so much at most, either way; nothing exceeds the threshold beyond its corners.
         octaves: Scales of the noise; several make fractal shapes, whose borders are rough.
@@ -86,7 +86,7 @@ def perlin_mask(
     Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3.
     """
     which, draw, turn = jax.random.split(key, 3)
-    exponents = (0, max(1, round(math.log2(min(size) / 4)))) if exponents is None else exponents
+    exponents = (0, max(1, round(math.log2(min(size) / 4)) + 1 - octaves)) if exponents is None else exponents
     cells = 2 ** jax.random.randint(which, (2,), *exponents)
     noise = fractal_noise(draw, size, cells, octaves, most=2 ** (exponents[1] - 1))
     if degrees:

@@ -92,8 +92,9 @@ def test_an_image_scores_the_mean_of_its_heat_map(method, state, frozen):
     np.testing.assert_allclose(scores.image, np.asarray(scores.pixel, np.float64).mean((1, 2)), rtol=1e-5)
 
 
-def test_the_loss_is_the_cross_entropy_with_the_label(monkeypatch, frozen):
-    """With anomalies that are known, against the network's output; pieces come from another valid image."""
+@pytest.mark.parametrize("labels", ["logistic", "intensity"])
+def test_the_loss_is_of_the_label(monkeypatch, frozen, labels):
+    """Cross-entropy, or a squared difference in levels, of anomalies that are known; pieces are of a valid image."""
     label = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     images = np.random.default_rng(3).integers(0, 256, (4, 64, 64, 3), np.uint8)
     given = {}
@@ -105,6 +106,7 @@ def test_the_loss_is_the_cross_entropy_with_the_label(monkeypatch, frozen):
     monkeypatch.setattr(module, "natural", natural)
     monkeypatch.setattr(module, "foreground", lambda image: ("object on", image))
     wanted = dict(pieces=2, resize=(0.8, 1.1), least_object=0.3, least_overlap=0.2, mixed=True, logistic=(0.5, 9.0))
+    wanted |= dict(labels=labels)
     method = nsa(**SMALL | wanted | dict(image_size=(64, 64), on_foreground=True, least_side=0.04, most_side=0.3))
     valid = np.array([True, False, True, False])
     state = jax.jit(lambda key: method.init(key, frozen, None))(KEY)
@@ -120,7 +122,8 @@ def test_the_loss_is_the_cross_entropy_with_the_label(monkeypatch, frozen):
     maps, _ = student(TINY[0], (LAYER,)).apply(of["encoder"], frozen, made, jnp.ones(2, bool))
     logits, _ = Decoder().apply(of["decoder"], maps[LAYER], jnp.ones(2, bool), mutable=["batch_stats"])
     logits = np.asarray(logits, np.float64)
-    expected = np.mean(np.logaddexp(0, logits) - label * logits)
+    squared, crossed = (np.maximum(logits, 0) - 255 * label) ** 2, np.logaddexp(0, logits) - label * logits
+    expected = np.mean(squared if labels == "intensity" else crossed)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-3)
     steps = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.trained.params, params))
     assert 0.45e-3 < max(map(float, steps)) < 0.55e-3  # half of the rate, half way
@@ -128,7 +131,7 @@ def test_the_loss_is_the_cross_entropy_with_the_label(monkeypatch, frozen):
 
 def test_it_learns_where_pieces_are(frozen):
     """Its answer is larger within pieces than elsewhere on the images that it learned from."""
-    method = nsa(**SMALL | dict(learning_rate=1e-2, logistic=None, least_side=0.3, most_side=0.5))
+    method = nsa(**SMALL | dict(learning_rate=1e-2, labels="binary", least_side=0.3, most_side=0.5))
     one = jnp.asarray(IMAGES[:1] // 8 + 100)
     images = jnp.concatenate([one, 255 - one, one, 255 - one])
     state = jax.jit(lambda key: method.init(key, frozen, None))(KEY)
@@ -136,7 +139,7 @@ def test_it_learns_where_pieces_are(frozen):
     batch = batch_of([True] * 4)._replace(x=images)
     for i in range(60):
         state, _ = update(jax.random.key(i), state, frozen, batch)
-    options = dict(pieces=1, logistic=None, sizes=Sizes(0.3, 0.5))
+    options = dict(pieces=1, labels="binary", sizes=Sizes(0.3, 0.5))
     pairs = (natural(jax.random.key(i), images[0] / 255, images[1] / 255, **options) for i in range(99))
     made, label = next((made, label) for made, label in pairs if float(label.mean()) > 0.05)
     fitted = method.stages[0].finalize(KEY, state, frozen)
@@ -166,6 +169,7 @@ def test_images_are_moved_by_whole_pixels_over_their_edge():
         (dict(least_side=0.4, most_side=0.3), "0 < least_side < most_side <= 0.5 must hold, got 0.4 and 0.3"),
         (dict(least_object=1.0), r"least_object must be in \[0, 1\), got 1.0"),
         (dict(resize=(1.3, 0.7)), r"resize must be two factors above 0, the smaller first, got \(1.3, 0.7\)"),
+        (dict(labels="soft"), "labels must be one of binary, intensity, logistic, got 'soft'"),
         (dict(backbone="pdn_small"), "the backbone must be a ResNet, got pdn_small"),
     ],
 )

@@ -1,6 +1,7 @@
 """Synthetic anomalies: what holds for all of them, and each against an independent computation."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image, ImageEnhance, ImageOps
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from jaxad.ops import anomaly, color, cutpaste, nsa, perlin, poisson, texture, warp
 
@@ -44,7 +45,7 @@ GENERATORS = {
     "three-way": lambda key, image: jax.tree.map(lambda x: x[1], cutpaste.three_way(key, image)),
     "confetti": anomaly.confetti,
     "natural": lambda key, image: nsa.natural(key, image, SOURCE),
-    "natural mixed": lambda key, image: nsa.natural(key, image, SOURCE, mixed=True, logistic=None),
+    "natural mixed": lambda key, image: nsa.natural(key, image, SOURCE, mixed=True, labels="binary"),
 }
 seeds = st.integers(0, 2**31 - 1)
 
@@ -128,7 +129,7 @@ def test_perlin_noise_is_the_classical_one(size, cells, most):
 def test_fractal_noise_adds_octaves():
     key = jax.random.key(0)
     parts = [perlin.perlin_noise(jax.random.fold_in(key, i), (24, 30), (2 << i, 3 << i)) for i in range(3)]
-    expected = sum(0.5**i * part for i, part in enumerate(parts)) / 1.75
+    expected = sum(0.5**i * part for i, part in enumerate(parts)) / np.sqrt(1 + 0.25 + 0.0625)
     np.testing.assert_allclose(perlin.fractal_noise(key, (24, 30), (2, 3), 3), expected, atol=1e-5)
 
 
@@ -140,15 +141,19 @@ def test_the_smallest_cells_of_a_mask_have_about_8_pixels(size, last):
     assert (perlin.perlin_mask(key, size) != perlin.perlin_mask(key, size, (0, last + 1))).any()
 
 
-def test_octaves_make_borders_rough():
-    def border(octaves: int) -> float:
-        """Pixels on borders for each within."""
-        masks = jax.vmap(lambda key: perlin.perlin_mask(key, (128, 128), (1, 2), 0.2, octaves=octaves))(keys)
-        assert 0 < masks.mean() < 0.5
-        return sum((m & ~ndimage.binary_erosion(m)).sum() for m in np.asarray(masks)) / masks.sum()
+def test_octaves_make_borders_rough_and_leave_the_area():
+    keys = jax.random.split(jax.random.key(1), 48)
+    make = functools.partial(perlin.perlin_mask, size=(128, 128), degrees=0.0)
 
-    keys = jax.random.split(jax.random.key(1), 8)
-    assert border(5) > 1.5 * border(1)
+    def border(options: dict) -> float:
+        """Pixels on borders for each within."""
+        masks = np.asarray(jax.vmap(lambda key: make(key, **options))(keys))
+        assert 0.02 < masks.mean() < 0.15
+        return sum((m & ~ndimage.binary_erosion(m)).sum() for m in masks) / masks.sum()
+
+    one, several = (border(dict(exponents=(1, 2), octaves=octaves)) for octaves in (1, 5))
+    assert several > 1.5 * one
+    assert border(dict(octaves=4)) > 0
 
 
 @pytest.mark.parametrize("degrees", [-63.0, 0.0, 20.0, 90.0])
@@ -364,29 +369,61 @@ def test_confetti_has_sizes_in_range(seed):
     assert mask.sum() == rows.sum() * columns.sum() > 0
 
 
+def test_halves_of_natural_pieces_follow_a_gamma_distribution_between_two_limits():
+    dims = jnp.asarray([200.0, 300.0])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    found = np.asarray(jax.vmap(lambda key: nsa.half_sides(key, dims, nsa.Sizes(0.06, 0.2)) / dims)(keys))
+    drawn = stats.gamma(2.0, loc=0.03, scale=0.05)
+    np.testing.assert_allclose((found.min(), found.max()), (0.06, 0.2), rtol=1e-6)
+    for share, limit in ((drawn.cdf(0.06), found < 0.06001), (drawn.sf(0.2), found > 0.19999)):
+        np.testing.assert_allclose(limit.mean(), share, atol=0.03)
+    between = found[(found > 0.06001) & (found < 0.19999)]
+    low, high = drawn.cdf([0.06, 0.2])
+    assert stats.kstest(between, lambda x: (drawn.cdf(x) - low) / (high - low)).pvalue > 1e-3
+
+
+LABELED = {
+    labels: jax.jit(functools.partial(nsa.natural, pieces=1, sizes=nsa.Sizes(0.2, 0.4), labels=labels))
+    for labels in get_args(nsa.Label)
+}
+
+
 @given(seeds)
 @settings(deadline=None, max_examples=15)
 def test_natural_pieces_have_sizes_in_range_and_labels_by_intensity(seed):
     image = jnp.broadcast_to(jnp.asarray(0.5), (*SIZE, 3))
-    make = jax.jit(functools.partial(nsa.natural, pieces=1))
-    made, label = make(jax.random.key(seed), image, SOURCE)
+    made, _ = LABELED["binary"](jax.random.key(seed), image, SOURCE)
     changed = np.asarray(jnp.abs(made - image).max(-1)) > 1e-5
-    assert changed.any(1).sum() <= 0.4 * SIZE[0] + 1 and changed.any(0).sum() <= 0.4 * SIZE[1] + 1
+    for side, n in zip((changed.any(1).sum(), changed.any(0).sum()), SIZE, strict=True):
+        assert 0.2 * n - 4 <= side <= 0.4 * n + 1
     change = np.abs(np.asarray(made, np.float64) - 0.5).mean(-1)
     around = functools.partial(ndimage.uniform_filter, mode="constant")
     mask = around((change > 1 / 255).astype(float), 5) > 0.5
     intensity = 255 * around(change * mask, 11) / np.maximum(around(mask.astype(float), 11), 1e-6)
-    expected = mask / (1 + np.exp(-(intensity - 20) / 6))
-    assert (np.abs(label - expected) < 5e-3).mean() > 0.99
+    for labels, expected in (
+        ("logistic", mask / (1 + np.exp(-(intensity - 20) / 6))),
+        ("intensity", mask * intensity / 255),
+        ("binary", mask),
+    ):
+        same, label = LABELED[labels](jax.random.key(seed), image, SOURCE)
+        np.testing.assert_allclose(same, made, atol=1e-5)
+        assert (np.abs(np.asarray(label) - expected) < 5e-3).mean() > 0.99
 
 
 def test_natural_pieces_show_objects_where_objects_are():
     left, right = (np.zeros(SIZE, bool) for _ in range(2))
     left[:, :32], right[:, 32:] = True, True
     image = noise(0)
-    make = jax.jit(functools.partial(nsa.natural, pieces=1, logistic=None))
-    masks = [make(jax.random.key(i), image, SOURCE, foregrounds=(left, right))[1] for i in range(12)]
-    overlap = [float(mask[left].mean() / mask.mean() / 2) for mask in map(np.asarray, masks) if mask.any()]
-    assert len(overlap) > 6 and min(overlap) > 0.05
+    make = jax.jit(functools.partial(nsa.natural, pieces=1, labels="binary"), static_argnames="least_overlap")
+
+    def overlaps(least: float) -> list[float]:
+        """What of each piece lies on the target's object; at least a quarter of it shows the other's."""
+        options = dict(foregrounds=(left, right), least_overlap=least)
+        masks = [np.asarray(make(jax.random.key(i), image, SOURCE, **options)[1]) for i in range(12)]
+        return [float(mask[left].mean() / mask.mean() / 2) for mask in masks if mask.any()]
+
+    some, more = overlaps(0.25), overlaps(0.8)
+    assert len(some) > 6 and min(some) > 0.05
+    assert len(more) > 6 and min(more) > 0.8 * 0.25 - 0.05 and np.mean(more) > np.mean(some)
     nowhere = make(jax.random.key(0), image, SOURCE, foregrounds=(left, np.zeros(SIZE, bool)))
     np.testing.assert_array_equal(nowhere[0], image)
