@@ -69,10 +69,12 @@ class Saver:
         except (LookupError, OSError, ValueError) as error:
             raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {again}") from error
 
-    def save(self, stage: int, step: int, state: State, *, now: bool = False) -> None:
-        """Saves, unless the last save was a moment ago and it need not be `now`."""
-        if self._directory is None or not (now or agreed(time.monotonic() - self._saved >= self._seconds)):
-            return
+    def due(self, now: bool = False) -> bool:
+        """Whether to save: there is a directory, and the last save was not a moment ago, or it must be `now`."""
+        return self._directory is not None and (now or agreed(time.monotonic() - self._saved >= self._seconds))
+
+    def save(self, stage: int, step: int, state: State) -> None:
+        """Saves."""
         self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
         self._saved = time.monotonic()
 

@@ -1,10 +1,11 @@
 """The driver: the only place with epochs, loops over data, classes, meshes and progress.
 
-Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk, with
-progress, a look at the loss and, where wanted, a checkpoint between two chunks. Several classes are one more axis of
-every array.
+Images are decoded in batches, embedded once, and learned from in chunks of steps: one `lax.scan` a chunk. While the
+device is at one, the host looks at the loss of the one before, tells the progress and prepares the next; only a
+checkpoint, where wanted, waits between two. Several classes are one more axis of every array.
 """
 
+import collections
 import functools
 import math
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
 from jaxad.checkpoint import Saver
 from jaxad.data import Dataset
 from jaxad.embedding import Block, EmbeddingCache, Reader, embeddings, place
@@ -34,6 +35,11 @@ CHUNK = 8
 def chunk() -> int:
     """How many steps one call of a compiled program takes."""
     return 1 if jax.default_backend() == "cpu" else CHUNK
+
+
+def ahead(layout: Layout) -> int:
+    """How many chunks the device still has when the host looks; on meshes of CPUs, whose collectives mix, none."""
+    return 0 if jax.default_backend() == "cpu" and layout.mesh is not None else 1
 
 
 class NonFiniteLoss(ValueError):
@@ -286,7 +292,7 @@ def _fit(
             stage_keys = folded(keys, s + 1)
             key = put_keys(stage_keys)
             schedule = _Schedule(stage, [len(data) for data in datasets], stage_keys, batch_size, layout.data_shards)
-            collected: list[dict[str, np.ndarray]] = []
+            chunks = _Chunks(stage, schedule, datasets, progress, functools.partial(saver.forget, s))
             first = done if s == first_stage else 0
             if progress:
                 progress(stage.name, schedule.seen(first), schedule.images)
@@ -295,23 +301,23 @@ def _fit(
                 active = steps < schedule.steps[:, None]
                 progressed = steps / schedule.steps[:, None]
                 batches, active_here = _batches(datasets, block, x, active, progressed, layout)
-                result = programs.updates[s](state, key, active_here, batches, placed.everywhere, steps)
-                state, metrics = jax.block_until_ready(result)  # else chunks pile up in memory ahead of the device
-                metrics = {k: np.asarray(v).reshape(active.shape) for k, v in metrics.items()}
-                if "loss" in metrics and not np.isfinite(metrics["loss"][active[:, 0], 0]).all():
-                    saver.forget(s, step)
-                _check_loss(metrics, active, stage, step, schedule, datasets)
-                collected.append({k: v if active.all() else np.where(active, v, np.nan) for k, v in metrics.items()})
-                if progress:
-                    progress(stage.name, schedule.seen(int(steps[-1]) + 1), schedule.images)
-                saver.save(s, int(steps[-1]) + 1, state)
+                state, metrics = programs.updates[s](state, key, active_here, batches, placed.everywhere, steps)
+                if not metrics:  # nothing else tells when it is done, and chunks pile up in memory
+                    jax.block_until_ready(state)
+                chunks.sent.append((steps, active, metrics))
+                due = saver.due()
+                chunks.look(0 if due else ahead(layout))
+                if due:
+                    saver.save(s, int(steps[-1]) + 1, state)
+            chunks.look(0)
             if progress:
                 progress(f"finish {stage.name}", 0, 0)
             state = programs.finalizes[s](put_keys(folded(stage_keys, 1 << 30)), state, placed.everywhere)
             jax.block_until_ready(state)
-            saver.save(s + 1, 0, state, now=keep and s + 1 == len(method.stages))
-            if collected and collected[0]:
-                joined = {k: np.concatenate([m[k] for m in collected], 1) for k in collected[0]}
+            if saver.due(keep and s + 1 == len(method.stages)):
+                saver.save(s + 1, 0, state)
+            if chunks.metrics and chunks.metrics[0]:
+                joined = {k: np.concatenate([m[k] for m in chunks.metrics], 1) for k in chunks.metrics[0]}
                 diagnostics = joined if layout.stacked else {k: v[0] for k, v in joined.items()}
     compiled = compile_seconds() - compiled
     return Fitted(state, compiled, time.perf_counter() - started - compiled, diagnostics)
@@ -521,6 +527,45 @@ class _Schedule:
             return images
         order = np.asarray(jax.random.permutation(jax.random.fold_in(self._keys[c], (1 << 29) + epoch), n))
         return images[np.resize(order, max(n, self._size))]  # fewer images than a batch come several times
+
+
+class _Chunks:
+    """The chunks of a stage: those that the device has, and what the others told.
+
+    Args:
+        stage: Of the method.
+        schedule: Of the stage.
+        datasets: Of the classes.
+        progress: As for `fit`.
+        forget: Called with a step whose state turns out to be broken.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        schedule: _Schedule,
+        datasets: Sequence[Dataset],
+        progress: Progress | None,
+        forget: Callable[[int], None],
+    ) -> None:
+        self._stage, self._schedule, self._datasets = stage, schedule, datasets
+        self._progress, self._forget = progress, forget
+        self.sent: collections.deque[tuple[np.ndarray, np.ndarray, Metrics]] = collections.deque()
+        """Steps, which of them count for each class, and the metrics that the device will have."""
+        self.metrics: list[dict[str, np.ndarray]] = []
+
+    def look(self, most: int) -> None:
+        """Waits until the device has no more chunks than that, and looks at the loss of the others."""
+        while len(self.sent) > most:
+            steps, active, metrics = self.sent.popleft()
+            first, after = int(steps[0]), int(steps[-1]) + 1
+            metrics = {k: np.asarray(v).reshape(active.shape) for k, v in metrics.items()}
+            if "loss" in metrics and not np.isfinite(metrics["loss"][active[:, 0], 0]).all():
+                self._forget(first)
+            _check_loss(metrics, active, self._stage, first, self._schedule, self._datasets)
+            self.metrics.append({k: v if active.all() else np.where(active, v, np.nan) for k, v in metrics.items()})
+            if self._progress:
+                self._progress(self._stage.name, self._schedule.seen(after), self._schedule.images)
 
 
 def _batches(

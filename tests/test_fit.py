@@ -175,6 +175,24 @@ def test_steps_in_chunks(chunks, monkeypatch):
     assert [(step, len(batches.valid)) for step, batches in chunks[2:5]] == [(0, 2), (2, 2), (4, 2)]
 
 
+def test_the_device_has_the_next_chunk_when_the_host_looks_at_one(chunks, tmp_path):
+    def first_look(**options) -> int:
+        """How many chunks of training were sent before the progress of the first was told."""
+        sent, counted = [], len(chunks)
+
+        def progress(what, done, total):
+            if what == "train" and done:
+                sent.append(len(chunks) - counted - 2)  # less those of counting
+
+        fit(TOY, FROZEN, DATA, KEY, progress=progress, **options)
+        return sent[0]
+
+    assert first_look() == 2
+    assert first_look(checkpoint_dir=tmp_path, checkpoint_seconds=0) == 1, (
+        "a loss must be known before its state is kept"
+    )
+
+
 @pytest.mark.parametrize(("batch_size", "steps"), [(5, 5), (21, 1), (40, 1)])
 def test_without_shuffling_every_image_counts_once_an_epoch(chunks, batch_size, steps):
     fitted = fit(toy(epochs=2, batch_size=None, shuffle=False), FROZEN, DATA, KEY, batch_size=batch_size)
