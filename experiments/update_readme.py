@@ -97,17 +97,25 @@ def speed_of_generators(record: dict[str, Any]) -> str:
 
 
 def place_of_synthesis(record: dict[str, Any]) -> str:
-    """DRAEM's training with anomalies drawn within its step and by the host, of bench_synthesis.json."""
-    places = {
-        "within the step": ("within_step", "host_seconds_a_step"),
-        "by the host": ("by_host", "synthesis_seconds_a_step"),
-    }
-    rows = [
-        [name, *(f"{record[of][key]:.3g}" for key in ("images_a_second", "seconds_a_step", busy))]
-        for name, (of, busy) in places.items()
-    ]
-    what = f"anomalies of {record['size']} px (networks of {record['width']} channels) are drawn"
-    return markdown_table([what, "images/s", "seconds a step", "of which the host works"], rows)
+    """DRAEM's training with anomalies drawn within its step, by the host and not at all, of bench_synthesis.json."""
+    places = {"within the step": "within_step", "by the host": "by_host", "nowhere": "without"}
+
+    def cells(device: str, row: dict[str, Any], name: str, of: str) -> list[str]:
+        found = row[of]
+        low, high = (f"{seconds:.3g}" for seconds in found["quartiles"])
+        seconds = f"{found['seconds_a_step']:.3g} ({low} to {high})"
+        return [
+            name,
+            device,
+            *(str(row[key]) for key in ("size", "width", "batch")),
+            f"{found['images_a_second']:.3g}",
+            seconds,
+            f"{found['host_seconds_a_step']:.3g}",
+        ]
+
+    rows = [cells(device, row, *place) for device, row in record["devices"].items() for place in places.items()]
+    heads = ["anomalies are drawn", "device", "px", "channels", "images a step", "images/s"]
+    return markdown_table([*heads, "seconds a step (middle half)", "of the host"], rows, left=2)
 
 
 def work_and_pauses(record: dict[str, Any]) -> str:

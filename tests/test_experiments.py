@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxad
 from jaxad.backbones import backbone, load
+from jaxad.fit import abstract_state
 from jaxad.methods import METHODS
 from jaxad.report.tables import APART
 
@@ -104,6 +106,21 @@ def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: 
         assert (result["backbone"], result["seeds"]) == (recipe.backbone, list(recipe.seeds)), path.name
         assert (result["published"], result["image_size"]) == (dict(recipe.published), recipe.image_size), path.name
         assert "--smoke" not in result["command"], path.name
+
+
+def test_recipes_that_have_not_run_can_be_traced(runner: ModuleType) -> None:
+    """Those for machines that were not at hand."""
+    done = {path.stem for path in (EXPERIMENTS / "results").glob("*.json")}
+    waiting = {name: recipe for name, recipe in runner.all_recipes().items() if name not in done}
+    for name, recipe in waiting.items():
+        preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
+        detector = jaxad.Detector(recipe.method, backbone=recipe.backbone, **preprocess, **recipe.hyperparameters)
+        method, size = detector.method, detector.preprocess.output_size((900, 900))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        frozen = {} if recipe.backbone is None else jax.eval_shape(backbone(recipe.backbone).init, key)
+        spec = jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((4, *size, 3), jnp.uint8))
+        scores = jax.eval_shape(method.score, abstract_state(method, frozen, spec), frozen, spec)
+        assert scores.image.shape == (4,) and (scores.pixel is None or scores.pixel.shape == (4, *size)), name
 
 
 @pytest.mark.usefixtures("_standard_promotion")  # optax's AdamW counts steps in integers
@@ -324,10 +341,19 @@ def test_the_ablation_of_generators(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_standard_promotion")
 def test_the_benchmark_of_synthesis(tmp_path: Path) -> None:
     bench = script("bench_synthesis")
+    path = tmp_path / "bench_synthesis.json"
+    path.write_text(json.dumps({"devices": {"another": {}}}))
     bench.main(bench.Options(results=tmp_path, smoke=True))
-    result = json.loads((tmp_path / "bench_synthesis.json").read_text())
-    assert result["within_step"]["host_operations"] == 0
-    assert result["ratio"] > 0 and result["by_host"]["synthesis_seconds_a_step"] > 0
+    devices = json.loads(path.read_text())["devices"]
+    result = devices.pop("cpu")
+    assert devices.keys() == {"another"} and result["within_step"]["host_operations"] == 0 and result["ratio"] > 0
+    assert result["by_host"]["host_seconds_a_step"] > result["without"]["host_seconds_a_step"] > 0
+    for name in ("within_step", "by_host", "without"):
+        low, high = result[name]["quartiles"]
+        assert 0 < low <= result[name]["seconds_a_step"] <= high
+    assert "| by the host | cpu | 32 | 2 | 2 |" in script("update_readme").place_of_synthesis(
+        {"devices": {"cpu": result}}
+    )
 
 
 def test_the_profile_of_training(tmp_path: Path) -> None:
@@ -372,7 +398,11 @@ def test_the_benchmark_of_latency(tmp_path: Path) -> None:
         assert set(row["batches"]) == {"1", "2"}
         for found in row["batches"].values():
             assert found["images_a_second"] > 0 and 0 < found["backbone_share"] <= 1 and found["operations"] > 0
-    assert "| `padim` | resnet18 | cpu | " in script("update_readme").latency(record)
+    table = script("update_readme").latency(record)
+    assert "| `padim` | resnet18 | cpu | " in table
+    fastest = max(row["peak_flops_a_second"] for row in record["rows"])
+    share = found["operations"] / 2 * found["images_a_second"] / fastest
+    assert table.splitlines()[-1].endswith(f" | {share:.0%} |")
     found["operations"] = None
     assert script("update_readme").latency(record).splitlines()[-1].endswith(" | – |")
 

@@ -4,8 +4,8 @@
     python experiments/run.py cutpaste_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python experiments/run.py cutpaste_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The networks begin with pretrained weights, which end at layer3 here. The last epoch counts, whatever the test images
-say.
+The networks begin with pretrained weights, which end at layer3 here, but for that of cutpaste_bottle_scratch, of which
+only how images are normalized is used. The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
@@ -23,6 +23,24 @@ RECIPES = {
         hyperparameters=SMALL | {"epochs": 20},
         published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
         notes="A pretrained ResNet-18 up to layer3, 128 px, a head of two layers, 20 epochs of 8 images at 1e-3.",
+    ),
+    "cutpaste_bottle_scratch": Recipe(
+        "cutpaste",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=128,
+        hyperparameters={"epochs": 20, "train_batch_size": 8},
+        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        notes="128 px, 20 epochs of 8 images instead of 256 px, 256 of 32.",
+    ),
+    "cutpaste_bottle_patches": Recipe(
+        "cutpaste",
+        "mvtec_bottle",
+        backbone="resnet18.tv_in1k",
+        image_size=256,
+        hyperparameters=SMALL | {"patch_size": 64, "stride": 8, "train_batch_size": 32, "epochs": 40},
+        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        notes="A pretrained ResNet-18 up to layer3, patches of 64 px, 40 epochs of 32 images at 1e-3.",
     ),
     "cutpaste_mtd": Recipe(
         "cutpaste",

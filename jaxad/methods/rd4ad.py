@@ -8,7 +8,8 @@ upsampled maps, and an image scores its maximum.
 Paper: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703.
 Reference: https://github.com/hq-deng/RD4AD
 Differences: as in the reference, the loss takes each map as one vector, not position by position; upsampling is by
-    pixel centers; steps are of full batches; the running variance is not corrected for the size of a batch.
+    pixel centers; steps are of full batches; the running variance is not corrected for the size of a batch. The
+    projections of RD++ are not here.
 Results: experiments/recipes/rd4ad.py
 """
 

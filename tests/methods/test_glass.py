@@ -69,7 +69,12 @@ def test_the_loss_tells_both_kinds_of_anomalies(frozen, monkeypatch, hypothesis)
     mask[4:12, 6:20] = True
     monkeypatch.setattr(module, "drawn_mask", lambda key, within: jnp.asarray(mask))
     monkeypatch.setattr(module, "blended", lambda image, source, mask, opacity: 1 - image)
-    monkeypatch.setattr(module, "ascend", lambda loss, x, steps, length, every, project: project(x))
+
+    def ascend(loss, x, steps, length, every, project):
+        assert (steps, length, every) == (OPTIONS.get("ascent_steps", 20), 1e-3, 5)  # those of the official code
+        return project(x)
+
+    monkeypatch.setattr(module, "ascend", ascend)
     method = glass(**OPTIONS, hypothesis=hypothesis, noise=0.3, hard_quantile=0.25)
     x = jax.jit(method.embed)(frozen, IMAGES)
     state = jax.jit(lambda key: method.init(key, frozen, x))(KEY)
