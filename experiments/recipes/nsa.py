@@ -37,6 +37,14 @@ RECIPES = {
         ),
         notes="128 px, 40 epochs of 8 images a step instead of 224 px, 320 of 64.",
     ),
+    "nsa_bottle_intensity": Recipe(
+        "nsa",
+        "mvtec_bottle",
+        backbone=ENCODER,
+        image_size=128,
+        hyperparameters=FEW | {"labels": "intensity", "epochs": 40},
+        notes="Levels of change are learned, by squared error. 128 px, 40 epochs of 8 images a step.",
+    ),
     "nsa_mtd": Recipe(
         "nsa",
         backbone=ENCODER,
