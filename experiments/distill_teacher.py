@@ -115,6 +115,31 @@ def crops(options: Options) -> np.ndarray:
     return np.stack(found)
 
 
+def terms(
+    own: jax.Array, near: jax.Array, decoded: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The terms of the loss: knowledge distillation and metric learning of every patch, and compactness of all.
+
+    Args:
+        own: Descriptions of the patches, b c; the other patch of each is the one before it.
+        near: Those of the patches moved, brightened and with noise, b c.
+        decoded: What the decoder makes of `own`, b d.
+        target: The ResNet's standardized descriptions, b d.
+    """
+    other = jnp.roll(own, 1, 0)
+    apart = lambda a, b: jnp.sum((a - b) ** 2, -1)  # noqa: E731
+    metric = nn.relu(MARGIN + apart(own, near) - jnp.minimum(apart(own, other), apart(near, other)))
+    standard = (own - own.mean(0)) / jnp.maximum(own.std(0), 1e-6)
+    correlation = standard.T @ standard / len(own)
+    compact = jnp.sum(correlation**2) - jnp.sum(jnp.diagonal(correlation) ** 2)
+    return apart(decoded, target), metric, compact / len(correlation)
+
+
+def total(distilled: jax.Array, metric: jax.Array, compact: jax.Array, valid: jax.Array) -> jax.Array:
+    """The loss of those terms."""
+    return mean_of_valid(distilled + metric, valid) + compact
+
+
 def distillation(options: Options, teacher: str) -> Method:
     """The distillation as a method; its image score is the decoder's squared error over the description's."""
     around, size = options.patch // 4, options.patch
@@ -167,14 +192,8 @@ def distillation(options: Options, teacher: str) -> Method:
 
         def loss(params: PyTree) -> jax.Array:
             own, near = jnp.split(describe(params, frozen, jnp.concatenate([inner, moved])), 2)
-            other = jnp.roll(own, 1, 0)
-            apart = lambda a, b: jnp.sum((a - b) ** 2, -1)  # noqa: E731
-            distilled = apart(decoder(batch.x).apply(params["decoder"], own), target)
-            metric = nn.relu(MARGIN + apart(own, near) - jnp.minimum(apart(own, other), apart(near, other)))
-            standard = (own - own.mean(0)) / jnp.maximum(own.std(0), 1e-6)
-            correlation = standard.T @ standard / len(own)
-            compact = jnp.sum(correlation**2) - jnp.sum(jnp.diagonal(correlation) ** 2)
-            return mean_of_valid(distilled + metric, batch.valid) + compact / len(correlation)
+            decoded: Any = decoder(batch.x).apply(params["decoder"], own)
+            return total(*terms(own, near, decoded, target), batch.valid)
 
         trained, metrics = descend(optimizer, state.trained, loss)
         return state._replace(trained=trained), metrics

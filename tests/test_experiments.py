@@ -429,6 +429,26 @@ def test_latency_is_measured_on_stages_that_the_weights_at_hand_have() -> None:
 
 
 @pytest.mark.usefixtures("_standard_promotion")
+def test_the_loss_of_a_teacher_of_patches_adds_three_terms() -> None:
+    distill, random = script("distill_teacher"), np.random.default_rng(0)
+    own, decoded, target = (random.normal(0, 0.5, (12, width)).astype(np.float32) for width in (6, 8, 8))
+    own[:, 0] = 1.0  # a channel that is constant correlates with none
+    near = own + random.normal(0, 0.3, own.shape).astype(np.float32)
+    valid = np.arange(12) < 10
+    terms = distill.terms(*map(jnp.asarray, (own, near, decoded, target)))
+    a, n, d, t = (leaf.astype(np.float64) for leaf in (own, near, decoded, target))
+    distilled = np.linalg.norm(d - t, axis=1) ** 2
+    nearest = [min(np.linalg.norm(a[i] - a[i - 1]), np.linalg.norm(n[i] - a[i - 1])) ** 2 for i in range(12)]
+    metric = np.maximum(0, 1 + np.linalg.norm(a - n, axis=1) ** 2 - nearest)
+    assert 0 < np.count_nonzero(metric[valid]) < 10
+    correlation = np.corrcoef(a[:, 1:].T)
+    compact = sum(correlation[i, j] ** 2 for i in range(5) for j in range(5) if i != j) / 6
+    for found, expected in zip(terms, (distilled, metric, compact), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    loss = (distilled + metric)[valid].mean() + compact
+    np.testing.assert_allclose(distill.total(*terms, jnp.asarray(valid)), loss, rtol=1e-5)
+
+
 def test_a_distilled_teacher_of_patches_can_be_loaded(tmp_path: Path) -> None:
     distill, out = script("distill_teacher"), tmp_path / "patch9.safetensors"
     options = distill.Options(
