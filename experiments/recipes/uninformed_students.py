@@ -7,9 +7,9 @@
     python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
 The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size at a time,
-distilled on 20,000 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command), and
-descriptions of every eighth pixel. The teacher of 65 px has not been distilled yet, nor have students of 17 or 65 px
-learned. The last epoch counts, whatever the test images say.
+distilled on 20,000 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and
+distill_patch65.json with one epoch), and descriptions of every eighth pixel. Students of 17 px have not learned yet, nor
+those of several sizes at once. The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, Recipe, published
