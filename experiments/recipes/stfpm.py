@@ -40,5 +40,12 @@ RECIPES = {
         **MTD,
     ),
     "stfpm_pillqc": Recipe("stfpm", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
-    "stfpm_demo": Recipe("stfpm", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
+    "stfpm_demo": Recipe(
+        "stfpm",
+        "demo",
+        RESNET50,
+        SMALL | {"epochs": 60},
+        image_size=128,
+        notes="A ResNet-50, 128 px, 60 epochs of 8 images a step.",
+    ),
 }
