@@ -8,8 +8,8 @@
 
 The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size at a time,
 distilled on 20,000 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and
-distill_patch65.json with one epoch), and descriptions of every eighth pixel. Students of 17 px have not learned yet, nor
-those of several sizes at once. The last epoch counts, whatever the test images say.
+distill_patch65.json with one epoch), and descriptions of every eighth pixel. Students of 17 px have not learned yet,
+nor those of several sizes at once. The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, Recipe, published
