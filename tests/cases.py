@@ -151,7 +151,8 @@ CASES = {
         weights=False,
         finds=False,
     ),
-    "efficientad": Case("efficientad", EFFICIENTAD, random=True, determined=False, constants=4 * 384**2),
+    "efficientad": Case("efficientad", EFFICIENTAD, "tiny_pdn", random=True, determined=False),
+    "efficientad-embedded": Case("efficientad", EFFICIENTAD, random=True, determined=False, constants=4 * 384**2),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
     "glass": Case(
         "glass",
