@@ -71,7 +71,7 @@ def test_the_loss_tells_both_kinds_of_anomalies(frozen, monkeypatch, hypothesis)
     monkeypatch.setattr(module, "blended", lambda image, source, mask, opacity: 1 - image)
 
     def ascend(loss, x, steps, length, every, project):
-        assert (steps, length, every) == (OPTIONS.get("ascent_steps", 20), 1e-3, 5)  # those of the official code
+        assert (steps, length, every) == (OPTIONS["ascent_steps"], 1e-3, 5)  # those of the official code
         return project(x)
 
     monkeypatch.setattr(module, "ascend", ascend)

@@ -117,10 +117,11 @@ def test_the_heat_map_is_the_gradient_with_respect_to_pixels(frozen, fitted, gra
     np.testing.assert_allclose(jax.jit(method.score)(state, frozen, x).pixel, expected, rtol=2e-3, atol=1e-6)
 
 
-def test_smooth_gradients_are_means_over_noisy_images(frozen, fitted, gradient):
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_smooth_gradients_are_means_over_noisy_images(frozen, fitted, gradient, noise):
     _, state, x = fitted
-    method = mkd(**SMALL, localization="smooth_grad", samples=3, noise=0.2)
-    noises = [0.2 * jax.random.normal(key, (32, 32, 3)) for key in jax.random.split(jax.random.key(0), 3)]
+    method = mkd(**SMALL, localization="smooth_grad", samples=3, noise=noise)
+    noises = [noise * jax.random.normal(key, (32, 32, 3)) for key in jax.random.split(jax.random.key(0), 3)]
     image = jnp.asarray(IMAGES, jnp.float32) / 255
     expected = heat_map(np.mean([gradient(image + noise) for noise in noises], 0))
     np.testing.assert_allclose(jax.jit(method.score)(state, frozen, x).pixel, expected, rtol=2e-3, atol=1e-6)
