@@ -41,8 +41,8 @@ class Options:
     """Recipes by name; see experiments/recipes/."""
     data: str = "demo"
     """The data set: a folder, or whatever `jaxad fit` takes."""
-    weights: Path | None = None
-    """The backbone's weights; none: those of `jaxad weights fetch`, or the embedded ones."""
+    weights: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """The backbone's weights, once a backbone; none: those of `jaxad weights fetch`, or the embedded ones."""
     auxiliary: Path | None = None
     """A folder of photographs of other things, for recipes that say so."""
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
@@ -70,7 +70,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         detector = jaxad.Detector(
             recipe.method,
             backbone=recipe.smoke_backbone if options.smoke else recipe.backbone,
-            weights=None if options.smoke else options.weights,
+            weights=() if options.smoke else options.weights,
             auxiliary=None if options.smoke else options.auxiliary,
             holdout=0,
             seed=seed,
@@ -119,11 +119,14 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     write_json(options.results / f"{name}.json", record)
 
 
-def sha256_of_weights(recipe: recipes.Recipe, options: Options) -> str | None:
-    """Of the backbone's; None where there are none."""
+def sha256_of_weights(recipe: recipes.Recipe, options: Options) -> str | list[str | None] | None:
+    """Of the backbone's, of each one's if there are several; None where there are none."""
     if recipe.backbone is None or options.smoke:
         return None
-    return jaxad.backbones.source(recipe.backbone, options.weights).get("sha256")
+    names = (recipe.backbone,) if isinstance(recipe.backbone, str) else recipe.backbone
+    files = options.weights or (None,) * len(names)
+    found = [jaxad.backbones.source(name, file).get("sha256") for name, file in zip(names, files, strict=True)]
+    return found[0] if len(found) == 1 else found
 
 
 def random_weights(recipe: recipes.Recipe, splits: dict[str, Any]) -> Any:

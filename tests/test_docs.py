@@ -86,12 +86,16 @@ def test_update_readme(tmp_path):
     )
     result = {"recipe": "padim_mtd", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
     (results / "padim_mtd.json").write_text(json.dumps(result))
+    (results / "ensemble.json").write_text(
+        json.dumps(result | {"recipe": "ensemble", "backbone": ["patch17", "patch33"]})
+    )
     with pytest.raises(ValueError, match="out of date"):
         update_readme.main(update_readme.Options((readme,), results, check=True))
     update_readme.main(options)
     update_readme.main(update_readme.Options((readme,), results, check=True))
     text = readme.read_text()
     assert re.search(r"^\| `padim_mtd` \|.* 0\.93[78] \|", text, re.MULTILINE)
+    assert re.search(r"^\| `ensemble` \| patch17, patch33 \|.* 0\.93[78] \|", text, re.MULTILINE)
     assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
     readme.write_text("<!-- results pillqc -->\n<!-- /results -->\n")
     update_readme.main(options)

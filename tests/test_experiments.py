@@ -1,5 +1,6 @@
 """Every recipe has a smoke variant that runs in seconds and writes the result file that the README's table reads."""
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -103,7 +104,8 @@ def test_every_committed_result_is_of_a_recipe_that_still_says_the_same(runner: 
             continue
         result, recipe = json.loads(path.read_text()), known[path.stem]
         assert result["hyperparameters"] == json.loads(json.dumps(dict(recipe.hyperparameters))), path.name
-        assert (result["backbone"], result["seeds"]) == (recipe.backbone, list(recipe.seeds)), path.name
+        assert result["backbone"] == json.loads(json.dumps(recipe.backbone)), path.name
+        assert result["seeds"] == list(recipe.seeds), path.name
         assert (result["published"], result["image_size"]) == (dict(recipe.published), recipe.image_size), path.name
         assert "--smoke" not in result["command"], path.name
 
@@ -116,11 +118,24 @@ def test_recipes_that_have_not_run_can_be_traced(runner: ModuleType) -> None:
         preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
         detector = jaxad.Detector(recipe.method, backbone=recipe.backbone, **preprocess, **recipe.hyperparameters)
         method, size = detector.method, detector.preprocess.output_size((900, 900))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        frozen = {} if recipe.backbone is None else jax.eval_shape(backbone(recipe.backbone).init, key)
+        frozen = detector.frozen_shapes()
         spec = jax.eval_shape(method.embed, frozen, jax.ShapeDtypeStruct((4, *size, 3), jnp.uint8))
         scores = jax.eval_shape(method.score, abstract_state(method, frozen, spec), frozen, spec)
         assert scores.image.shape == (4,) and (scores.pixel is None or scores.pixel.shape == (4, *size)), name
+
+
+def test_every_weights_file_of_a_recipe_is_in_its_record(runner: ModuleType, tmp_path: Path) -> None:
+    files = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    digests = [hashlib.sha256(file.name.encode()).hexdigest() for file in files]
+    several = runner.recipes.Recipe("uninformed_students", "demo", ("patch17", "patch33"))
+    one = several._replace(backbone="patch17")
+    assert runner.sha256_of_weights(several, runner.Options((), weights=tuple(files))) == digests
+    assert runner.sha256_of_weights(one, runner.Options((), weights=(files[1],))) == digests[1]
+    assert runner.sha256_of_weights(one._replace(backbone=None), runner.Options(())) is None
+    with pytest.raises(ValueError, match="got 2 backbones and 1 files"):
+        runner.run("both", several, runner.Options((), weights=(files[1],)))
 
 
 @pytest.mark.usefixtures("_standard_promotion")  # optax's AdamW counts steps in integers

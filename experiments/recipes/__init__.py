@@ -12,7 +12,7 @@ class Recipe(NamedTuple):
 
     method: str
     dataset: str
-    backbone: str | None
+    backbone: str | tuple[str, ...] | None
     """None: the method has networks of its own."""
     hyperparameters: Mapping[str, Any] = NOTHING
     image_size: int = 224

@@ -54,6 +54,16 @@ RECIPES = {
         notes=f"65 px {ALONE}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
         smoke_backbone="patch17",
     ),
+    "uninformed_students_bottle_all": Recipe(
+        "uninformed_students",
+        "mvtec_bottle",
+        backbone=("patch17", "patch33", "patch65"),
+        image_size=96,
+        hyperparameters=SMALL | {"epochs": 1},
+        published=BOTTLE,
+        notes=f"17, 33 and 65 px {ALONE}, 2 students of each, 96 px, 1 epoch of 2 images a step at 5e-4.",
+        smoke_backbone="patch17",
+    ),
     "uninformed_students_mtd": Recipe(
         "uninformed_students",
         backbone=TEACHER,

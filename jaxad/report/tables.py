@@ -137,7 +137,8 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     rows: list[list[str]] = []
     sources: dict[str, int] = {}
     for result in results:
-        cells = [f"`{result['recipe']}`", str(result.get("backbone") or ABSENT)]
+        backbone = result.get("backbone") or ABSENT
+        cells = [f"`{result['recipe']}`", backbone if isinstance(backbone, str) else ", ".join(backbone)]
         for name in MARKDOWN_METRICS:
             published = (result.get("published") or {}).get(name) or {}
             cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
