@@ -81,6 +81,7 @@ def cfa(
     image_size: tuple[int, int] = (224, 224),
     gamma_c: int = 1,
     gamma_d: int = 1,
+    feature_scale: float = 1.0,
     num_neighbors: int = 3,
     num_hard_negatives: int = 3,
     epochs: int = 30,
@@ -97,6 +98,8 @@ def cfa(
         image_size: (height, width) of the images, which is that of the heat map.
         gamma_c: The memory holds one vector for so many positions.
         gamma_d: A descriptor has the channels of the features over this.
+        feature_scale: What patch features are multiplied by. The margin, the softmin and the steps suit weights like
+            torchvision's; the features of others may be several times as large.
         num_neighbors: Hyperspheres that a descriptor is drawn into, and neighbors that weigh its score (K).
         num_hard_negatives: Hyperspheres that it is pushed out of (J).
         epochs: Passes over the training images.
@@ -116,13 +119,13 @@ def cfa(
         epochs=epochs,
         train_batch_size=train_batch_size,
     )
-    above_zero(learning_rate=learning_rate)
+    above_zero(feature_scale=feature_scale, learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).pyramid_layers if layers is None else tuple(layers)
     optimizer = torch_amsgrad_w(learning_rate, weight_decay)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
-        return coordinates(patch_features(x, layers))
+        return coordinates(feature_scale * patch_features(x, layers))
 
     def describe(descriptor: PyTree, x: dict[str, Array]) -> Any:
         found = patches(x)

@@ -42,14 +42,15 @@ def made(**options: Any) -> Any:
     return method, method.init(KEY, None, spec)
 
 
-@pytest.mark.parametrize("gamma_d", [1, 3])
-def test_the_memory_is_the_mean_descriptor_of_every_position(gamma_d):
-    method, state = made(gamma_d=gamma_d)
+@pytest.mark.parametrize(("gamma_d", "feature_scale"), [(1, 1.0), (3, 0.25)])
+def test_the_memory_is_the_mean_descriptor_of_every_position(gamma_d, feature_scale):
+    """The scale is one of the features, not of their position."""
+    method, state = made(gamma_d=gamma_d, feature_scale=feature_scale)
     valid = np.array([True, True, False, True, True])
     dirty = {"layer1": np.where(valid[:, None, None, None], X["layer1"], np.nan)}
     collected, _ = method.stages[0].update(KEY, state, None, batch_of(dirty, valid))
     trained = method.stages[0].finalize(KEY, collected, None)
-    expected = described(state.descriptor, X["layer1"][valid]).mean(0).reshape(24, -1)
+    expected = described(state.descriptor, feature_scale * X["layer1"][valid]).mean(0).reshape(24, -1)
     assert expected.shape[1] == 7 // gamma_d
     np.testing.assert_allclose(trained.memory.centers, expected, atol=1e-5)
 
