@@ -30,8 +30,8 @@ RECIPES = {
         image_size=128,
         hyperparameters=ANYWHERE | {"memory_size": 109, "epochs": 7},
         seeds=(0, 1, 2),
-        notes="A ResNet-50 whose channels are averaged by fours, 128 px, a seventh of the images in the memory, 7 epochs, "
-        "anomalies anywhere.",
+        notes="A ResNet-50 whose channels are averaged by fours, 128 px, a seventh of the images in the memory, "
+        "7 epochs, anomalies anywhere.",
         **MTD,
     ),
     "memseg_pillqc": Recipe(
