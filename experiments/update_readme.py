@@ -166,6 +166,7 @@ EXPERIMENTS = {
     "bench_generators": (speed_of_generators, "bench_generators"),
     "profile_draem": (work_and_pauses, "profile_draem"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
+    "epochs_cfa_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
 }
 """What has a table of its own, and the script that measures it."""
 

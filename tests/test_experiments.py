@@ -90,7 +90,8 @@ def test_the_curve_of_test_images_by_epoch(tmp_path: Path) -> None:
         found["curves"]["FrEIA"] = {"pixel_AUROC": [0.5]}
         path.write_text(json.dumps(found))
     assert set(json.loads(path.read_text())["curves"]) == {"jaxad", "FrEIA"}
-    assert curve.stopped([0.1, 0.3, 0.2, 0.1, 0.2, 0.9]) == 0.3 and curve.stopped([0.1, 0.2]) == 0.2
+    risen = [0.1, 0.3, 0.2, 0.1, 0.2, 0.9]
+    assert (curve.stopped(risen, 3), curve.stopped(risen, 5), curve.stopped(risen[:1], 3)) == (0.3, 0.9, 0.1)
     with pytest.raises(ValueError, match="8 3x3 couplings, got fastflow_demo"):
         curve.main(curve.Options("fastflow_demo", torch_python=Path("python"), results=tmp_path, smoke=True))
     with pytest.raises(ValueError, match="learning rate, got patchcore_demo"):
