@@ -4,12 +4,14 @@
         --patches 20000 --epochs 2 --learning-rate 5e-4
     python experiments/run.py uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
     python experiments/run.py uninformed_students_bottle_65 --data BOTTLE_FOLDER --weights patch65.safetensors
+    python experiments/run.py uninformed_students_bottle_all --data BOTTLE_FOLDER --weights patch17.safetensors \
+        --weights patch33.safetensors --weights patch65.safetensors
     python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
-The teachers are not at hand as the authors trained them, on all of ImageNet; what is here is one patch size at a time,
-distilled on 20,000 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and
-distill_patch65.json with one epoch), and descriptions of every eighth pixel. Students of 17 px have not learned yet,
-nor those of several sizes at once. The last epoch counts, whatever the test images say.
+The teachers are not at hand as the authors trained them, on all of ImageNet; what is here are some distilled on 20,000
+patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and distill_patch65.json
+with one epoch), one patch size at a time but in uninformed_students_bottle_all, and descriptions of every eighth pixel.
+The last epoch counts, whatever the test images say.
 """
 
 from recipes import MTD, Recipe, published
