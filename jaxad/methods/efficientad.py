@@ -9,12 +9,12 @@ held-out normal images become 0 and 0.1 (section 3.4); a position scores their m
 Paper: EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies, WACV 2024, arXiv:2303.14535.
 Reference: https://github.com/nelson1425/EfficientAD (no official code); anomalib.
 Differences: the teacher may be `pdn_small`, which has stride 8 and pads: it and its student see images continued by
-    their mirror images, or else errors are largest at the borders of normal images; its channels, principal components
-    of its own teacher's, are mixed first (`mixing`). The decoder of the autoencoder stops at twice the teacher's grid,
-    which for the published networks is the published one, and its sizes follow the image's; every tenth training image
-    is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 of them on MVTec's classes of
-    about 240 images); photographs are drawn from 1,000 at most. As in the reference, what the teacher does not describe
-    at the border scores 0, and the heat map has the size that the network sees.
+    their mirror images, and describe as much of them as the published networks do (`AROUND`); its channels, principal
+    components of its own teacher's, are mixed first (`mixing`). The decoder of the autoencoder stops at twice the
+    teacher's grid, which for the published networks is the published one, and its sizes follow the image's; every tenth
+    training image is held out for the quantiles, not a random tenth; steps are counted in epochs (70,000 of them on
+    MVTec's classes of about 240 images); photographs are drawn from 1,000 at most. As in the reference, what the
+    teacher does not describe at the border scores 0, and the heat map has the size that the network sees.
 Results: experiments/recipes/efficientad.py
 """
 
@@ -50,8 +50,9 @@ from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
-AROUND = 32
-"""Pixels by which images are continued for `pdn_small`, which describes patches of 65."""
+AROUND, CUT = {"pdn_small": 16}, {"pdn_small": 4}
+"""By teacher that pads: pixels by which images are continued, and positions at the border of its map that padding has
+reached and which are dropped. What is left are all but 16 px at the border, as of the published networks."""
 
 
 class EfficientadMeasuring(NamedTuple):
@@ -151,14 +152,14 @@ def hard_mean(errors: Float[Array, "b h w c"], share: float) -> Float[Array, "b"
 
 
 def continued(backbone: str, image: Array) -> Array:
-    """The image as teacher and student see it; that of `pdn_small` goes on as its mirror image, which fills patches."""
-    margin = AROUND if backbone == "pdn_small" else 0
+    """The image as teacher and student see it; for a teacher that pads it goes on as its mirror image."""
+    margin = AROUND.get(backbone, 0)
     return jnp.pad(image, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "symmetric")
 
 
 def inside(backbone: str, maps: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Of the map of a continued image, that of the image itself."""
-    margin = AROUND // 8 if backbone == "pdn_small" else 0
+    """Of the map of a continued image, what padding has not reached."""
+    margin = CUT.get(backbone, 0)
     return maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
 
 
@@ -201,7 +202,7 @@ def efficientad(
     Args:
         backbone: The teacher, a patch-description network: `efficientad_small` (EfficientAD-S), `efficientad_medium`
             (M) or `pdn_small`.
-        image_size: (height, width) of the images, multiples of 32; that of the heat map.
+        image_size: (height, width) of the images, multiples of 32 and 64 or more; that of the heat map.
         penalty: The student learns to fail on photographs of other things, which must be given as auxiliary images.
         hard_quantile: Share of a teacher's values that teach nothing, those where the student errs least.
         epochs: Passes over the training images.
@@ -218,6 +219,8 @@ def efficientad(
     if not 0 <= hard_quantile < 1:
         raise ValueError(f"hard_quantile must be in [0, 1), got {hard_quantile}")
     multiples_of(32, image_size=image_size)
+    if min(image_size) < 64:
+        raise ValueError(f"image_size must be 64 or more, for patches to describe, got {image_size}")
     network = architecture(backbone)
     layer = network.stages[-1]
     learner, apart = student(backbone, (layer,), copies=2), stride(network, layer)

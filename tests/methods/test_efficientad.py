@@ -179,11 +179,26 @@ def test_borders_of_the_embedded_network_are_described_like_the_middle():
     tile = np.concatenate([tile, tile[::-1]])
     tile = np.concatenate([tile, tile[:, ::-1]], 1)
     image = jnp.asarray(np.tile(tile, (8, 8, 1))[None])
-    found = np.asarray(jax.jit(described("pdn_small", "layer3"))(frozen, image)["layer3"])
-    assert found.shape == (1, 8, 8, 384)
-    np.testing.assert_allclose(found, np.broadcast_to(found[:, 4:5, 4:5], found.shape), rtol=1e-3, atol=1e-4)
-    raw = np.asarray(jax.jit(features("pdn_small", ("layer3",)))(frozen, image)["layer3"])
-    assert np.abs(raw[:, 0] - raw[:, 4]).max() > 0.1 * np.abs(raw).max()
+    teacher = jax.jit(features("pdn_small", ("layer3",)))
+    found = np.asarray(jax.jit(described("pdn_small", "layer3"))(frozen, image)["layer3"]) @ mixing(384).T
+    middle = np.asarray(teacher(frozen, jnp.tile(image, (1, 3, 3, 1)))["layer3"])[:, 10:14, 10:14]
+    np.testing.assert_allclose(found, middle, rtol=1e-3, atol=1e-4)
+    padded = np.asarray(teacher(frozen, image)["layer3"])[:, 2:6, 2:6]
+    assert np.abs(padded - middle).max() > 0.01 * np.abs(middle).max()
+
+
+@pytest.mark.parametrize("name", ["efficientad_small", "pdn_small"])
+def test_a_border_of_16_px_is_not_described(name):
+    frozen, image = jax.eval_shape(backbone(name).init, KEY), jax.ShapeDtypeStruct((1, 256, 128, 3), jnp.uint8)
+    network = backbone(name)
+    found = jax.eval_shape(described(name, network.stages[-1]), frozen, image)[network.stages[-1]]
+    apart = stride(network, network.stages[-1])
+    assert found.shape[1:3] == ((256 - 32) // apart, (128 - 32) // apart)
+
+
+def test_images_smaller_than_two_patches_are_refused():
+    with pytest.raises(ValueError, match=r"image_size must be 64 or more, .* got \(64, 32\)"):
+        efficientad(image_size=(64, 32))
 
 
 def test_penalty_needs_photographs(frozen, data):
