@@ -90,7 +90,7 @@ DIFFERNET: dict[str, Any] = dict(
 DRAEM: dict[str, Any] = dict(
     reconstructive_width=2, sspcab=True, discriminative_width=2, epochs=2, train_batch_size=4, learning_rate=1e-6
 )
-EFFICIENTAD: dict[str, Any] = dict(epochs=2, train_batch_size=4)
+EFFICIENTAD: dict[str, Any] = dict(epochs=2, train_batch_size=4, learning_rate=1e-6)
 FASTFLOW: dict[str, Any] = dict(layers=("layer2",), flow_steps=2, hidden_ratio=0.1, epochs=2, train_batch_size=4)
 GLASS: dict[str, Any] = dict(
     layers=TWO, hidden=8, hypothesis="hypersphere", ascent_steps=5, epochs=2, train_batch_size=4, learning_rate=1e-6
@@ -152,7 +152,9 @@ CASES = {
         finds=False,
     ),
     "efficientad": Case("efficientad", EFFICIENTAD, "tiny_pdn", random=True, determined=False),
-    "efficientad-embedded": Case("efficientad", EFFICIENTAD, random=True, determined=False, constants=4 * 384**2),
+    "efficientad-embedded": Case(
+        "efficientad", EFFICIENTAD | dict(epochs=1), random=True, determined=False, constants=4 * 384**2
+    ),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
     "glass": Case(
         "glass",

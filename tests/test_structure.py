@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -193,3 +194,10 @@ def test_nothing_names_this_machine():
                 if found:
                     wrong.append(f"{path.relative_to(ROOT)}:{number}: {found[0]}")
     assert not wrong
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
+@pytest.mark.parametrize("name", ["padim"])
+def test_rows_of_the_conformance_table_are_groups_of_xdist(name, request):
+    """Else each is fitted in every process, without a word, and the suite takes twice the time."""
+    assert request.node.nodeid.endswith(f"@{name}")
