@@ -3,12 +3,14 @@
     python experiments/run.py patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 Every recipe runs in a process of its own, so that its peak memory is its own, and the seconds are those of its first
-seed: the others find the features cached. `--smoke` runs a recipe in seconds, on a few small
+seed: the others find the features cached. With `--checkpoints` a run that was killed goes on when it is called again,
+and the seconds are those of the first seed that was not cut off. `--smoke` runs a recipe in seconds, on a few small
 images of the demo data with random weights, and is what the tests do; give it another `--results`.
 """
 
 import importlib
 import pkgutil
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +27,8 @@ import jaxad
 import jaxad.backbones
 import recipes
 from command import origin, start
-from jaxad.artifact import write_json
+from jaxad import rundir
+from jaxad.artifact import read_json, write_json
 from jaxad.data import Dataset, open_data
 from jaxad.detector import peak_bytes
 from jaxad.embedding import EmbeddingCache
@@ -46,6 +49,8 @@ class Options:
     auxiliary: Path | None = None
     """A folder of photographs of other things, for recipes that say so."""
     results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    checkpoints: Path | None = None
+    """Where progress is kept until the recipe is done; None: nowhere."""
     smoke: bool = False
     """A few small demo images and random weights."""
 
@@ -61,6 +66,7 @@ def all_recipes() -> dict[str, recipes.Recipe]:
 def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
     """Runs one recipe on all categories and seeds, and writes its result."""
     cache = EmbeddingCache()
+    kept = options.checkpoints and options.checkpoints / name
     frozen: Any = None
     preprocess = dict(image_size=recipe.image_size, center_crop=recipe.center_crop)
     if options.smoke:
@@ -88,13 +94,14 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
             assert train is not None
             if test is None:
                 raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")
-            part = measure(detector, train, test, cache)
+            part = measure(detector, train, test, cache, kept and kept / f"{category}_{seed}")
             entries.setdefault(category, []).append(part)
             print(name, category, f"seed {seed}", {k: round(v, 4) for k, v in part["metrics"].items()}, flush=True)
     categories = {category: summary(parts) for category, parts in entries.items()}
     means = {k: float(np.mean([c["metrics"][k]["mean"] for c in categories.values()])) for k in evaluated(categories)}
     stds = {k: float(np.mean([c["metrics"][k]["std"] for c in categories.values()])) for k in means}
-    first = [parts[0]["seconds"] for parts in entries.values()]
+    whole = [next((part["seconds"] for part in parts if part["seconds"]), None) for parts in entries.values()]
+    timed = [seconds for seconds in whole if seconds]
     record = {
         "recipe": name,
         "method": recipe.method,
@@ -111,12 +118,14 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         "published": dict(recipe.published),
         "n_train": sum(p[0]["n_train"] for p in entries.values()),
         "n_test": sum(p[0]["n_test"] for p in entries.values()),
-        "seconds": {k: float(np.mean([seconds[k] for seconds in first])) for k in first[0]},
+        "seconds": {k: float(np.mean([seconds[k] for seconds in timed])) for k in (timed[0] if timed else ())},
         "peak_bytes": peak_bytes(),
         **origin(),
         "notes": recipe.notes,
     }
     write_json(options.results / f"{name}.json", record)
+    if kept:
+        shutil.rmtree(kept)
 
 
 def sha256_of_weights(recipe: recipes.Recipe, options: Options) -> str | list[str | None] | None:
@@ -135,9 +144,16 @@ def random_weights(recipe: recipes.Recipe, splits: dict[str, Any]) -> Any:
     return jaxad.backbones.backbone(recipe.smoke_backbone).init(jax.random.key(0)) | {"auxiliary": images}
 
 
-def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache) -> dict[str, Any]:
-    """Fits on one category, scores its test set and evaluates."""
-    detector.fit(train, cache=cache, progress=progress())
+def measure(
+    detector: jaxad.Detector, train: Dataset, test: Dataset, cache: EmbeddingCache, kept: Path | None = None
+) -> dict[str, Any]:
+    """Fits on one category, scores its test set and evaluates; goes on from where it was cut off."""
+    if kept:
+        rundir.resume(kept, rundir.fingerprint([detector], [train]))
+        if (kept / "measured.json").exists():
+            return read_json(kept / "measured.json")
+    resumed = kept is not None and rundir.saved(kept)
+    detector.fit(train, cache=cache, checkpoint_dir=kept and kept / "state", progress=progress())
     started, compiled = time.perf_counter(), compile_seconds()
     parts = [scores for _, scores in detector.score(test, cache=cache, progress=progress())]
     compiled = compile_seconds() - compiled
@@ -146,18 +162,22 @@ def measure(detector: jaxad.Detector, train: Dataset, test: Dataset, cache: Embe
     pixel = np.concatenate(maps) if maps else None
     masks = test.masks(range(len(test))) if pixel is not None else None
     report = evaluate(np.concatenate([s.image for s in parts]), test.labels, pixel, masks)
-    return {
+    seconds = {k: detector.seconds[k] for k in ("compile", "fit")} | {"score_per_image": per_image}
+    measured = {
         "metrics": report.values,
         "reasons": report.reasons,
         "n_train": len(train),
         "n_test": len(test),
-        "seconds": {k: detector.seconds[k] for k in ("compile", "fit")} | {"score_per_image": per_image},
+        "seconds": None if resumed else seconds,
     }
+    if kept:
+        write_json(kept / "measured.json", measured)
+    return measured
 
 
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds."""
-    metrics = {k: np.array([p["metrics"][k] for p in parts]) for k in parts[0]["metrics"]}
+    metrics = {k: np.array([p["metrics"][k] for p in parts], float) for k in parts[0]["metrics"]}
     values = {k: {"mean": float(v.mean()), "std": float(v.std())} for k, v in metrics.items() if not np.isnan(v).any()}
     return {"metrics": values, "reasons": parts[0]["reasons"]}
 

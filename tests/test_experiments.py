@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,30 @@ def test_every_weights_file_of_a_recipe_is_in_its_record(runner: ModuleType, tmp
     assert runner.sha256_of_weights(one._replace(backbone=None), runner.Options(())) is None
     with pytest.raises(ValueError, match="got 2 backbones and 1 files"):
         runner.run("both", several, runner.Options((), weights=(files[1],)))
+
+
+def test_a_recipe_that_was_killed_goes_on(runner: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    """What was measured is not measured again, and the result is that of one go."""
+    recipe = runner.recipes.Recipe("patchcore", "demo", "pdn_small", smoke_backbone="pdn_small")
+    evaluate, calls = runner.evaluate, []
+
+    def cut_off(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*given)
+
+    monkeypatch.setattr(runner, "evaluate", cut_off)
+    options = runner.Options((), results=tmp_path / "kept", checkpoints=tmp_path / "checkpoints", smoke=True)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("some", recipe, options)
+    assert not options.results.exists()
+    runner.run("some", recipe, options)
+    assert len(calls) == 1 + 4  # one of the four categories twice
+    runner.run("some", recipe, runner.Options((), results=tmp_path / "whole", smoke=True))
+    kept, whole = (json.loads((tmp_path / part / "some.json").read_text()) for part in ("kept", "whole"))
+    assert kept["metrics"] == whole["metrics"] and kept["categories"] == whole["categories"]
+    assert kept["seconds"].keys() == whole["seconds"].keys() and not list(options.checkpoints.iterdir())
 
 
 @pytest.mark.usefixtures("_standard_promotion")  # optax's AdamW counts steps in integers
