@@ -149,7 +149,7 @@ def measure(
 ) -> dict[str, Any]:
     """Fits on one category, scores its test set and evaluates; goes on from where it was cut off."""
     if kept:
-        rundir.resume(kept, rundir.fingerprint([detector], [train]))
+        rundir.resume(kept, rundir.fingerprint([detector, detector], [train, test]))
         if (kept / "measured.json").exists():
             return read_json(kept / "measured.json")
     resumed = kept is not None and rundir.saved(kept)

@@ -199,5 +199,5 @@ def test_nothing_names_this_machine():
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
 @pytest.mark.parametrize("name", ["padim"])
 def test_rows_of_the_conformance_table_are_groups_of_xdist(name, request):
-    """Else each is fitted in every process, without a word, and the suite takes twice the time."""
+    """Else each is fitted in every process, without a word, and the suite is slow."""
     assert request.node.nodeid.endswith(f"@{name}")

@@ -52,7 +52,7 @@ LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""
 AROUND, CUT = {"pdn_small": 16}, {"pdn_small": 4}
 """By teacher that pads: pixels by which images are continued, and positions at the border of its map that padding has
-reached and which are dropped. What is left are all but 16 px at the border, as of the published networks."""
+reached and which are dropped. What is left is all but 16 px at the border, as of the published networks."""
 
 
 class EfficientadMeasuring(NamedTuple):
@@ -107,7 +107,7 @@ class Autoencoder(nn.Module):
 
         def conv(x: Array, features: int, kernel: tuple[int, int], stride: int = 1, pad: int = 1) -> Array:
             bias = torch_bias(math.prod(kernel) * x.shape[-1])
-            # Padded first: where the map grows, XLA's gradient of a kernel that pads takes 10 times as long on a CPU.
+            # Padded first: where the map grows, the gradient of the kernel of a convolution that pads is slow on a CPU.
             x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
             return nn.Conv(features, kernel, stride, "VALID", kernel_init=torch_uniform, bias_init=bias)(x)
 
