@@ -21,7 +21,7 @@ PART = 16
 
 
 def opened(
-    name: str, epochs: int | None, data: str, weights: Path | None, smoke: bool
+    name: str, epochs: int | None, data: str, weights: Path | None, smoke: bool, auxiliary: Path | None = None
 ) -> tuple[jaxad.Detector, Frozen, Split]:
     """The detector of a recipe that learns at a rate, its weights, and its first category.
 
@@ -34,17 +34,17 @@ def opened(
     hyperparameters: dict[str, Any] = dict(recipe.hyperparameters) | ({} if epochs is None else {"epochs": epochs})
     detector = jaxad.Detector(
         recipe.method,
-        backbone="resnet18" if smoke else recipe.backbone,
+        backbone=recipe.smoke_backbone if smoke else recipe.backbone,
         weights=None if smoke else weights,
+        auxiliary=auxiliary,
         image_size=64 if smoke else recipe.image_size,
         center_crop=None if smoke else recipe.center_crop,
         **hyperparameters,
     )
-    if smoke:
-        detector.frozen = jaxad.backbones.backbone("resnet18").init(jax.random.key(0))
-    frozen = detector.load_frozen()
     splits = open_data("demo" if smoke else data, preprocess=detector.preprocess, mask_threshold=recipe.mask_threshold)
-    return detector, frozen, next(iter(splits.values()))
+    if smoke:
+        detector.frozen = run.random_weights(recipe, splits)
+    return detector, detector.load_frozen(learning=True), next(iter(splits.values()))
 
 
 def embedded(method: Method, frozen: Frozen, data: Dataset) -> PyTree:

@@ -2,7 +2,8 @@
 
     python experiments/select_rate.py cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-All images are normal ones of the training split; test images are not looked at. Writes results/select_<recipe>.json.
+With `--vary` another hyper-parameter than the learning rate has several values. All images are normal ones of the
+training split; test images are not looked at. Writes results/select_<recipe>.json, or select_<recipe>_<vary>.json.
 `--smoke` is the small variant that the tests run.
 """
 
@@ -33,11 +34,14 @@ class Options:
     name: Annotated[str, tyro.conf.Positional]
     """A recipe of a method with a learning rate."""
     rates: tuple[float, ...] = ()
-    """Learning rates; none: the recipe's."""
+    """Learning rates, or values of what varies; none: the recipe's."""
+    vary: str = "learning_rate"
     epochs: int | None = None
     """At most; none: the recipe's."""
     data: str = "demo"
     weights: Path | None = None
+    auxiliary: Path | None = None
+    """A folder of photographs of other things, for recipes that say so."""
     learn: int = 140
     """Images that are learned from."""
     hold_out: int = 32
@@ -63,7 +67,7 @@ def curve(name: str, method: Method, still: Method, frozen: Frozen, learn: PyTre
 
 def main(options: Options) -> None:
     """Trains with every rate and writes the losses."""
-    opened = loops.opened(options.name, options.epochs, options.data, options.weights, options.smoke)
+    opened = loops.opened(options.name, options.epochs, options.data, options.weights, options.smoke, options.auxiliary)
     detector, frozen, (data, _) = opened
     if options.learn + options.hold_out > len(data):
         raise ValueError(
@@ -73,22 +77,24 @@ def main(options: Options) -> None:
     ends = options.learn, options.learn + options.hold_out
     learn, held_out = (data.subset(np.sort(rows)) for rows in (order[: ends[0]], order[ends[0] : ends[1]]))
     x = [loops.embedded(detector.method, frozen, part) for part in (learn, held_out)]
-    still = detector.varied("learning_rate", STILL).method
     losses = {}
     for rate in options.rates or (None,):
-        method = detector.method if rate is None else detector.varied("learning_rate", rate).method
+        varied = detector if rate is None else detector.varied(options.vary, rate)
         label = "recipe's" if rate is None else f"{rate:g}"
-        losses[label] = curve(f"{options.name}, learning rate {label}", method, still, frozen, *x)
+        still = varied.varied("learning_rate", STILL).method
+        losses[label] = curve(f"{options.name}, {options.vary} {label}", varied.method, still, frozen, *x)
         print(label, [round(loss, 4) for loss in losses[label]], flush=True)
+    experiment = f"select_{options.name}" + ("" if options.vary == "learning_rate" else f"_{options.vary}")
     record = {
-        "experiment": f"select_{options.name}",
+        "experiment": experiment,
         "method": detector.method_name,
         "hyperparameters": detector.hyperparameters,
+        "varied": options.vary,
         "images": {"learned": len(learn), "held_out": len(held_out)},
         "held_out_loss": losses,
         **origin(),
     }
-    write_json(options.results / f"select_{options.name}.json", record)
+    write_json(options.results / f"{experiment}.json", record)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,26 @@ def test_learning_rates_are_compared_on_images_that_were_not_learned(tmp_path: P
     np.testing.assert_allclose(nothing, nothing[0], rtol=1e-4)
 
 
+def test_other_hyperparameters_are_compared_too(tmp_path: Path) -> None:
+    select = script("select_rate")
+    given = dict(vary="clamp", epochs=1, learn=8, hold_out=8, results=tmp_path, smoke=True)
+    select.main(select.Options("nf_demo", (1, 2), **given))
+    result = json.loads((tmp_path / "select_nf_demo_clamp.json").read_text())
+    assert result["varied"] == "clamp"
+    one, two = result["held_out_loss"].values()
+    assert list(result["held_out_loss"]) == ["1", "2"] and one != two
+
+
+def test_a_recipe_with_photographs_is_opened_with_them(tmp_path: Path) -> None:
+    opened = script("loops").opened
+    for i in range(2):
+        Image.new("RGB", (512, 512), (100 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    _, frozen, _ = opened("efficientad_demo", 1, "demo", None, False, tmp_path)
+    assert frozen["auxiliary"].shape == (2, 256, 256, 3)
+    with pytest.raises(ValueError, match="auxiliary"):
+        opened("efficientad_demo", 1, "demo", None, False)
+
+
 @pytest.mark.usefixtures("_standard_promotion")
 def test_the_curve_of_test_images_by_epoch(tmp_path: Path) -> None:
     curve = script("epoch_curve")
