@@ -143,6 +143,15 @@ def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
     return markdown_table(heads, [row(*curve) for curve in curves.items()])
 
 
+def held_out_loss(record: dict[str, Any]) -> str:
+    """The loss of normal images that were not learned, after the first, middle and last epoch, of select_*_*.json."""
+    curves = record["held_out_loss"]
+    last = min(map(len, curves.values()))
+    epochs = sorted({1, (last + 1) // 2, last})
+    heads = [f"`{record['varied']}`", *(f"epoch {epoch}" for epoch in epochs)]
+    return markdown_table(heads, [[of, *(fraction(curve[e - 1]) for e in epochs)] for of, curve in curves.items()])
+
+
 def transfer(record: dict[str, Any]) -> str:
     """The AUROC of every kind of defect, a mean of categories, by the generator that a discriminator learned from."""
     rows = record["generators"]
@@ -167,6 +176,8 @@ EXPERIMENTS = {
     "profile_draem": (work_and_pauses, "profile_draem"),
     "epochs_fastflow_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
     "epochs_cfa_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
+    "select_simplenet_mtd_feature_scale": (held_out_loss, "select_rate"),
+    "select_glass_mtd_feature_scale": (held_out_loss, "select_rate"),
 }
 """What has a table of its own, and the script that measures it."""
 

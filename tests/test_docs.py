@@ -108,10 +108,10 @@ def test_update_readme(tmp_path):
 
 def test_tables_of_experiments(tmp_path):
     update_readme = module_at(ROOT / "experiments" / "update_readme.py")
-    names = ("nf_ood", "bench_flows", "epochs_fastflow_bottle")
+    names = ("nf_ood", "bench_flows", "epochs_fastflow_bottle", "select_glass_mtd_feature_scale")
     text = "and\n".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in names)
     empty = update_readme.updated(text, tmp_path)
-    assert all(f"experiments/{name}.py" in empty for name in ("nf_ood", "bench_flows", "epoch_curve"))
+    assert all(f"experiments/{name}.py" in empty for name in ("nf_ood", "bench_flows", "epoch_curve", "select_rate"))
     flows = {
         "pixels": {"bits_per_dimension": 4.25, "auroc": {"tiles": 0.125, "digits": 0.5}},
         "vectors": {"bits_per_dimension": None, "auroc": {"SVHN": 0.875}},
@@ -127,7 +127,10 @@ def test_tables_of_experiments(tmp_path):
     values = [0.1, 0.2, 0.3, 0.25, 0.5]
     curves = {"jaxad": {"pixel_AUROC": values, "stopped": 0.5}, "FrEIA": {"pixel_AUROC": values[:2], "stopped": 0.2}}
     (tmp_path / "epochs_fastflow_bottle.json").write_text(json.dumps({"curves": curves}))
+    losses = {"varied": "feature_scale", "held_out_loss": {"0.5": values, "2": values[::-1]}}
+    (tmp_path / "select_glass_mtd_feature_scale.json").write_text(json.dumps(losses))
     lines = update_readme.updated(text, tmp_path).splitlines()
+    assert "| `feature_scale` | epoch 1 | epoch 3 | epoch 5 |" in lines and "| 2 | 0.500 | 0.300 | 0.100 |" in lines
     assert "| jaxad | 0.250 | 0.500 | 0.500 |" in lines and "| FrEIA | – | 0.200 | 0.200 |" in lines
     assert "| pixels | 4.250 | 0.125 | 0.500 | – |" in lines
     assert "| vectors | – | – | – | 0.875 |" in lines
