@@ -36,6 +36,7 @@ class Options:
     rates: tuple[float, ...] = ()
     """Learning rates, or values of what varies; none: the recipe's."""
     vary: str = "learning_rate"
+    """The hyper-parameter that varies, one that is a number and need not be whole."""
     epochs: int | None = None
     """At most; none: the recipe's."""
     data: str = "demo"
