@@ -6,6 +6,8 @@ positions twice as far apart (dilation): every position has just what the networ
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1 and appendix; Fast Dense Feature Extraction with
     CNNs that have Pooling or Striding Layers, BMVC 2017, arXiv:1805.03096 (the same numbers, arranged in another way).
+Reference: https://github.com/denguir/student-teacher-anomaly-detection, but for the third convolution of `patch65`,
+    which has twice the channels there.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ Differences: any backbone may teach; heat maps are neither clipped, nor scaled t
     morphologically, so that pixels of different images compare; images are normalized for the teacher; SmoothGrad
     averages gradients with their signs, and its noise, the same for all images, is a share of the range of pixels, as
     in its paper (arXiv:1706.03825), not of its inverse's square; convolutions with batch norm begin as a ResNet's do;
-    steps are of full batches.
+    steps are of full batches; the running variance is not corrected for the size of a batch.
 Results: experiments/recipes/mkd.py
 """
 

@@ -8,7 +8,8 @@ Paper: Student-Teacher Feature Pyramid Matching for Anomaly Detection, BMVC 2021
 Reference: https://github.com/gdwang08/STFPM
 Differences: maps are multiplied at the size of the image, as in the paper, not on a grid of 64 x 64; all training
     images teach and the last epoch counts, not the best on a fifth of them; the running variance is not corrected for
-    the size of a batch; Eq. 2's factor of a half is in the heat map, but as in the reference not in the loss.
+    the size of a batch; steps are of full batches; Eq. 2's factor of a half is in the heat map, but as in the reference
+    not in the loss.
 Results: experiments/recipes/stfpm.py
 """
 

@@ -27,7 +27,7 @@ from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.holdout import held_out, learned_from
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
 
 
 class Scale(NamedTuple):
@@ -103,7 +103,7 @@ def uninformed_students(
 
     Args:
         backbone: The teachers, a patch network each; several are several scales, whose `frozen` is a tuple.
-        image_size: (height, width) of the images, which is that of the heat map.
+        image_size: (height, width) of the images, multiples of the stride; that of the heat map.
         num_students: Students of every teacher.
         stride: Pixels between the patches that are described: 1, 2, 4 or 8.
         epochs: Passes over the training images.
@@ -112,16 +112,22 @@ def uninformed_students(
         weight_decay: Of Adam, added to the gradient.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range, or a backbone is no patch network.
+        ValueError: A hyper-parameter is out of its range, or a backbone is no patch network or given twice.
     """
     at_least_one(num_students=num_students, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay)
     names = (backbone,) if isinstance(backbone, str) else tuple(backbone)
     if not names or not all(name.startswith("patch") for name in names):
-        raise ValueError(f"the backbones must be patch17, patch33 or patch65, got {', '.join(names) or 'none'}")
+        raise ValueError(
+            "the backbones must be patch17, patch33 or patch65, whose weights experiments/distill_teacher.py makes, "
+            f"got {', '.join(names) or 'none'}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"the backbones must differ, got {', '.join(names)}")
     if stride not in (1, 2, 4, 8):
         raise ValueError(f"stride must be 1, 2, 4 or 8, got {stride}")
+    multiples_of(stride, image_size=image_size)
     layer = f"stride{stride}"
     learners = {name: student(name, (layer,)) for name in names}
     optimizer = torch_adam(learning_rate, weight_decay)

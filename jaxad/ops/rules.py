@@ -11,9 +11,9 @@ def at_least_one(**counts: int) -> None:
 
 
 def above_zero(**values: float) -> None:
-    """Raises ValueError for the first number that is not above 0."""
+    """Raises ValueError for the first number that is not above 0 or not finite."""
     for name, value in values.items():
-        if not value > 0:
+        if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be above 0, got {value}")
 
 
@@ -27,5 +27,5 @@ def zero_or_more(**values: float) -> None:
 def multiples_of(step: int, **sizes: tuple[int, int]) -> None:
     """Raises ValueError for the first size (height, width) that is not multiples of a step."""
     for name, size in sizes.items():
-        if any(side % step for side in size):
+        if any(side < 1 or side % step for side in size):
             raise ValueError(f"{name} must be multiples of {step}, got {size}")

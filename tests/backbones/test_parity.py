@@ -22,6 +22,7 @@ SMALL = (
     ("wide_resnet50_2", SIZES[1:2]),
     ("vgg11", SIZES[2:]),
     ("vgg11_bn", SIZES[1:2]),
+    ("vgg16", SIZES[2:]),
     ("vgg16_bn", SIZES[:1]),
     ("vgg19", SIZES[:1]),
     ("vgg19_bn", SIZES[2:]),

@@ -104,6 +104,13 @@ def test_images_are_held_out_or_learned_from(n):
         assert sorted([*out, *rest]) == list(range(n))
 
 
+def test_channels_are_standardized_by_the_images_that_teach(frozen, alone):
+    found = jax.jit(features(NAME, ("head",)))(frozen, IMAGES[learned_from(12)])["head"]
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(alone.state.mean, found.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(alone.state.deviation, found.std((0, 1, 2)), rtol=1e-4)
+
+
 def maps_of(frozen, state, images):
     """Both maps of squared errors, in numpy from the networks' outputs."""
     x = jax.jit(features(NAME, ("head",)))(frozen, images)["head"]

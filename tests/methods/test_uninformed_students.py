@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jaxad.backbones import backbone, student
+from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
 from jaxad.fit import fit
 from jaxad.methods.uninformed_students import uninformed_students
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.holdout import held_out
+from jaxad.ops.holdout import held_out, learned_from
 from tests.cases import TINY
 
 KEY = jax.random.key(0)
@@ -62,6 +63,32 @@ def test_the_scales_are_those_of_held_out_images(fitted):
     np.testing.assert_allclose(own.deviation, [error.std(), variance.std()], rtol=1e-3)
 
 
+def test_descriptions_are_standardized_by_the_images_that_teach(fitted):
+    frozen, method, (state, *_) = fitted
+    found = np.asarray(jax.jit(method.embed)(frozen, IMAGES[learned_from(12)])["patch9"], np.float64)
+    np.testing.assert_allclose(state.teacher["patch9"].mean, found.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state.teacher["patch9"].deviation, found.std((0, 1, 2)), rtol=1e-4)
+
+
+def test_the_loss_is_that_of_one_student_and_position():
+    """Eq. 6 of a single step of two images, whose students are the untrained ones."""
+    frozen, images = backbone("patch9").init(jax.random.key(1)), IMAGES[:2]
+    method = uninformed_students(**SMALL)
+    x = jax.jit(method.embed)(frozen, images)
+    measured = method.init(KEY, frozen, x)
+    batch = Batch(x, jnp.ones(2, bool), jnp.zeros(2, jnp.int32), None, jnp.arange(2), jnp.float32(0))
+    state = method.stages[0].finalize(KEY, method.stages[0].update(KEY, measured, frozen, batch)[0], frozen)
+    _, metrics = jax.jit(method.stages[1].update)(KEY, state, frozen, batch)
+    teacher = np.asarray(x["patch9"], np.float64)
+    teacher = (teacher - teacher.mean((0, 1, 2))) / teacher.std((0, 1, 2))
+    apply, losses = jax.jit(student("patch9", ("stride8",)).apply), []
+    for i in range(2):
+        variables = jax.tree.map(lambda leaf, i=i: leaf[i], measured.students["patch9"])
+        found = np.asarray(apply(variables, frozen, images, batch.valid)[0]["stride8"], np.float64)
+        losses.append(((found - teacher) ** 2).sum(-1).mean())
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-3)
+
+
 def test_students_differ_and_learn(fitted):
     _, _, (state, _, _, metrics) = fitted
     kernels = state.students["patch9"]["params"]["conv1"]["kernel"]
@@ -85,7 +112,11 @@ def test_several_patch_sizes_are_averaged():
 
 
 def test_a_teacher_must_be_a_patch_network():
-    with pytest.raises(ValueError, match="the backbones must be patch17, patch33 or patch65, got resnet18"):
+    with pytest.raises(ValueError, match=r"the backbones must be patch17, patch33 or patch65, .*, got resnet18"):
         uninformed_students(backbone="resnet18")
     with pytest.raises(ValueError, match="stride must be 1, 2, 4 or 8, got 3"):
         uninformed_students(stride=3)
+    with pytest.raises(ValueError, match="the backbones must differ, got patch17, patch17"):
+        uninformed_students(backbone=("patch17", "patch17"))
+    with pytest.raises(ValueError, match=r"image_size must be multiples of 8, got \(100, 96\)"):
+        uninformed_students(image_size=(100, 96), stride=8)
