@@ -144,11 +144,11 @@ def pixel_auroc_by_epoch(record: dict[str, Any]) -> str:
 
 
 def held_out_loss(record: dict[str, Any]) -> str:
-    """The loss of normal images that were not learned, after the first, middle and last epoch, of select_*_*.json."""
+    """The loss of normal images that were not learned, after the first, middle and last epoch, of select_*.json."""
     curves = record["held_out_loss"]
     last = min(map(len, curves.values()))
     epochs = sorted({1, (last + 1) // 2, last})
-    heads = [f"`{record['varied']}`", *(f"epoch {epoch}" for epoch in epochs)]
+    heads = [f"`{record.get('varied', 'learning_rate')}`", *(f"epoch {epoch}" for epoch in epochs)]
     return markdown_table(heads, [[of, *(fraction(curve[e - 1]) for e in epochs)] for of, curve in curves.items()])
 
 
@@ -178,6 +178,7 @@ EXPERIMENTS = {
     "epochs_cfa_bottle": (pixel_auroc_by_epoch, "epoch_curve"),
     "select_simplenet_mtd_feature_scale": (held_out_loss, "select_rate"),
     "select_glass_mtd_feature_scale": (held_out_loss, "select_rate"),
+    "select_efficientad_mtd": (held_out_loss, "select_rate"),
 }
 """What has a table of its own, and the script that measures it."""
 
