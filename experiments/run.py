@@ -119,7 +119,7 @@ def run(name: str, recipe: recipes.Recipe, options: Options) -> None:
         "n_train": sum(p[0]["n_train"] for p in entries.values()),
         "n_test": sum(p[0]["n_test"] for p in entries.values()),
         "seconds": {k: float(np.mean([seconds[k] for seconds in timed])) for k in (timed[0] if timed else ())},
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": max(part["peak_bytes"] for parts in entries.values() for part in parts),
         **origin(),
         "notes": recipe.notes,
     }
@@ -169,6 +169,7 @@ def measure(
         "n_train": len(train),
         "n_test": len(test),
         "seconds": None if resumed else seconds,
+        "peak_bytes": peak_bytes(),
     }
     if kept:
         write_json(kept / "measured.json", measured)
