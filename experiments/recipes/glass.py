@@ -4,7 +4,8 @@
     python experiments/run.py glass_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
     python experiments/run.py glass_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
 
-The last epoch counts, whatever the test images say.
+`glass_mtd_paper` has the published steps, for a GPU; it has not been run. The last epoch counts, whatever the test
+images say.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
@@ -32,6 +33,15 @@ RECIPES = {
         hyperparameters=SMALL | {"epochs": 8},
         seeds=(0, 1, 2),
         notes="A ResNet-50, 128 px, 256 units, 10 steps of ascent, 8 epochs at 5e-4.",
+        **MTD,
+    ),
+    "glass_mtd_paper": Recipe(
+        "glass",
+        backbone=RESNET50,
+        image_size=288,
+        hyperparameters={"feature_scale": 0.25, "epochs": 330},
+        seeds=(0, 1, 2),
+        notes="A ResNet-50, its features of the spread of a ResNet-18's, as many steps as 640 epochs of 392 images.",
         **MTD,
     ),
     "glass_pillqc": Recipe("glass", "pillqc", RESNET50, SMALL | {"epochs": 16}, image_size=128, notes=NOTES),

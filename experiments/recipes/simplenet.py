@@ -4,7 +4,8 @@
     python experiments/run.py simplenet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python experiments/run.py simplenet_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The last epoch counts, whatever the test images say.
+`simplenet_mtd_paper` has the published epochs, for a GPU; it has not been run. The last epoch counts, whatever the test
+images say.
 """
 
 from recipes import MTD, RESNET50, Recipe, published
@@ -31,6 +32,15 @@ RECIPES = {
         hyperparameters=SMALL | {"epochs": 20},
         seeds=(0, 1, 2),
         notes="A ResNet-50, 128 px, 20 epochs.",
+        **MTD,
+    ),
+    "simplenet_mtd_paper": Recipe(
+        "simplenet",
+        backbone=RESNET50,
+        image_size=288,
+        hyperparameters={"feature_scale": 0.25, "epochs": 160},
+        seeds=(0, 1, 2),
+        notes="A ResNet-50, its features of the spread of a ResNet-18's, otherwise the published setting.",
         **MTD,
     ),
     "simplenet_pillqc": Recipe("simplenet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
