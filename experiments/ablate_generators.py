@@ -77,7 +77,7 @@ def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[
     def textured(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other
         draw, made = jax.random.split(key)
-        return anomaly.textured(draw, image, texture.source(made, size, textures))
+        return anomaly.textured(draw, image, texture.source(made, size, textures, texture.BOLD_CHANGES))
 
     def tiles(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other

@@ -310,7 +310,7 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
 
     def textured(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         change, draw = jax.random.split(key)
-        return anomaly.textured(draw, image, texture.changed(change, other))
+        return anomaly.textured(draw, image, texture.changed(change, other, texture.BOLD_CHANGES))
 
     def tiles(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other

@@ -89,7 +89,7 @@ def main(options: Options) -> None:
     module, mask = importlib.import_module("jaxad.methods.draem"), jnp.zeros(side, bool).at[: side[0] // 2].set(True)
     without = {
         "textured": lambda key, image, source: (image, mask),
-        "source": lambda key, size, textures: None,
+        "source": lambda key, size, textures, changes: None,
         "rotate": lambda image, degrees: image,
     }
     with mock.patch.multiple(module, **without):

@@ -36,7 +36,7 @@ from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.ops.image import pixels
 from jaxad.ops.rules import above_zero, at_least_one, multiples_of
 from jaxad.ops.ssim import ssim
-from jaxad.ops.texture import source
+from jaxad.ops.texture import BOLD_CHANGES, source
 from jaxad.ops.warp import rotate
 
 ROTATED, ANOMALOUS = 0.3, 0.5
@@ -175,7 +175,7 @@ def draem(
         rotated, anomalous = jax.random.bernoulli(which, jnp.asarray([ROTATED, ANOMALOUS]))
         degrees = jnp.where(rotated, jax.random.uniform(turn, minval=-DEGREES, maxval=DEGREES), 0)
         image = rotate(image, degrees)
-        made, mask = textured(shape, image, source(texture, image_size, textures))
+        made, mask = textured(shape, image, source(texture, image_size, textures, BOLD_CHANGES))
         return image, jnp.where(anomalous, made, image), mask & anomalous
 
     def train(key: Key, state: DraemTraining, frozen: Frozen, batch: Batch) -> tuple[DraemTraining, Metrics]:

@@ -12,10 +12,10 @@ Paper: A Unified Anomaly Synthesis Strategy with Gradient Ascent for Industrial 
 Reference: https://github.com/cqylunlun/GLASS
 Differences: the center is that of the current adaptor at every step, not of the epoch's first; how an anomalous feature
     was moved counts as constant; patch features are means of neighborhoods, side by side, whose channels are not
-    pooled; textures are changed as DRAEM's; which hypothesis holds is told, not judged from the images' spectrum, and
-    the object is what Otsu's threshold finds, not a given mask; an
-    epoch has all images, not 392; no layer before the batch norm has a bias, which that takes away; the last epoch
-    counts, not the best on the test images; the running variance is not corrected for the size of a batch.
+    pooled; which hypothesis holds is told, not judged from the images' spectrum, and the object is what Otsu's
+    threshold finds, not a given mask; an epoch has all images, not 392; no layer before the batch norm has a bias,
+    which that takes away; the last epoch counts, not the best on the test images; the running variance is not corrected
+    for the size of a batch.
 Results: experiments/recipes/glass.py
 """
 
@@ -37,7 +37,7 @@ from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, of_p
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.perlin import perlin_mask
 from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
-from jaxad.ops.texture import source
+from jaxad.ops.texture import GENTLE_CHANGES, source
 
 RADIUS = 0.75
 """Share of the normal features within the hypersphere."""
@@ -176,7 +176,7 @@ def glass(
         shape, texture, how = jax.random.split(key, 3)
         mask = drawn_mask(shape, foreground(image) if on_foreground else jnp.ones(image_size, bool))
         opacity = jnp.clip(0.5 + 0.1 * jax.random.normal(how), 0.2, 0.8)
-        return blended(image, source(texture, image_size, textures), mask, opacity), mask
+        return blended(image, source(texture, image_size, textures, GENTLE_CHANGES), mask, opacity), mask
 
     def train(key: Key, state: GlassTraining, frozen: Frozen, batch: Batch) -> tuple[GlassTraining, Metrics]:
         draw, shake = jax.random.split(key)

@@ -243,7 +243,7 @@ def memseg(
         """The image with or without an anomaly, and the mask of that."""
         which, texture, tiles, draw = jax.random.split(key, 4)
         anomalous, structural = jax.random.bernoulli(which, shape=(2,))
-        texture = source(texture, image_size, textures, changes=0)
+        texture = source(texture, image_size, textures, None)
         shown = jnp.where(structural, shuffled(tiles, image, GRID), texture)
         within = foreground(image) if on_foreground else None
         made, mask = textured(draw, image, shown, opacity=OPACITY, foreground=within)

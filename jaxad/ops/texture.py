@@ -1,11 +1,14 @@
 """Sources of anomalies: textures made without any image, and textures changed so that few suffice."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxad.base import Key
-from jaxad.ops.color import other_hue
+from jaxad.ops.color import apart_from, gray_of, other_hue
 from jaxad.ops.perlin import fractal_noise
 from jaxad.ops.warp import rotate
 
@@ -22,8 +25,10 @@ CHANGES = (
     "hue",
     "rotate",
 )
-"""Those of DRAEM; three of them, different ones, change a texture. The first seven map the levels of a channel."""
+"""Those of DRAEM. The first seven map the levels of a channel."""
 IN_LEVELS = 7
+GENTLE = ("contrast", "brightness", "color", "mirror", "flip", "gray", "autocontrast", "equalize", "rotate")
+"""Those of GLASS."""
 
 
 def texture(key: Key, size: tuple[int, int]) -> Float[Array, "h w 3"]:
@@ -75,7 +80,7 @@ def equalized(count: Float[Array, "3 256"]) -> Float[Array, "3 256"]:
     below, top = jnp.cumsum(count, 1) - count, jnp.argmax(jnp.where(count > 0, level, -1), 1)
     step = jnp.floor((count.sum(1) - count[jnp.arange(3), top]) / (LEVELS - 1))[:, None]
     found = jnp.floor((below + jnp.floor(step / 2)) / jnp.maximum(step, 1))
-    return jnp.where(step > 0, found, level) / (LEVELS - 1)
+    return jnp.clip(jnp.where(step > 0, found, level) / (LEVELS - 1), 0, 1)
 
 
 def tables(key: Key, count: Float[Array, "3 256"]) -> Float[Array, "7 3 256"]:
@@ -119,22 +124,54 @@ def change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Flo
     return jnp.select([jnp.broadcast_to(c, image.shape) for c in choices], [mapped, sharpened, colored], turned)
 
 
-def changed(key: Key, image: Float[Array, "h w 3"], changes: int = 3) -> Float[Array, "h w 3"]:
-    """A texture after some different ones of DRAEM's changes, in random order.
+def gentle_change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Float[Array, "h w 3"]:
+    """One of `GENTLE`, by number."""
+    by, hue, turn = jax.random.split(key, 3)
+    factor, gray = jax.random.uniform(by, minval=0.8, maxval=1.2), gray_of(image)
+    levels = jnp.round(image * (LEVELS - 1)).astype(jnp.int32)
+    count, channel = histogram(levels), jnp.arange(3)
+    choices = [
+        apart_from(gray.mean(), image, factor),
+        apart_from(jnp.zeros(()), image, factor),
+        other_hue(apart_from(gray, image, factor), jax.random.uniform(hue, minval=-0.2, maxval=0.2)),
+        image[:, ::-1],
+        image[::-1],
+        jnp.broadcast_to(gray, image.shape),
+        autocontrast(count, jnp.zeros(()))[channel, levels],
+        equalized(count)[channel, levels],
+        rotate(image, jax.random.uniform(turn, minval=-45.0, maxval=45.0)),
+    ]
+    return jnp.stack(choices)[which]
 
-    Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3; the ranges are those of its official code.
-    """
+
+class Changes(NamedTuple):
+    """Ways to change a texture: how many there are, and what makes the one of a number."""
+
+    count: int
+    change: Callable[[Key, Array, Array], Array]
+
+
+BOLD_CHANGES = Changes(len(CHANGES), change)
+"""DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3; the ranges are those of its official code."""
+GENTLE_CHANGES = Changes(len(GENTLE), gentle_change)
+"""GLASS, ECCV 2024, arXiv:2407.09359; as in its official code, which makes a third of the textures gray."""
+AT_ONCE = 3
+"""Changes of a texture, different ones, in random order."""
+
+
+def changed(key: Key, image: Float[Array, "h w 3"], changes: Changes) -> Float[Array, "h w 3"]:
+    """A texture after some of those changes."""
     order, draw = jax.random.split(key)
-    chosen = jax.random.permutation(order, len(CHANGES))[:changes]
+    chosen = jax.random.permutation(order, changes.count)[:AT_ONCE]
 
     def step(image: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
-        return change(given[0], image, given[1]), None
+        return changes.change(given[0], image, given[1]), None
 
-    return jax.lax.scan(step, image, (jax.random.split(draw, changes), chosen))[0]
+    return jax.lax.scan(step, image, (jax.random.split(draw, AT_ONCE), chosen))[0]
 
 
 def source(
-    key: Key, size: tuple[int, int], textures: UInt8[Array, "n _ _ 3"] | None, changes: int = 3
+    key: Key, size: tuple[int, int], textures: UInt8[Array, "n _ _ 3"] | None, changes: Changes | None
 ) -> Float[Array, "h w 3"]:
     """A source of anomalies in [0, 1]: one of the textures given, or a made-up one, changed."""
     which, how = jax.random.split(key)
@@ -144,4 +181,4 @@ def source(
         found = textures[jax.random.randint(which, (), 0, len(textures))].astype(jnp.float32) / 255
         if found.shape[:2] != size:
             found = jax.image.resize(found, (*size, 3), "linear")
-    return changed(how, found, changes) if changes else found
+    return found if changes is None else changed(how, found, changes)

@@ -32,7 +32,7 @@ GENERATORS = {
     "scar": cutpaste.scar,
     "textured": lambda key, image: anomaly.textured(key, image, SOURCE),
     "made-up texture": lambda key, image: anomaly.textured(
-        jax.random.fold_in(key, 0), image, texture.source(jax.random.fold_in(key, 1), SIZE, None)
+        jax.random.fold_in(key, 0), image, texture.source(jax.random.fold_in(key, 1), SIZE, None, texture.BOLD_CHANGES)
     ),
     "shuffled": lambda key, image: anomaly.textured(
         jax.random.fold_in(key, 0),
@@ -265,20 +265,47 @@ def test_sharpness_is_pillows(factor):
     np.testing.assert_allclose(found[1:-1, 1:-1], expected[1:-1, 1:-1], atol=2)
 
 
-@pytest.mark.parametrize("which", range(len(texture.CHANGES)))
-def test_every_change_changes_a_texture_within_the_range_of_colors(which):
+@pytest.mark.parametrize(
+    ("change", "which"),
+    [(c.change, i) for c in (texture.BOLD_CHANGES, texture.GENTLE_CHANGES) for i in range(c.count)],
+)
+def test_every_change_changes_a_texture_within_the_range_of_colors(change, which):
     image = noise(3) * 0.6 + 0.2
-    change = jax.jit(texture.change)
+    change = jax.jit(change)
     made = np.stack([change(jax.random.key(i), image, jnp.int32(which)) for i in range(8)])
     assert made.min() >= 0 and made.max() <= 1
     assert (np.abs(made - np.asarray(image)).max((1, 2, 3)) > 0.01).sum() >= 4
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mirror", ImageOps.mirror),
+        ("flip", ImageOps.flip),
+        ("gray", lambda image: image.convert("L").convert("RGB")),
+        ("autocontrast", ImageOps.autocontrast),
+        ("equalize", ImageOps.equalize),
+    ],
+)
+def test_gentle_changes_are_pillows(name, expected):
+    levels = np.random.default_rng(0).integers(20, 200, (20, 30, 3), np.uint8)
+    which = jnp.int32(texture.GENTLE.index(name))
+    found = 255 * jax.jit(texture.gentle_change)(jax.random.key(0), jnp.asarray(levels, jnp.float32) / 255, which)
+    np.testing.assert_allclose(found, np.asarray(expected(Image.fromarray(levels)), np.float32), atol=1.001)
+
+
+def test_a_third_of_gently_changed_textures_is_gray():
+    keys = jax.random.split(jax.random.key(0), 300)
+    made = jax.vmap(lambda key: texture.changed(key, noise(3), texture.GENTLE_CHANGES))(keys)
+    gray = np.asarray(jnp.ptp(made, -1).max((1, 2)) < 1e-5).mean()
+    assert abs(gray - 1 / 3) < 0.09
+
+
 def test_a_source_is_one_of_the_textures_given():
     textures = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), np.uint8)
-    found = texture.source(jax.random.key(0), (24, 32), jnp.asarray(textures), changes=0)
+    found = texture.source(jax.random.key(0), (24, 32), jnp.asarray(textures), None)
     assert (np.abs(np.asarray(found) - textures / 255).max((1, 2, 3)) < 1e-6).sum() == 1
-    assert texture.source(jax.random.key(0), (48, 40), jnp.asarray(textures), changes=0).shape == (48, 40, 3)
+    assert texture.source(jax.random.key(0), (48, 40), jnp.asarray(textures), None).shape == (48, 40, 3)
 
 
 def test_foreground_is_otsus_and_not_the_border():
