@@ -13,7 +13,7 @@ from jaxad.ops.perlin import fractal_noise
 from jaxad.ops.warp import rotate
 
 LEVELS = 256
-CHANGES = (
+BOLD = (
     "gamma",
     "brightness",
     "solarize",
@@ -110,8 +110,8 @@ def sharper(image: Float[Array, "h w 3"], factor: Float[Array, ""]) -> Float[Arr
     return jnp.clip(smooth + factor * (image - smooth), 0, 1)
 
 
-def change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Float[Array, "h w 3"]:
-    """One of `CHANGES`, by number."""
+def bold_change(key: Key, image: Float[Array, "h w 3"], which: Int[Array, ""]) -> Float[Array, "h w 3"]:
+    """One of `BOLD`, by number."""
     by_level, sharp, hue, turn = jax.random.split(key, 4)
     levels = jnp.round(image * (LEVELS - 1)).astype(jnp.int32)
     table = tables(by_level, histogram(levels))[jnp.minimum(which, IN_LEVELS - 1)]
@@ -151,7 +151,7 @@ class Changes(NamedTuple):
     change: Callable[[Key, Array, Array], Array]
 
 
-BOLD_CHANGES = Changes(len(CHANGES), change)
+BOLD_CHANGES = Changes(len(BOLD), bold_change)
 """DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3; the ranges are those of its official code."""
 GENTLE_CHANGES = Changes(len(GENTLE), gentle_change)
 """GLASS, ECCV 2024, arXiv:2407.09359; as in its official code, which makes a third of the textures gray."""

@@ -236,7 +236,7 @@ def test_levels_are_mapped_as_pillow_does():
     of = [np.bincount(levels[..., c].ravel(), minlength=256) for c in range(3)]
     np.testing.assert_array_equal(count, np.stack(of))
     tables = np.asarray(texture.tables(jax.random.key(0), count))
-    mapped = dict(zip(texture.CHANGES, tables[:, np.arange(3), levels], strict=False))
+    mapped = dict(zip(texture.BOLD, tables[:, np.arange(3), levels], strict=False))
     mapped |= {
         f"autocontrast {cut}": np.asarray(texture.autocontrast(count, jnp.float32(cut)))[np.arange(3), levels]
         for cut in (0, 7, 60)
