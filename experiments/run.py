@@ -27,13 +27,13 @@ import jaxad
 import jaxad.backbones
 import recipes
 from command import origin, start
-from jaxad import rundir
-from jaxad.artifact import read_json, write_json
+from jaxad.runs import directory as rundir
+from jaxad.files import read_json, write_json
 from jaxad.data import Dataset, open_data
 from jaxad.detector import peak_bytes
-from jaxad.embedding import EmbeddingCache
+from jaxad.driver.embedding import EmbeddingCache
 from jaxad.metrics import evaluate
-from jaxad.program import compile_seconds
+from jaxad.driver.program import compile_seconds
 
 
 @dataclass

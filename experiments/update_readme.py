@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from command import start
-from jaxad.artifact import read_json, write_atomically
+from jaxad.files import read_json, write_atomically
 from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxad.detector import Detector, Prediction, load
-    from jaxad.mesh import make_mesh
+    from jaxad.driver.mesh import make_mesh
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "Prediction", "__version__", "load", "make_mesh"]

@@ -16,18 +16,18 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 import jaxad.backbones
-from jaxad import artifact
+from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
-from jaxad.embedding import EmbeddingCache, Storage
-from jaxad.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
-from jaxad.mesh import agreed
+from jaxad.driver.embedding import EmbeddingCache, Storage
+from jaxad.driver.fit import Progress, abstract_state, class_state, fit, fit_classes, score, score_classes
+from jaxad.driver.mesh import agreed
+from jaxad.driver.plan import Plan, estimate, shortage
+from jaxad.driver.program import compile_seconds
 from jaxad.methods import factory
 from jaxad.metrics import Threshold, conformal_threshold
 from jaxad.metrics import threshold as thresholds
-from jaxad.plan import Plan, estimate, shortage
-from jaxad.program import compile_seconds
 
 CURVE = 200
 """Points of a curve of losses at most."""
@@ -246,7 +246,7 @@ class Detector:
         }
         artifact.save_state(directory, self.state if state is None else state)
         both = thresholds.Thresholds(self.image_threshold, self.pixel_threshold)
-        artifact.write_json(Path(directory) / "threshold.json", thresholds.pair_to_json(both))
+        files.write_json(Path(directory) / "threshold.json", thresholds.pair_to_json(both))
         artifact.save_description(directory, description)
 
     def recipe(self) -> dict[str, Any]:
@@ -614,7 +614,7 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
     detector.state = artifact.load_state(directory, abstract_state(method, frozen, spec))
     detector.n_train, detector.normal_level = saved["n_train"], saved["normal_level"]
     path = directory / "threshold.json"
-    values = artifact.read_json(path) if path.is_file() else {}
+    values = files.read_json(path) if path.is_file() else {}
     detector.image_threshold, detector.pixel_threshold = thresholds.pair_from_json(values, path)
     return detector
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxad
-from jaxad import mesh as meshes
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.fit import class_state, fit, fit_classes, score_all, score_classes
+from jaxad.driver import mesh as meshes
+from jaxad.driver.fit import class_state, fit, fit_classes, score_all, score_classes
 from tests.cases import CASES
 from tests.test_conformance import assert_close, defective, frozen_for, photographs
 

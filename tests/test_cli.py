@@ -18,12 +18,13 @@ import safetensors.numpy
 from PIL import Image
 
 import jaxad
-from jaxad import artifact, methods, rundir, runs
+from jaxad import files, methods, runs
 from jaxad.backbones import backbone
 from jaxad.cli import main
 from jaxad.data import Dataset, open_data
 from jaxad.methods import METHODS
 from jaxad.report.runs import load_run
+from jaxad.runs import directory as rundir
 
 SMALL = ("--image-size", "64", "--batch-size", "4")
 MODEL = {"model.json", "model.safetensors", "recipe.json", "threshold.json"}
@@ -93,13 +94,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_fit_of_a_flat_folder_writes_a_model_and_the_recipe(flat_run: Path):
     assert files_below(flat_run) >= MODEL and not (flat_run / "checkpoint").exists()
-    recipe = artifact.read_json(flat_run / "recipe.json")
+    recipe = files.read_json(flat_run / "recipe.json")
     assert (recipe["method"], recipe["dataset"], recipe["category"]) == ("patchcore", "photos", "photos")
     assert recipe["hyperparameters"]["coreset_sampling_ratio"] == 0.1
     assert recipe["n_train"] == 7 and recipe["n_heldout"] == 2
     assert recipe["seconds"]["compile"] > 0 and recipe["seconds"]["fit"] > 0 and recipe["peak_bytes"] > 0
     assert recipe["command"].startswith("jaxad fit ")
-    threshold = artifact.read_json(flat_run / "threshold.json")
+    threshold = files.read_json(flat_run / "threshold.json")
     assert threshold["image"]["source"] == threshold["pixel"]["source"] == "held-out normals"
 
 
@@ -109,7 +110,7 @@ def test_score_writes_rows_overlays_and_maps_in_the_tree_of_the_images(flat_run:
     assert files_below(tmp_path / "overlays") == {f"{name}.png" for name in names}
     assert files_below(tmp_path / "maps") == {f"{name}.tiff" for name in names}
     rows = read_csv(tmp_path / "scores.csv")
-    threshold = artifact.read_json(flat_run / "threshold.json")["image"]["value"]
+    threshold = files.read_json(flat_run / "threshold.json")["image"]["value"]
     assert {row["path"] for row in rows} == {str(photos / name) for name in names}
     assert {(row["label"], row["defect"]) for row in rows} == {("", "")}
     assert [row["prediction"] for row in rows] == [str(int(float(row["score"]) > threshold)) for row in rows]
@@ -153,13 +154,13 @@ def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, ca
     assert page.read_text().count("<details") == 2
     for category in ("bolt", "nut"):
         assert files_below(folder / category) == MODEL | {"metrics.json", "scores.csv", "scores.jsonl", "examples.npz"}
-        found = artifact.read_json(folder / category / "metrics.json")
+        found = files.read_json(folder / category / "metrics.json")
         assert (found["n_test"], found["n_anomalous"], found["oracle"]) == (6, 3, False)
         rows = read_csv(folder / category / "scores.csv")
         assert [(row["label"], row["defect"]) for row in rows] == [("0", "good")] * 3 + [("1", "scratch")] * 3
         good, bad = np.array([float(row["score"]) for row in rows]).reshape(2, 3)
         assert found["metrics"]["image_AUROC"] == pytest.approx((bad[:, None] > good).mean())
-        assert artifact.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
+        assert files.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
 
 
 def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_path: Path):
@@ -167,15 +168,15 @@ def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_pa
     shutil.copytree(parts_runs / "padim" / "parts" / "nut", run_dir)
     before = (run_dir / "threshold.json").read_bytes()
     assert main(["evaluate", str(run_dir), "--oracle"]) == 0
-    found = artifact.read_json(run_dir / "metrics.json")
+    found = files.read_json(run_dir / "metrics.json")
     sources = [found["thresholds"][kind]["source"] for kind in ("image", "pixel")]
     assert found["oracle"] is True and sources == ["oracle (test set)"] * 2
     assert load_run(run_dir).threshold.source == "oracle (test set)"
     assert (run_dir / "threshold.json").read_bytes() == before  # no other command gets to see them
     assert main(["evaluate", str(run_dir)]) == 0
-    assert artifact.read_json(run_dir / "metrics.json")["oracle"] is False
+    assert files.read_json(run_dir / "metrics.json")["oracle"] is False
     assert load_run(run_dir).threshold.source == "held-out normals"
-    score_run = ["score", str(run_dir), artifact.read_json(run_dir / "recipe.json")["source"]]
+    score_run = ["score", str(run_dir), files.read_json(run_dir / "recipe.json")["source"]]
     assert main([*score_run, "--output", str(tmp_path)]) == 0
     assert [row["label"] for row in read_csv(tmp_path / "scores.csv")] == ["0"] * 3 + ["1"] * 3
 
@@ -192,8 +193,8 @@ def test_benchmark_gives_what_fit_and_evaluate_give(
     assert main(["fit", *common, "--seed", "1", "--output", str(tmp_path)]) == 0
     alone = tmp_path / "patchcore" / "parts" / "bolt"
     assert main(["evaluate", str(alone)]) == 0
-    benchmarked = artifact.read_json(tmp_path / "seed1" / "patchcore" / "parts" / "bolt" / "metrics.json")
-    assert benchmarked["metrics"] == pytest.approx(artifact.read_json(alone / "metrics.json")["metrics"], abs=1e-3)
+    benchmarked = files.read_json(tmp_path / "seed1" / "patchcore" / "parts" / "bolt" / "metrics.json")
+    assert benchmarked["metrics"] == pytest.approx(files.read_json(alone / "metrics.json")["metrics"], abs=1e-3)
 
 
 def test_a_benchmark_of_all_methods_leaves_out_those_that_the_backbone_does_not_suit(
@@ -259,7 +260,7 @@ def test_all_categories_at_once_are_each_on_its_own(
             np.testing.assert_allclose(leaf, wanted[name], rtol=1e-4, atol=1e-5)
         assert sorted(path.name for path in run_dir.iterdir()) == ["bolt", "nut"]
         assert files_below(run_dir / "nut") == MODEL
-        thresholds = [artifact.read_json(path / "threshold.json") for path in (run_dir / "nut", one)]
+        thresholds = [files.read_json(path / "threshold.json") for path in (run_dir / "nut", one)]
         assert thresholds[0]["image"]["value"] == pytest.approx(thresholds[1]["image"]["value"], rel=1e-4)
         assert main(["evaluate", str(run_dir / "nut")]) == 0
 
@@ -276,11 +277,11 @@ def test_one_model_for_all_categories(
         "bolt",
         "nut",
     }
-    recipe = artifact.read_json(run_dir / "recipe.json")
+    recipe = files.read_json(run_dir / "recipe.json")
     assert recipe["category"] == "unified" and recipe["n_train"] + recipe["n_heldout"] == 12
-    before = artifact.read_json(run_dir / "bolt" / "metrics.json")
+    before = files.read_json(run_dir / "bolt" / "metrics.json")
     assert main(["evaluate", str(run_dir)]) == 0
-    assert artifact.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
+    assert files.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
     assert rundir.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
     assert rundir.find([tmp_path], "model.json") == [run_dir]
 
@@ -306,7 +307,7 @@ def test_a_sweep_is_a_fit_for_each_value(
             assert found["bank"].shape == wanted["bank"].shape and found["size"] == wanted["size"]
             np.testing.assert_allclose(found["bank"], wanted["bank"], rtol=1e-4, atol=1e-5)
             assert found["neighbors"] == wanted["neighbors"]
-            metrics = [artifact.read_json(d / "metrics.json")["metrics"] for d in (run_dir, one)]
+            metrics = [files.read_json(d / "metrics.json")["metrics"] for d in (run_dir, one)]
             assert metrics[0] == pytest.approx(metrics[1], abs=1e-4)
             loaded = jaxad.load(run_dir)
             assert loaded.hyperparameters[name] == float(value)

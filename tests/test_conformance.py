@@ -13,7 +13,7 @@ import pytest
 from jaxad import artifact
 from jaxad.backbones import backbone
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, State
-from jaxad.fit import abstract_state
+from jaxad.driver.fit import abstract_state
 from tests.cases import CASES, IMAGE_SIZE
 
 B = 4

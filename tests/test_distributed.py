@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxad import artifact
+from jaxad import files
 from jaxad.backbones import backbone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def benchmark(source: Path, options: Sequence[str], output: Path) -> list[str]:
 
 
 def metrics_below(output: Path) -> dict[str, dict]:
-    return {str(path.relative_to(output)): artifact.read_json(path)["metrics"] for path in output.rglob("metrics.json")}
+    return {str(path.relative_to(output)): files.read_json(path)["metrics"] for path in output.rglob("metrics.json")}
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -18,7 +18,7 @@ from jaxad.backbones import backbone
 from jaxad.base import Batch
 from jaxad.data import Arrays, Preprocess, open_data
 from jaxad.detector import EMBEDDED
-from jaxad.fit import fit, score_all
+from jaxad.driver.fit import fit, score_all
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

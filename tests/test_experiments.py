@@ -19,7 +19,7 @@ from PIL import Image
 
 import jaxad
 from jaxad.backbones import backbone, load
-from jaxad.fit import abstract_state
+from jaxad.driver.fit import abstract_state
 from jaxad.methods import METHODS
 from jaxad.report.tables import APART
 

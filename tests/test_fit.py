@@ -15,14 +15,14 @@ import optax
 import pytest
 
 import jaxad
-from jaxad import embedding, program
-from jaxad import fit as module
 from jaxad.base import Method, Scores, Stage
-from jaxad.checkpoint import Saver
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.embedding import EmbeddingCache, Storage
-from jaxad.fit import NonFiniteLoss, class_state, fit, fit_classes, score, score_all, score_classes
-from jaxad.mesh import mesh_shape
+from jaxad.driver import embedding, program
+from jaxad.driver import fit as module
+from jaxad.driver.checkpoint import Saver
+from jaxad.driver.embedding import EmbeddingCache, Storage
+from jaxad.driver.fit import NonFiniteLoss, class_state, fit, fit_classes, score, score_all, score_classes
+from jaxad.driver.mesh import mesh_shape
 from jaxad.methods import padim
 
 KEY = jax.random.key(3)
@@ -583,7 +583,7 @@ CHILD = """
 import os, random, signal, sys, threading
 import jax
 from tests.test_fit import DATA, FROZEN, KEY, LONG
-from jaxad.fit import fit
+from jaxad.driver.fit import fit
 
 directory, seconds = sys.argv[1], float(sys.argv[2])
 timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 import jaxad
-from jaxad import memory, plan
-from jaxad import mesh as meshes
 from jaxad.cli import main
 from jaxad.data import Preprocess, open_data
 from jaxad.detector import plan_together
-from jaxad.embedding import EmbeddingCache
-from jaxad.fit import fit, fit_classes, score_all, score_classes
-from jaxad.memory import Memory, available
+from jaxad.driver import memory, plan
+from jaxad.driver import mesh as meshes
+from jaxad.driver.embedding import EmbeddingCache
+from jaxad.driver.fit import fit, fit_classes, score_all, score_classes
+from jaxad.driver.memory import Memory, available
+from jaxad.driver.plan import estimate, size
+from jaxad.driver.program import Program, compile_seconds
 from jaxad.methods import padim, patchcore
-from jaxad.plan import estimate, size
-from jaxad.program import Program, compile_seconds
 from tests.cases import CASES
 from tests.test_conformance import frozen_for, frozen_of, photographs
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxad import program
+from jaxad.driver import program
 
 
 @pytest.fixture(autouse=True)

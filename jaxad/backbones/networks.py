@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxad.backbones import convolution, efficientnet, patchnet, pdn, registry, resnet, transformer, vgg
 from jaxad.base import EmbedFn, Frozen, Key, PyTree
 from jaxad.nn import ConvNorm, without_norm
-from jaxad.ops.gradient import torch_bias, torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.image import levels
 
 

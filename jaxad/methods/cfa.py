@@ -27,11 +27,12 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, torch_uniform, zero_padding
+from jaxad.nn.initial import torch_uniform
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_amsgrad_w, zero_padding
 
 MARGIN, SOFTNESS = 0.1, 1e-3
 """Alpha and nu of Eq. 3 and 4."""

@@ -30,10 +30,11 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, block_params, random_orthogonal
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
+from jaxad.nn.initial import torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.lapack import key_after
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 
 WARM_UP, LEAST_RATE = 0.08, 1e-3
 """The learning rate begins at a tenth, rises for this share of the training, and falls to this share of it (cosine)."""

@@ -28,15 +28,15 @@ from jaxtyping import Array, Bool, Float, UInt8
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.color import color_jitter
 from jaxad.ops.cosine import unit
-from jaxad.ops.cutpaste import cutpaste as with_piece
-from jaxad.ops.cutpaste import scar as with_scar
 from jaxad.ops.gaussian import ledoit_wolf, mahalanobis
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.image import pixels
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.synthesis.color import color_jitter
+from jaxad.synthesis.cutpaste import cutpaste as with_piece
+from jaxad.synthesis.cutpaste import scar as with_scar
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 JITTER = 0.1
 """Strength of the changes of color."""

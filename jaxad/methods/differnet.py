@@ -27,10 +27,11 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.bijectors import GlowNetworks, Permutation, Scan, glow_coupling
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, torch_uniform, zero_padding
+from jaxad.nn.initial import torch_uniform
 from jaxad.ops.heatmap import blur_matrix
 from jaxad.ops.loops import each
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 
 SCALES = 3
 

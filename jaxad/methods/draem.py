@@ -29,15 +29,15 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.nn import ConvNorm
 from jaxad.nn.sspcab import Sspcab
 from jaxad.nn.unet import Blocks, doubled, halved
-from jaxad.ops.anomaly import textured
-from jaxad.ops.focal import focal_loss
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.ops.image import pixels
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of
+from jaxad.ops.losses import focal_loss
 from jaxad.ops.ssim import ssim
-from jaxad.ops.texture import BOLD_CHANGES, source
-from jaxad.ops.warp import rotate
+from jaxad.synthesis.anomaly import textured
+from jaxad.synthesis.texture import BOLD_CHANGES, source
+from jaxad.synthesis.warp import rotate
+from jaxad.training.checks import above_zero, at_least_one, multiples_of
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 ROTATED, ANOMALOUS = 0.3, 0.5
 """Shares of the training images that are rotated, and that have an anomaly."""

@@ -31,22 +31,14 @@ from jaxtyping import Array, Float
 from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, normalize, stride, student
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.color import apart_from, gray_of
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import (
-    Trained,
-    begin,
-    descend,
-    mean_of_valid,
-    torch_adam,
-    torch_bias,
-    torch_uniform,
-    zero_padding,
-)
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.holdout import ONE_OF, held_out, learned_from
 from jaxad.ops.image import levels
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.synthesis.color import apart_from, gray_of
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
+from jaxad.training.holdout import ONE_OF, held_out, learned_from
 
 LOW, HIGH = 0.9, 0.995
 """Quantiles of the maps of normal images that become 0 and 0.1."""

@@ -30,14 +30,14 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.patches import Discriminator
-from jaxad.ops.anomaly import blended, foreground
-from jaxad.ops.ascent import ascend, into_shell
-from jaxad.ops.focal import focal_loss
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
 from jaxad.ops.heatmap import patch_features, upsample_blur
-from jaxad.ops.perlin import perlin_mask
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
-from jaxad.ops.texture import GENTLE_CHANGES, source
+from jaxad.ops.losses import focal_loss
+from jaxad.synthesis.anomaly import blended, foreground
+from jaxad.synthesis.ascent import ascend, into_shell
+from jaxad.synthesis.perlin import perlin_mask
+from jaxad.synthesis.texture import GENTLE_CHANGES, source
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
 
 RADIUS = 0.75
 """Share of the normal features within the hypersphere."""

@@ -35,12 +35,12 @@ from jaxad.nn import ConvNorm
 from jaxad.nn.attention import CoordinateAttention
 from jaxad.nn.residual import Residual
 from jaxad.nn.unet import doubled
-from jaxad.ops.anomaly import foreground, shuffled, textured
-from jaxad.ops.focal import focal_loss
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.knn import squared_distances
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
-from jaxad.ops.texture import source
+from jaxad.ops.losses import focal_loss
+from jaxad.synthesis.anomaly import foreground, shuffled, textured
+from jaxad.synthesis.texture import source
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 LAYERS = ("layer1", "layer2", "layer3")
 """The backbone's stages, of strides 4, 8 and 16."""

@@ -30,9 +30,9 @@ from jaxad.backbones import features, normalize, stride
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
 from jaxad.ops.cosine import cosine_distance
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 """Of a VGG-16 before each of its poolings."""

@@ -50,9 +50,9 @@ from jaxad.bijectors import (
 )
 from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 from jaxad.ops.image import pixels
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
 BOUND = 0.05

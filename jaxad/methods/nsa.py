@@ -28,12 +28,12 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.nn.norm import Convolution
 from jaxad.nn.residual import Residual
 from jaxad.nn.unet import doubled
-from jaxad.ops.anomaly import foreground
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.image import pixels
-from jaxad.ops.nsa import Label, Sizes, natural
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
-from jaxad.ops.warp import moved
+from jaxad.synthesis.anomaly import foreground
+from jaxad.synthesis.nsa import Label, Sizes, natural
+from jaxad.synthesis.warp import moved
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 LAYER = "layer4"
 LAST = 1e-3

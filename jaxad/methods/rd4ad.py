@@ -26,9 +26,9 @@ from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stag
 from jaxad.nn import ConvNorm
 from jaxad.nn.residual import Residual
 from jaxad.ops.cosine import cosine_distance
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 LAYERS = ("layer1", "layer2", "layer3")
 """The teacher's stages, of strides 4, 8 and 16."""

@@ -26,9 +26,9 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.patches import Discriminator
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
 from jaxad.ops.heatmap import patch_features, upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
 
 
 class SimplenetTraining(NamedTuple):

@@ -23,9 +23,9 @@ from jaxad.backbones import backbone as architecture
 from jaxad.backbones import features, residual_blocks, student
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.cosine import unit
-from jaxad.ops.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.rules import above_zero, at_least_one, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 
 class StfpmTraining(NamedTuple):

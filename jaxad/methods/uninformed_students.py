@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 from jaxad.backbones import features, student
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.holdout import held_out, learned_from
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
+from jaxad.training.holdout import held_out, learned_from
 
 
 class Scale(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jaxad.ops.gradient import torch_bias, torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 
 
 class Sspcab(nn.Module):

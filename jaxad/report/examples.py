@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxad.artifact import replacing
+from jaxad.files import replacing
 
 FILE = "examples.npz"
 

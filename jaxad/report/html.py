@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxad.artifact import replacing
+from jaxad.files import replacing
 from jaxad.metrics.threshold import ORACLE, Threshold
 from jaxad.report.charts import Series, histogram_svg, loss_svg, roc, roc_svg
 from jaxad.report.examples import Examples, flagged

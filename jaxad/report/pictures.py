@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from jaxad.artifact import replacing
+from jaxad.files import replacing
 
 COLORMAP = "plasma"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxad.artifact import read_json
+from jaxad.files import read_json
 from jaxad.metrics.threshold import ORACLE, Threshold, pair_from_json
 from jaxad.report.examples import Examples, load_examples
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxad.artifact import read_json
+from jaxad.files import read_json
 
 ABSENT = "–"
 MEAN = "Mean"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxad.backbones.patchnet import LAYERS, PatchNetwork, patch_size
-from jaxad.ops.gradient import torch_uniform
+from jaxad.nn.initial import torch_uniform
 from tests.cases import TINY
 from tests.methods.narrow import narrow_conv
 

@@ -10,7 +10,7 @@ from sklearn.covariance import LedoitWolf
 
 from jaxad.backbones import backbone
 from jaxad.data import Preprocess, open_data
-from jaxad.fit import fit
+from jaxad.driver.fit import fit
 from jaxad.methods.cutpaste import cutpaste, spread
 from jaxad.ops.heatmap import upsample_blur
 from tests.cases import TINY

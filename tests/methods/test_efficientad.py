@@ -16,10 +16,10 @@ from jaxad import Detector
 from jaxad.backbones import backbone, features, normalize, stride, student
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.fit import fit, score_all
+from jaxad.driver.fit import fit, score_all
 from jaxad.methods.efficientad import Autoencoder, described, draw_photographs, efficientad, hard_mean, jitter, mixing
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.holdout import held_out, learned_from
+from jaxad.training.holdout import held_out, learned_from
 from tests.cases import TINY
 
 KEY = jax.random.key(0)

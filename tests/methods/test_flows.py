@@ -15,7 +15,7 @@ from scipy.special import expit
 from jaxad.backbones import backbone
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.fit import NonFiniteLoss, fit
+from jaxad.driver.fit import NonFiniteLoss, fit
 from jaxad.methods.cflow import cflow, position_code, schedule
 from jaxad.methods.csflow import csflow, scales_of
 from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate

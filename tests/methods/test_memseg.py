@@ -10,7 +10,7 @@ import pytest
 from jaxad.backbones import backbone
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.fit import fit
+from jaxad.driver.fit import fit
 from jaxad.methods.memseg import LAYERS, Memory, MemsegNetwork, Segmenter, memseg, nearest
 from jaxad.nn.attention import CoordinateAttention
 from tests.cases import TINY

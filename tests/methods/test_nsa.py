@@ -12,8 +12,8 @@ from jaxad.backbones import backbone, student
 from jaxad.base import Batch
 from jaxad.methods.nsa import LAYER, Decoder, NsaNetwork, nsa
 from jaxad.nn.norm import Convolution
-from jaxad.ops.nsa import Sizes, natural
-from jaxad.ops.warp import moved
+from jaxad.synthesis.nsa import Sizes, natural
+from jaxad.synthesis.warp import moved
 from tests.cases import TINY
 from tests.methods import plain
 

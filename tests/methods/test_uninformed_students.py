@@ -8,10 +8,10 @@ import pytest
 from jaxad.backbones import backbone, student
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.fit import fit
+from jaxad.driver.fit import fit
 from jaxad.methods.uninformed_students import uninformed_students
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.holdout import held_out, learned_from
+from jaxad.training.holdout import held_out, learned_from
 from tests.cases import TINY
 
 KEY = jax.random.key(0)

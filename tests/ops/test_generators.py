@@ -15,7 +15,7 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
-from jaxad.ops import anomaly, color, cutpaste, nsa, perlin, poisson, texture, warp
+from jaxad.synthesis import anomaly, color, cutpaste, nsa, perlin, poisson, texture, warp
 
 SIZE = (48, 64)
 SOURCE = jnp.asarray(np.random.default_rng(9).random((*SIZE, 3), np.float32))

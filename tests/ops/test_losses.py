@@ -6,10 +6,10 @@ import numpy as np
 from scipy import ndimage
 
 from jaxad.nn.sspcab import Sspcab
-from jaxad.ops.ascent import ascend, into_shell
 from jaxad.ops.cosine import unit
-from jaxad.ops.focal import focal_loss
+from jaxad.ops.losses import focal_loss
 from jaxad.ops.ssim import ssim
+from jaxad.synthesis.ascent import ascend, into_shell
 
 RNG = np.random.default_rng(0)
 

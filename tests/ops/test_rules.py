@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jaxad.ops.rules import above_zero, at_least_one, multiples_of, zero_or_more
+from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

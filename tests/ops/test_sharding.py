@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxad.base import Batch
-from jaxad.mesh import Layout
+from jaxad.driver.mesh import Layout
 from jaxad.methods import METHODS
 from jaxad.ops import coreset
 from jaxad.ops import knn as knn_module

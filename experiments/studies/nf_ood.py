@@ -1,0 +1,236 @@
+"""Whether flows know foreign images: likelihoods of CIFAR-10 against those of simpler images; writes nf_ood.json.
+
+    python experiments/nf_ood.py --cifar TFDS_FOLDER --embeddings CV_BY_RESNET18_FOLDER --photos MT_FREE_FOLDER
+        --textures DTD_FOLDER --weights resnet18.tv_in1k.safetensors
+
+Every flow is trained on images of CIFAR-10 of all classes; the AUROC is that of its scores for foreign images (higher
+is more anomalous) against CIFAR-10's test images: below 0.5 the flow takes the foreign images for the likelier ones.
+Source: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, arXiv:2006.08545. Foreign are images of one
+color, the mean of a test image each; digits rendered in the manner of SVHN, which is not at hand as images; photographs
+of magnetic tiles and of textures. On embeddings: those of the given ResNet-18 for the same images, and ADBench's of
+CIFAR-10's first class and of SVHN. `--smoke` is the small variant that the tests run, on noise.
+
+`--aligned CLASS_FOLDER` trains on the normal images of a class in MVTec's layout instead, in which one part of an image
+tells of another; it writes nf_ood_CLASS.json. Foreign are there also the background without the object (one color, that
+of a test image's corner each), CIFAR-10's images, and those with defects.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+import loops
+import run
+from command import machine, start
+from jaxad.files import read_json, write_json
+from jaxad.backbones import backbone, load, of_file
+from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.driver.fit import fit, score_all
+from jaxad.methods import nf
+from jaxad.metrics import auroc
+from jaxad.driver.program import Program
+from photographs import photographs
+
+SIZE = 32
+ENLARGED = 224
+"""Height and width that a backbone sees."""
+FAR = 4
+"""Blocks of the flows whose networks must see half an image."""
+ADBENCH = "RealNVP on ADBench's embeddings"
+
+
+@dataclasses.dataclass
+class Options:
+    """Likelihoods of foreign images."""
+
+    cifar: Path = Path("tensorflow_datasets")
+    """Folder of TensorFlow Datasets that holds CIFAR-10 as array_record."""
+    aligned: Path | None = None
+    """A class in MVTec's layout to train on instead of CIFAR-10."""
+    photos: Path = Path("mtd/MT_Free")
+    """Folder of photographs of plain surfaces (MTD's defect-free tiles)."""
+    textures: Path = Path("dtd")
+    """Folder of photographs of textures (DTD)."""
+    embeddings: Path = Path("CV_by_ResNet18")
+    """ADBench's folder."""
+    weights: Path = Path("resnet18.tv_in1k.safetensors")
+    """A ResNet-18's."""
+    train: int = 20_000
+    """Training images."""
+    test: int = 1_000
+    """Test images, and foreign images of each kind at most."""
+    hidden: int = 32
+    """Width of the networks of flows on pixels."""
+    epochs: int = 1
+    """Of flows on pixels."""
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    flows: tuple[str, ...] = ()
+    """By name; none: all. Rows of other flows that the file of results holds of the same images stay."""
+    results: Path = Path(__file__).parent / "results"
+    smoke: bool = False
+    """Few images of noise."""
+
+
+def flows(options: Options) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters by name."""
+    trained: dict[str, Any] = dict(train_batch_size=options.batch_size, learning_rate=options.learning_rate)
+    pixels = trained | dict(on="pixels", hidden=options.hidden, epochs=options.epochs)
+    small: dict[str, Any] = dict(couplings=2, blocks=1) if options.smoke else {}
+    one_scale = pixels | dict(scales=1, couplings=8) | small
+    known = {
+        "RealNVP, 3 scales": pixels | dict(scales=3, couplings=4),
+        "Glow, 3 scales": pixels | dict(flow="glow", scales=3, couplings=8),
+        "RealNVP, checkerboard": one_scale,
+        "RealNVP, checkerboard, as deep": one_scale | dict(blocks=FAR),
+        "RealNVP, horizontal mask": one_scale | dict(mask="horizontal", blocks=FAR),
+        "RealNVP, cycle mask": one_scale | dict(mask="cycle", blocks=FAR),
+        "RealNVP on embeddings": trained
+        | dict(layers=("layer1", "layer2", "layer3"), epochs=2 * options.epochs)
+        | small,
+        ADBENCH: trained | dict(layers=("layer3",), epochs=5 * options.epochs) | small,
+    }
+    if options.aligned is not None:
+        del known[ADBENCH]
+    if not set(options.flows) <= set(known):
+        raise ValueError(f"flows must be of {', '.join(known)}, got {', '.join(options.flows)}")
+    return {name: known[name] for name in options.flows or known}
+
+
+def cifar(options: Options, split: str, n: int) -> np.ndarray:
+    """The first images of a split."""
+    if options.smoke:
+        return np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    source: Any = tfds.data_source("cifar10", split=split, data_dir=str(options.cifar), download=False)
+    return np.stack([source[i]["image"] for i in range(min(n, len(source)))])
+
+
+def resized(options: Options, folder: Path, n: int) -> np.ndarray:
+    """Photographs of a folder and those below it, at CIFAR's size."""
+    if options.smoke:
+        return digits(n)
+    paths = photographs(folder)
+    paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(n, len(paths))).astype(int)]
+    opened = (Image.open(path).convert("RGB") for path in paths)
+    return np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in opened])
+
+
+def vectors_of(options: Options, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and labels of ADBench."""
+    if options.smoke:
+        return np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32), np.arange(80) % 2
+    with np.load(options.embeddings / f"{name}.npz") as file:
+        return file["X"].astype(np.float32), file["y"]
+
+
+def digits(n: int) -> np.ndarray:
+    """House numbers: blurred digits of one muted color on another, with neighbors that are cut off."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(n):
+        gray, tint = rng.normal(115, 50, (2, 1)), rng.normal(0, 10, (2, 3))
+        back, front = (tuple(int(v) for v in color) for color in np.clip(gray + tint, 0, 255))
+        image = Image.new("RGB", (SIZE, SIZE), back)
+        font = ImageFont.load_default(size=int(rng.integers(22, 32)))
+        word = " ".join(str(d) for d in rng.integers(0, 10, 3))
+        ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), word, fill=front, font=font, anchor="mm")
+        images.append(np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))))
+    return np.stack(images)
+
+
+def data_of(images: np.ndarray, size: int) -> Dataset:
+    """A data set of arrays, of that height and width."""
+    train = open_data(images, preprocess=Preprocess((size, size)))["arrays"].train
+    assert train is not None
+    return train
+
+
+def against(scores: np.ndarray, foreign: np.ndarray) -> float:
+    """The AUROC of foreign images."""
+    labels = np.r_[np.zeros(len(scores), int), np.ones(len(foreign), int)]
+    return auroc(np.r_[scores, foreign], labels)
+
+
+def main(options: Options) -> None:
+    """Trains all flows."""
+    others = {}
+    if options.aligned is None:
+        name, train, test = "nf_ood", cifar(options, "train", options.train), cifar(options, "test", options.test)
+    else:
+        name = f"nf_ood_{options.aligned.name}"
+        parts = {"train": options.train, "test": options.test}
+        train, test = (resized(options, options.aligned / part / "good", n) for part, n in parts.items())
+        kinds = sorted(path for path in (options.aligned / "test").iterdir() if path.name != "good")
+        others["background"] = np.tile(test[:, :1, :1], (1, SIZE, SIZE, 1))
+        others["CIFAR-10"] = cifar(options, "test", options.test)
+        others["defects"] = np.concatenate([resized(options, kind, options.test) for kind in kinds])
+    colors = np.round(test.mean((1, 2), keepdims=True)).astype(np.uint8)
+    foreign = {
+        "one color": np.tile(colors, (1, SIZE, SIZE, 1)),
+        "digits": digits(options.test),
+        "tiles": resized(options, options.photos, options.test),
+        "textures": resized(options, options.textures, options.test),
+        **others,
+    }
+    network = of_file(options.weights)
+    frozen = backbone(network).init(jax.random.key(0)) if options.smoke else load(network, options.weights)
+    chosen = flows(options)
+    record: dict[str, Any] = {
+        "experiment": name,
+        "train_images": len(train),
+        "test_images": len(test),
+        "foreign_images": {k: len(v) for k, v in foreign.items()},
+        **machine(),
+    }
+    rows, path = {}, options.results / f"{name}.json"
+    old = read_json(path) if path.exists() else {}
+    if record.items() <= old.items():
+        rows = old["flows"]  # of another part of the same experiment
+
+    def on_images(flow: str) -> dict[str, Any]:
+        method, pixels = nf(backbone=network, **chosen[flow]), chosen[flow].get("on") == "pixels"
+        side = SIZE if pixels or options.smoke else ENLARGED
+        fitted = fit(method, frozen, data_of(train, side), jax.random.key(0), progress=run.progress())
+
+        def scored(images: np.ndarray) -> np.ndarray:
+            data, size = data_of(images, side), min(64, options.test)
+            return np.asarray(score_all(method, fitted.state, frozen, data, batch_size=size).image)
+
+        own = scored(test)
+        return {
+            "bits_per_dimension": float(own.mean()) if pixels else None,
+            "auroc": {k: against(own, scored(v)) for k, v in foreign.items()},
+            "seconds": fitted.run_seconds,
+        }
+
+    def on_adbench() -> dict[str, Any]:
+        x, y = vectors_of(options, "CIFAR10_0")
+        normal, other = x[y == 0], x[y == 1]
+        held_out = len(normal) // 5
+        method = nf(backbone=network, **chosen[ADBENCH])
+        started = time.perf_counter()
+        *_, trained = loops.after_epochs(method, None, {"layer3": normal[held_out:]}, lambda done, total: None)
+        state = method.stages[-1].finalize(jax.random.key(0), trained, None)
+        seconds = time.perf_counter() - started
+        score = Program(lambda x: method.score(state, None, {"layer3": x}).image)
+        own, svhn = score(normal[:held_out]), score(vectors_of(options, "SVHN_0")[0])
+        auroc = {"SVHN": against(own, svhn), "other classes of CIFAR-10": against(own, score(other))}
+        return {"bits_per_dimension": None, "auroc": auroc, "seconds": seconds}
+
+    for flow, hyperparameters in chosen.items():
+        print(flow, file=sys.stderr, flush=True)
+        found = on_adbench() if flow == ADBENCH else on_images(flow)
+        rows[flow] = {"hyperparameters": hyperparameters, **found, "command": shlex.join(["python", *sys.argv])}
+        print(f"\n{flow}", found, flush=True)
+        write_json(path, record | {"flows": rows})
+
+
+if __name__ == "__main__":
+    start(main, Options)

@@ -1,0 +1,1 @@
+"""The driver: the only place with loops over data, classes, meshes, checkpoints and progress."""

@@ -1,0 +1,1 @@
+"""Run directories, and what is done in them: fitting, evaluating, scoring."""

@@ -1,0 +1,1 @@
+"""Synthetic anomalies, drawn on the device."""
