@@ -89,5 +89,3 @@ def _name(path: tuple) -> str:
 def _named(state: State) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_name(path): np.asarray(leaf, order="C") for path, leaf in leaves}
-
-

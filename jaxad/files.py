@@ -35,7 +35,6 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """A hidden folder in `folder`, whose files move to the same places in it when the block ends well.
@@ -60,13 +59,11 @@ def staging(folder: Path) -> Iterator[Path]:
         raise
 
 
-
 def remove_empty(folders: Iterable[Path]) -> None:
     """Removes folders, the innermost first, as far as nobody has written there meanwhile."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,11 +72,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON (NaN becomes null) atomically."""
     write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
-
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,7 +88,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-
 def _plain(value: Any) -> Any:
     """JSON has no NaN, no paths and no numpy: null, strings and numbers stand for them."""
     if isinstance(value, dict):
@@ -105,4 +99,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-

@@ -58,9 +58,6 @@ def render(
     return _photograph(random, surface, shade), mask
 
 
-# Defects: each changes the surface in place and returns its coverage and the light it leaves
-
-
 def _photograph(random: Random, surface: Surface, shade: Map) -> UInt8[np.ndarray, "h w 3"]:
     size = surface.height.shape[0]
     y, x = grid(size)
@@ -88,9 +85,9 @@ def _photograph(random: Random, surface: Surface, shade: Map) -> UInt8[np.ndarra
     image = image * exposure[..., None] * white.astype(np.float32)
     sharpness = random.uniform(0.6, 0.75) * size / 256
     image = np.stack([ndimage.gaussian_filter(image[..., c], sharpness, truncate=3) for c in range(3)], -1)
-    noise = 0.7 * random.standard_normal((size, size, 3), np.float32)
-    noise += random.standard_normal((size, size, 1), np.float32)
-    image = image + noise * np.sqrt(np.maximum(image, 0) * 0.00012 + 0.000006)
+    grain = 0.7 * random.standard_normal((size, size, 3), np.float32)
+    grain += random.standard_normal((size, size, 1), np.float32)
+    image = image + grain * np.sqrt(np.maximum(image, 0) * 0.00012 + 0.000006)
     image = np.maximum(image, 0)
     bright = image > 0.8
     image[bright] = 1 - 0.2 * np.exp(4 - 5 * image[bright])

@@ -1,7 +1,9 @@
 """Surfaces of the demo data: four products, and five kinds of defects that change them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
