@@ -1,6 +1,6 @@
 """Writes the tables of results in the documents anew, from experiments/results/*.json; nobody types a number there.
 
-    python experiments/update_readme.py
+    python -m experiments.update_readme
 
 A table stands between <!-- results --> and <!-- /results -->, or, for one data set or experiment, between
 <!-- results mtd --> and the same. `--check` changes nothing and fails where a table is not the one that the results
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import start
+from experiments.command import start
 from jaxad.files import read_json, write_atomically
 from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
 
@@ -213,7 +213,7 @@ def main(options: Options) -> None:
         old = path.read_text(encoding="utf-8")
         new = updated(old, options.results)
         if options.check and new != old:
-            raise ValueError(f"{path} is out of date: run python experiments/update_readme.py")
+            raise ValueError(f"{path} is out of date: run python -m experiments.update_readme")
         if new != old:
             write_atomically(path, new)
 

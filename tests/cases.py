@@ -1,7 +1,7 @@
 """The conformance table: one row a method and one for every variant that takes another path.
 
-`tests/test_conformance.py` runs each row through the same tests. A row carries whatever differs, so that no test asks
-for a method's name. Keep it tiny: 64 px, few channels, few steps.
+`tests/test_conformance.py` runs each row through the same tests. A row holds whatever differs, so that no test asks for
+a method's name. Keep it tiny: 64 px, few channels, few steps.
 """
 
 import inspect
@@ -9,75 +9,64 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxad.backbones import patchnet, pdn, registry, resnet
+from jaxad.backbones import Backbone, backbone
 from jaxad.base import Method
 from jaxad.methods import METHODS
+from tests.tiny import PATCH9, PATCH13, TINY_PDN, TINY_RESNET
 
 IMAGE_SIZE = (64, 64)
 TWO = ("layer1", "layer2")
-
-TINY = ("tiny_resnet", "tiny_pdn", "patch9", "patch13")
-"""Networks of the tests alone, with few channels: a ResNet of a block a stage, EfficientAD's, two of small patches."""
-resnet.BLOCKS["tiny_resnet"] = resnet.ResidualBlocks((1, 1, 1, 1), 1.0, 16)
-pdn.PUBLISHED["tiny_pdn"] = ((4, 8), (4, 16), (3, 16), (4, pdn.OUT))
-patchnet.LAYERS["patch9"] = ((4, 8, True), (3, patchnet.OUT, False))
-patchnet.LAYERS["patch13"] = ((4, 8, True), (5, patchnet.OUT, False))
-for _name in TINY:
-    registry.ENTRIES[_name] = registry.PLAIN[_name] = registry.Entry(_name, official=False)
+PDN_SMALL = backbone("pdn_small")
 
 
 class Case(NamedTuple):
-    """A method with hyper-parameters small enough to compile in a moment."""
+    """A method with hyperparameters small enough to compile in a moment."""
 
     method: str
     hyperparameters: dict[str, Any]
-    backbone: str | tuple[str, ...] = "pdn_small"
+    backbone: Backbone | tuple[Backbone, ...] = PDN_SMALL
     pixel: bool = True
     """Whether it gives a heat map."""
     random: bool = False
     """Whether the fitted state depends on the key."""
     streaming: bool = False
     """Whether the state is of one size however many training images there are."""
-
     determined: bool = True
-    """Whether the data determine the fitted state; principal directions have no sign, and gradients that are nearly 0
-    are what rounding makes of them."""
-
+    """Whether the data determine the fitted state: principal directions have no sign, and rounding decides what Adam
+    makes of gradients near 0."""
     jumps: bool = False
-    """Whether the heat map is a gradient through ReLUs, which jumps where rounding moves an activation over 0."""
-
+    """Whether the heat map is a gradient through ReLUs, which jumps where rounding moves an activation across 0."""
     tolerance: float = 1e-5
-    """Of scores, from one program to another; larger where the anomalies that are learned from have edges, over which
-    rounding moves a pixel."""
-
+    """Of scores, from one program to another; larger where synthetic anomalies have edges, across which rounding moves
+    a pixel."""
     weights: bool = True
     """Whether it uses a backbone's weights, and not only how images are normalized."""
-
     finds: bool = True
     """Whether tests can afford the training with which it finds a defect; else its recipe's results must show it."""
-
     constants: int = 0
-    """Bytes of a fixed matrix of the method's own that is part of its programs."""
-
+    """Bytes of a fixed matrix of the method that is part of its programs."""
     longer: Mapping[str, Any] = MappingProxyType({})
-    """Hyper-parameters with which it learns enough to find a defect, where steps so long magnify rounding."""
+    """Hyperparameters with which it learns enough to find a defect, where steps so long magnify rounding."""
+    slow: bool = False
+    """Whether compiling it for several classes takes so long that only `make test-all` does it."""
 
     @property
-    def backbones(self) -> tuple[str, ...]:
+    def backbones(self) -> tuple[Backbone, ...]:
         """The backbones, one or more."""
-        return (self.backbone,) if isinstance(self.backbone, str) else self.backbone
+        return (self.backbone,) if isinstance(self.backbone, Backbone) else self.backbone
 
     def make(self, longer: bool = False) -> Method:
         """The method."""
         make = METHODS[self.method]
-        given = {"backbone": self.backbone, "image_size": IMAGE_SIZE} if self.pixel else {"backbone": self.backbone}
-        accepted = {name: value for name, value in given.items() if name in inspect.signature(make).parameters}
+        arguments = {"backbone": self.backbone, "image_size": IMAGE_SIZE}
+        if not self.pixel:
+            del arguments["image_size"]
+        accepted = {name: value for name, value in arguments.items() if name in inspect.signature(make).parameters}
         return make(**accepted, **self.hyperparameters | (self.longer if longer else {}))
 
 
 PATCHCORE: dict[str, Any] = dict(layers=TWO, coreset_sampling_ratio=0.05, projection_dim=16, num_neighbors=2)
-"""Ratios so small that no two patches are equally far, to 1e-6, when one is picked: rounding picks among such."""
-
+"""Ratios so small that no two patches are equally far, to 1e-6, when one is picked: rounding decides among such."""
 CFA: dict[str, Any] = dict(layers=TWO, gamma_c=3, gamma_d=4, epochs=2, train_batch_size=4)
 CFLOW: dict[str, Any] = dict(
     layers=("layer2",), coupling_blocks=2, condition_size=8, fiber_batch_size=64, epochs=2, train_batch_size=4
@@ -107,7 +96,10 @@ SIMPLENET: dict[str, Any] = dict(
 )
 STFPM: dict[str, Any] = dict(layers=("layer1",), epochs=2, train_batch_size=4, learning_rate=0.01)
 STUDENTS: dict[str, Any] = dict(num_students=2, stride=8, epochs=2, train_batch_size=4)
-"""A step of gradient descent takes what fills a batch of the tests."""
+
+GRADIENT: dict[str, Any] = dict(random=True, streaming=True, determined=False)
+"""Of most methods that follow a gradient."""
+SYNTHETIC: dict[str, Any] = GRADIENT | dict(tolerance=2e-3, finds=False, slow=True)
 
 CASES = {
     "patchcore": Case("patchcore", PATCHCORE, random=True),
@@ -115,120 +107,52 @@ CASES = {
     "patchcore-all": Case("patchcore", dict(layers=("layer2",), coreset_sampling_ratio=1.0)),
     "patchcore-stream": Case("patchcore", PATCHCORE | dict(coreset_size=48), random=True),
     "patchcore-ensemble": Case(
-        "patchcore", PATCHCORE | dict(coreset_sampling_ratio=0.02), ("pdn_small", "pdn_small"), random=True
+        "patchcore", PATCHCORE | dict(coreset_sampling_ratio=0.02), (PDN_SMALL, PDN_SMALL), random=True
     ),
     "padim": Case("padim", dict(layers=TWO, n_features=6), random=True, streaming=True),
-    "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True),
+    "padim-all": Case("padim", dict(layers=("layer2",), n_features="all"), streaming=True, slow=True),
     "spade": Case("spade", dict(layers=TWO, image_layer="layer2", num_neighbors=3, num_pixel_neighbors=2)),
-    "cfa": Case("cfa", CFA, random=True, streaming=True, determined=False),
+    "cfa": Case("cfa", CFA, **GRADIENT),
     "cflow": Case("cflow", CFLOW, random=True, streaming=True),
-    "csflow": Case("csflow", CSFLOW, random=True, streaming=True, determined=False),
+    "csflow": Case("csflow", CSFLOW, slow=True, **GRADIENT),
     "cutpaste": Case(
-        "cutpaste",
-        CUTPASTE | dict(pretrained=True),
-        "tiny_resnet",
-        random=True,
-        determined=False,
-        tolerance=2e-2,
+        "cutpaste", CUTPASTE | dict(pretrained=True), TINY_RESNET, random=True, determined=False, tolerance=2e-2
     ),
     "cutpaste-patches": Case(
         "cutpaste",
         CUTPASTE | dict(way="binary", patch_size=24, stride=8),
-        "tiny_resnet",
+        TINY_RESNET,
         random=True,
         determined=False,
         tolerance=2e-2,
         weights=False,
+        slow=True,
     ),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
-    "draem": Case(
-        "draem",
-        DRAEM,
-        random=True,
-        streaming=True,
-        determined=False,
-        tolerance=2e-3,
-        weights=False,
-        finds=False,
-    ),
-    "efficientad": Case("efficientad", EFFICIENTAD, "tiny_pdn", random=True, determined=False),
+    "draem": Case("draem", DRAEM, weights=False, **SYNTHETIC),
+    "efficientad": Case("efficientad", EFFICIENTAD, TINY_PDN, random=True, determined=False, slow=True),
     "efficientad-embedded": Case(
-        "efficientad", EFFICIENTAD | dict(epochs=1), random=True, determined=False, constants=4 * 384**2
+        "efficientad", EFFICIENTAD | dict(epochs=1), random=True, determined=False, constants=4 * 384**2, slow=True
     ),
     "fastflow": Case("fastflow", FASTFLOW, random=True, streaming=True),
     "glass": Case(
         "glass",
         GLASS,
-        random=True,
-        streaming=True,
-        determined=False,
         tolerance=2e-3,
         longer=dict(epochs=20, noise=0.3, learning_rate=1e-2),
+        slow=True,
+        **GRADIENT,
     ),
-    "memseg": Case(
-        "memseg",
-        MEMSEG,
-        "tiny_resnet",
-        random=True,
-        streaming=True,
-        determined=False,
-        tolerance=2e-3,
-        finds=False,
-    ),
-    "mkd": Case("mkd", MKD, random=True, streaming=True, determined=False, jumps=True, longer=dict(learning_rate=1e-3)),
-    "nf": Case("nf", NF, pixel=False, random=True, streaming=True, determined=False),
-    "nf-pixels": Case(
-        "nf",
-        NF | dict(on="pixels", scales=1, couplings=1),
-        pixel=False,
-        random=True,
-        streaming=True,
-        determined=False,
-        weights=False,
-    ),
-    "nsa": Case(
-        "nsa",
-        NSA,
-        "tiny_resnet",
-        random=True,
-        streaming=True,
-        determined=False,
-        tolerance=2e-3,
-        weights=False,
-        finds=False,
-    ),
-    "rd4ad": Case(
-        "rd4ad",
-        RD4AD,
-        "tiny_resnet",
-        random=True,
-        streaming=True,
-        determined=False,
-        longer=dict(epochs=4, learning_rate=1e-3),
-    ),
-    "simplenet": Case(
-        "simplenet",
-        SIMPLENET,
-        random=True,
-        streaming=True,
-        determined=False,
-        finds=False,
-    ),
-    "stfpm": Case(
-        "stfpm",
-        STFPM,
-        "tiny_resnet",
-        random=True,
-        streaming=True,
-        determined=False,
-        longer=dict(epochs=4, learning_rate=0.1),
-    ),
-    "uninformed_students": Case(
-        "uninformed_students", STUDENTS, "patch9", random=True, streaming=True, determined=False
-    ),
-    "uninformed_students-two": Case(
-        "uninformed_students", STUDENTS, ("patch9", "patch13"), random=True, streaming=True, determined=False
-    ),
+    "memseg": Case("memseg", MEMSEG, TINY_RESNET, **SYNTHETIC),
+    "mkd": Case("mkd", MKD, jumps=True, longer=dict(learning_rate=1e-3), **GRADIENT),
+    "nf": Case("nf", NF, pixel=False, **GRADIENT),
+    "nf-pixels": Case("nf", NF | dict(on="pixels", scales=1, couplings=1), pixel=False, weights=False, **GRADIENT),
+    "nsa": Case("nsa", NSA, TINY_RESNET, weights=False, **SYNTHETIC),
+    "rd4ad": Case("rd4ad", RD4AD, TINY_RESNET, longer=dict(epochs=4, learning_rate=1e-3), **GRADIENT),
+    "simplenet": Case("simplenet", SIMPLENET, finds=False, **GRADIENT),
+    "stfpm": Case("stfpm", STFPM, TINY_RESNET, longer=dict(epochs=4, learning_rate=0.1), **GRADIENT),
+    "uninformed_students": Case("uninformed_students", STUDENTS, PATCH9, **GRADIENT),
+    "uninformed_students-two": Case("uninformed_students", STUDENTS, (PATCH9, PATCH13), slow=True, **GRADIENT),
     "mahalanobis_ad": Case("mahalanobis_ad", dict(layers=TWO), pixel=False),
     "mahalanobis_ad-pca": Case("mahalanobis_ad", dict(layers=TWO, reduction="pca"), pixel=False, determined=False),
     "mahalanobis_ad-npca": Case(

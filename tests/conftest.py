@@ -1,21 +1,24 @@
-"""Settings of the whole suite: strict promotion, shape checks, a compile cache; and the folder of shared real data."""
+"""Settings of the whole suite: strict promotion, shape checks, a compilation cache; and which tests run when."""
 
 import os
+import re
 from pathlib import Path
+
+from tests.flags import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # XLA calls it from all of its threads at once
-# The tests mostly compile, and code that is not optimized, fused by the older emitter, compiles twice as fast.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-)
+if "XLA_FLAGS" not in os.environ:  # workers of xdist inherit those of the process that starts them
+    os.environ["XLA_FLAGS"] = xla_flags()
 # Threads of XLA: with no more than one a device, batched LAPACK calls on all devices wait for each other forever.
 os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest
 
+from jaxad.driver.embedding import embed_program
+from jaxad.driver.programs import fit_programs, score_program
+from tests import rows
 from tests.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,23 +28,54 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what `make test` leaves to `make test-all`")
+    parser.addoption("--method", default="", help="run only the tests of one method: its rows, its file, its recipes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: runs in `make test-all` only")
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one row of the conformance table run in one process, which fits it once."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Selects tests; those of one row of the conformance table run in one process, which fits it once."""
+    method, slow = config.getoption("--method"), config.getoption("--slow")
+    chosen = [
+        item
+        for item in items
+        if (slow or item.get_closest_marker("slow") is None) and (not method or _is_about(item, method))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = sorted(chosen, key=lambda item: _row(item) or "")
     for item in items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if isinstance(name, str) and name in CASES:
+        if name := _row(item):
             item.add_marker(pytest.mark.xdist_group(name))
 
 
-def _group(item: pytest.Item) -> tuple[Path, object]:
-    """The module of a test, and the row of the table that it is of."""
-    return item.path, getattr(item, "callspec", None) and item.callspec.params.get("name")
+def _row(item: pytest.Item) -> str | None:
+    """The row of the conformance table that a test is about."""
+    name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+    return name if isinstance(name, str) and name in CASES else None
+
+
+def _is_about(item: pytest.Item, method: str) -> bool:
+    """Whether a test is about a method: a row of it, its own file, or a test that has its name."""
+    name = _row(item)
+    if name is not None:
+        return CASES[name].method == method
+    return bool(re.search(rf"(?<![a-z0-9]){method}(?![a-z0-9]|_ad)", item.nodeid))
+
+
+def _group(item: pytest.Item) -> Path | str:
+    return _row(item) or item.path
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """A process may map some 65,000 pieces of memory and a program takes a few: they are let go of group by group."""
+    """A process may map some 65,000 pieces of memory and a program takes a few: programs are freed group by group."""
     if nextitem is None or _group(item) != _group(nextitem):
+        for cached in (rows.row, fit_programs, score_program, embed_program):
+            cached.cache_clear()
         jax.clear_caches()
 
 

@@ -1,4 +1,4 @@
-"""Every method on several classes at once, and on meshes of 8 virtual devices, is one class on one device."""
+"""Several classes at once, and meshes of 8 virtual devices, give what one class on one device gives."""
 
 import functools
 
@@ -8,103 +8,94 @@ import numpy as np
 import pytest
 
 import jaxad
-from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.base import Scores, State
 from jaxad.driver import mesh as meshes
-from jaxad.driver.fit import class_state, fit, fit_classes, score_all, score_classes
+from jaxad.driver.execution import Execution
+from jaxad.driver.fit import Group, fit, fit_classes
+from jaxad.driver.programs import class_state
+from jaxad.driver.scoring import score_all, score_classes
 from tests.cases import CASES
-from tests.test_conformance import assert_close, defective, frozen_for, photographs
+from tests.rows import EXECUTION, KEY, N, B, assert_close, auxiliary_for, datasets, row
 
-KEY = jax.random.key(5)
-COUNTS = (12, 7, 9)
-BATCH = 4
-
-
-@pytest.fixture(params=CASES)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+COUNTS = (N, 7, 9)
+TRAIN, TEST = zip(*(datasets(seed, n) for seed, n in enumerate(COUNTS)), strict=True)
+MESH = {"padim", "patchcore", "patchcore-stream", "spade", "mahalanobis_ad", "cfa", "stfpm", "fastflow"}
+"""Rows of each kind that `make test` runs on meshes: closed form, memory bank, gradient, several stages."""
 
 
-def open_images(seed: int, n: int) -> tuple[Dataset, Dataset]:
-    """Training and test images of a class; half of the latter have a defect."""
-    images = photographs(seed, n + 6)
-    test = np.concatenate([images[n : n + 3], defective(images[n + 3 :])])
-    opened = open_data({f"class{seed}": images[:n], "test": test}, preprocess=Preprocess(None))
-    return opened[f"class{seed}"].train, opened["test"].train
+def of_rows(among: set[str]) -> list:
+    """All rows; those that are not among them only in `make test-all`."""
+    return [name if name in among else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
-CLASSES = [open_images(seed, n) for seed, n in enumerate(COUNTS)]
-TRAIN, TEST = ([part[i] for part in CLASSES] for i in (0, 1))
+@functools.lru_cache(maxsize=2)
+def single_classes(name: str) -> tuple[list[State], list[Scores]]:
+    """The states and scores of each class by itself, in the programs of the row: all have room for the largest."""
+    r = row(name)
+    states, scores = [], []
+    for data, test in zip(TRAIN, TEST, strict=True):
+        group = Group(r.method, r.frozen, [data], KEY[None], EXECUTION, auxiliary_for(r.method))
+        state = group.run(room=N)
+        states.append(class_state(r.method, r.frozen, state, 0, data))
+        padded = jax.tree.map(lambda leaf: leaf[0], state)
+        scores.append(score_all(r.method, padded, r.frozen, test, EXECUTION))
+    return states, scores
 
 
-@functools.cache
-def made(name: str):
-    return CASES[name].make(), frozen_for(name, 0)
-
-
-@functools.cache
-def apart(name: str):
-    """Each class on its own: states and scores."""
-    method, frozen = made(name)
-    states = [fit(method, frozen, data, KEY, batch_size=BATCH).state for data in TRAIN]
-    return states, [
-        score_all(method, state, frozen, data, batch_size=BATCH) for state, data in zip(states, TEST, strict=True)
-    ]
-
-
-def collected(stream, classes: int):
+def by_class(stream, classes: int) -> list[Scores]:
     """What `score_classes` yields, by class."""
     parts = [[] for _ in range(classes)]
     for c, index, scores in stream:
-        assert list(index) == list(range(len(parts[c]) * BATCH, len(parts[c]) * BATCH + len(index)))
+        assert list(index) == list(range(len(parts[c]) * B, len(parts[c]) * B + len(index)))
         parts[c].append(scores)
     return [jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in parts]
 
 
-def assert_same_scores(name: str, scores, wanted) -> None:
+def assert_same_scores(name: str, scores: Scores, expected: Scores) -> None:
     """Images and pixels have the same scores; where heat maps jump, nearly all pixels."""
     tolerance = CASES[name].tolerance
-    assert_close(scores.image, wanted.image, tolerance)
+    assert_close(scores.image, expected.image, tolerance)
     if CASES[name].jumps:
-        same = np.isclose(scores.pixel, wanted.pixel, rtol=1e-5, atol=1e-5 * float(np.abs(wanted.pixel).max()))
+        same = np.isclose(scores.pixel, expected.pixel, rtol=1e-5, atol=1e-5 * float(np.abs(expected.pixel).max()))
         assert same.mean() > 0.9
     else:
-        assert_close(scores.pixel, wanted.pixel, tolerance)
+        assert_close(scores.pixel, expected.pixel, tolerance)
 
 
-def assert_same_classes(name: str, state, scores) -> None:
-    """The classes equal those apart: scores, and where the shapes are the same the state."""
-    method, frozen = made(name)
-    states, wanted = apart(name)
+def assert_same_classes(name: str, state: State, scores: list[Scores]) -> None:
+    """All classes equal those by themselves: scores, shapes, and where the data determine it the state."""
+    r, (states, expected) = row(name), single_classes(name)
     for c, data in enumerate(TRAIN):
-        own = class_state(method, frozen, state, c, data)
-        assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, states[c])
+        cut = class_state(r.method, r.frozen, state, c, data)
+        assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, states[c])
         if CASES[name].determined:
-            assert_close(own, states[c], 1e-5)
-        assert_same_scores(name, scores[c], wanted[c])
+            assert_close(cut, states[c], 1e-5)
+        assert_same_scores(name, scores[c], expected[c])
 
 
-def test_classes_at_once_are_the_classes_apart(name):
-    method, frozen = made(name)
-    state = fit_classes(method, frozen, TRAIN, KEY, batch_size=BATCH).state
-    scores = collected(score_classes(method, state, frozen, TEST, batch_size=BATCH), 3)
-    assert_same_classes(name, state, scores)
+def fit_and_score(name: str, execution: Execution) -> tuple[State, list[Scores]]:
+    r = row(name)
+    state = fit_classes(r.method, r.frozen, TRAIN, KEY, execution, auxiliary=auxiliary_for(r.method)).state
+    return state, by_class(score_classes(r.method, state, r.frozen, TEST, execution), len(TRAIN))
 
 
+@pytest.mark.parametrize("name", of_rows({name for name, case in CASES.items() if not case.slow}))
+def test_classes_at_once_are_the_classes_one_by_one(name):
+    assert_same_classes(name, *fit_and_score(name, EXECUTION))
+
+
+@pytest.mark.parametrize("name", of_rows(MESH))
 def test_classes_on_a_mesh(name, monkeypatch):
     """Also with every part of the state sharded that can be, however small; three classes fill up to four."""
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
-    mesh = jaxad.make_mesh(shape=(2, 4))
-    method, frozen = made(name)
-    state = fit_classes(method, frozen, TRAIN, KEY, mesh=mesh, batch_size=BATCH).state
-    scores = collected(score_classes(method, state, frozen, TEST, mesh=mesh, batch_size=BATCH), 3)
-    assert_same_classes(name, state, scores)
+    assert_same_classes(name, *fit_and_score(name, EXECUTION._replace(mesh=jaxad.make_mesh(shape=(2, 4)))))
 
 
+@pytest.mark.parametrize("name", of_rows(MESH))
 def test_one_class_on_a_mesh(name, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
-    mesh = jaxad.make_mesh("data")
-    method, frozen = made(name)
-    _, wanted = apart(name)
-    state = fit(method, frozen, TRAIN[1], KEY, mesh=mesh, batch_size=8).state
-    scores = score_all(method, state, frozen, TEST[1], mesh=mesh, batch_size=8)
-    assert_same_scores(name, scores, wanted[1])
+    r, execution = row(name), Execution(mesh=jaxad.make_mesh("data"), batch_size=8)
+    _, expected = single_classes(name)
+    state = fit(r.method, r.frozen, TRAIN[1], KEY, execution, auxiliary=auxiliary_for(r.method)).state
+    scores = score_all(r.method, state, r.frozen, TEST[1], execution)
+    assert_same_scores(name, scores, expected[1])

@@ -1,16 +1,16 @@
-"""Several classes in one program beside the loop over them: the same numbers, the time, and where it goes.
+"""Several classes in one program against a loop over them: the same numbers, the time, and where it goes.
 
-    python experiments/bench_classes.py --data demo MTD_FOLDER PILLQC_FOLDER
+    python -m experiments.bench.classes --data demo MTD_FOLDER PILLQC_FOLDER
 
-The contenders fit and score the same classes (embedded backbone, 128 px) in turns: all in one program, so many in each
-step of one program (`--classes-per-step`), and one after the other. Compile time is kept apart from run time; it is
-paid once for one program and once for each number of images by the loop. Classes of few images are padded to the
-largest in one program; how much of the work that is stands under `padded_share`, and `as_if_even` divides the ratio of
-run times by it, which is what classes of one size would see where all of a program's work is padded alike.
+The contenders fit and score the same classes (embedded backbone, 128 px) in turns: all classes in one program, a few of
+them in each step of one program (`--classes-per-step`), or one class after another. Compile time is reported apart from
+run time: one program compiles once, the loop once for each number of images. One program pads small classes to the
+largest. `padded_share` is the share of rows that are padding, and `as_if_even` the ratio of run times without it, an
+estimate for classes of equal size.
 
-Phases are told apart by the driver's progress: collecting (decoding, embedding and updating), finishing and scoring;
-then again with all images embedded beforehand, which leaves updating and scoring alone. Decoding and embedding are
-timed on their own, too. `--smoke` is the small variant that the tests run.
+Phases follow the driver's progress: collecting (decoding, embedding and updating), finishing and scoring. A second
+measurement with all images embedded in advance leaves updating and scoring. Decoding and embedding are also timed
+separately. `--smoke` is the small variant for the tests.
 """
 
 import math
@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +26,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from command import origin, start
+from experiments.command import RESULTS, origin, start
 from jaxad import backbones
-from jaxad.files import write_json
 from jaxad.base import Frozen, Method, Scores
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.detector import peak_bytes
 from jaxad.driver.embedding import EmbeddingCache, embed_program
-from jaxad.driver.fit import abstract_state, fit, fit_classes, score_all, score_classes
+from jaxad.driver.execution import Execution
+from jaxad.driver.fit import fit, fit_classes
+from jaxad.driver.memory import peak_bytes
 from jaxad.driver.mesh import Layout
+from jaxad.driver.program import compile_seconds
+from jaxad.driver.programs import abstract_state, embedded_spec
+from jaxad.driver.scoring import score_all, score_classes
+from jaxad.files import write_json
 from jaxad.methods import METHODS
 from jaxad.metrics import auroc
-from jaxad.driver.program import compile_seconds
 
 BACKBONE = "pdn_small"
 KEY = jax.random.key(0)
@@ -45,7 +48,7 @@ KEY = jax.random.key(0)
 
 @dataclass
 class Options:
-    """Fit and score several classes at once and one after the other."""
+    """Fit and score several classes at once and one after another."""
 
     data: tuple[str, ...] = ("demo",)
     """Data sets, all of whose categories are classes: folders, or whatever `jaxad fit` takes."""
@@ -54,41 +57,40 @@ class Options:
     batch_size: int = 16
     classes_per_step: tuple[int, ...] = (2,)
     most_images: int | None = None
-    """Images of a class and split at most, spread over it; None for all."""
+    """Most images of a split of a class, evenly chosen; None: all."""
     most_bytes: float = 6e9
-    """A method whose classes hold more while they are collected is left out."""
+    """A method whose states of all classes are larger than this, in bytes, is left out."""
     runs: int = 3
-    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    results: Path = RESULTS
     notes: str = ""
-    """What else to know about this run, kept with it."""
+    """Remarks about this run, kept in its result."""
     smoke: bool = False
     """A few small demo images."""
 
 
 class Classes(NamedTuple):
-    """What a contender works on."""
+    """A method and the data of all classes."""
 
     method: Method
     frozen: Frozen
     train: list[Dataset]
     test: list[Dataset]
-    batch_size: int
-    cache: EmbeddingCache | None = None
+    execution: Execution
 
 
 class Clock:
-    """Progress of a fit that adds up the seconds of its phases, compile time left out."""
+    """A `Progress` that adds up the seconds of a fit's phases, without compile time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._phase, self._since = "start", self._now()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """As `jaxad.fit.Progress`."""
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """As `jaxad.driver.execution.Progress`."""
         self.enter("collect" if total else "finish")
 
     def enter(self, phase: str) -> None:
-        """The phase before ends here."""
+        """Ends the current phase and starts another."""
         now = self._now()
         self.seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
@@ -98,7 +100,7 @@ class Clock:
 
 
 class Run(NamedTuple):
-    """One run of a contender."""
+    """One run of a contender: scores of each class, seconds by phase, and seconds of compilation."""
 
     scores: list[Scores]
     seconds: dict[str, float]
@@ -106,14 +108,14 @@ class Run(NamedTuple):
 
 
 def at_once(classes: Classes, classes_per_step: int | None = None) -> Run:
-    """All classes in one program, so many at a time."""
-    method, frozen, train, test, batch_size, cache = classes
-    options: dict[str, Any] = dict(classes_per_step=classes_per_step, batch_size=batch_size, cache=cache)
+    """All classes in one program, `classes_per_step` at a time."""
+    method, frozen, train, test, execution = classes
+    execution = execution._replace(classes_per_step=classes_per_step)
     clock, compiled = Clock(), compile_seconds()
-    state = fit_classes(method, frozen, train, KEY, progress=clock, **options).state
+    state = fit_classes(method, frozen, train, KEY, execution._replace(progress=clock)).state
     clock.enter("score")
     parts: list[list[Scores]] = [[] for _ in test]
-    for c, _, scores in score_classes(method, state, frozen, test, **options):
+    for c, _, scores in score_classes(method, state, frozen, test, execution):
         parts[c].append(scores)
     clock.enter("end")
     joined = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in parts]
@@ -121,14 +123,14 @@ def at_once(classes: Classes, classes_per_step: int | None = None) -> Run:
 
 
 def in_turn(classes: Classes) -> Run:
-    """One class after the other."""
-    method, frozen, train, test, batch_size, cache = classes
+    """One class after another."""
+    method, frozen, train, test, execution = classes
     clock, compiled, scores = Clock(), compile_seconds(), []
     for data, new in zip(train, test, strict=True):
         clock.enter("start")
-        state = fit(method, frozen, data, KEY, batch_size=batch_size, cache=cache, progress=clock).state
+        state = fit(method, frozen, data, KEY, execution._replace(progress=clock)).state
         clock.enter("score")
-        scores.append(score_all(method, state, frozen, new, batch_size=batch_size, cache=cache))
+        scores.append(score_all(method, state, frozen, new, execution))
     clock.enter("end")
     return Run(scores, clock.seconds, compile_seconds() - compiled)
 
@@ -148,22 +150,21 @@ def open_classes(options: Options) -> tuple[list[Dataset], list[Dataset]]:
 
 
 def measure(name: str, train: list[Dataset], test: list[Dataset], options: Options) -> dict[str, Any]:
-    """One method: all contenders in turns, then with embedded images."""
-    given = {} if name == "mahalanobis_ad" else {"image_size": train[0].image_size}
-    method, frozen = METHODS[name](backbone=BACKBONE, **given), backbones.load(BACKBONE)
-    most = max(train, key=len)
-    images = jax.ShapeDtypeStruct((len(most), *most.image_size, 3), jnp.uint8)
-    state = abstract_state(method, frozen, jax.eval_shape(method.embed, frozen, images), 0)
+    """Measures all contenders with one method, in turns, then again with embedded images."""
+    size = {} if name == "mahalanobis_ad" else {"image_size": train[0].image_size}
+    method, frozen = METHODS[name](backbone=BACKBONE, **size), backbones.load(BACKBONE)
+    spec = embedded_spec(method.embed, frozen, max(map(len, train)), train[0].image_size)
+    state = abstract_state(method, frozen, spec, 0)
     needed = len(train) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     if needed > options.most_bytes:
         return {"state_bytes": needed, "left_out": f"more than {options.most_bytes:.3g} bytes"}
     contenders: dict[str, Callable[[Classes], Run]] = {"one program": at_once, "loop": in_turn}
     for n in options.classes_per_step:
         contenders[f"one program, {n} classes a step"] = lambda classes, n=n: at_once(classes, n)
-    classes = Classes(method, frozen, train, test, options.batch_size)
-    cache = EmbeddingCache()
+    execution = Execution(batch_size=options.batch_size)
+    classes = Classes(method, frozen, train, test, execution)
     cold = take_turns(contenders, classes, 1 if options.smoke else options.runs)
-    embedded = classes._replace(cache=cache)
+    embedded = classes._replace(execution=execution._replace(cache=EmbeddingCache()))
     in_turn(embedded)
     warm = take_turns(contenders, embedded, 1)
     loop = cold["loop"][0]
@@ -172,14 +173,14 @@ def measure(name: str, train: list[Dataset], test: list[Dataset], options: Optio
         totals = [sum(run.seconds.values()) for run in runs]
         middle = runs[int(np.argsort(totals)[len(totals) // 2])]
         phases = {k: middle.seconds[k] for k in ("start", "collect", "finish", "score")}
-        alone = {k: warm[contender][0].seconds[k] for k in ("collect", "finish", "score")}
+        cached = {k: warm[contender][0].seconds[k] for k in ("collect", "finish", "score")}
         record["contenders"][contender] = {
             "first_compile": runs[0].compile,
             "later_compile": [run.compile for run in runs[1:]],
             "runs": totals,
             "median": float(np.median(totals)),
             "phases": phases,
-            "phases_of_embedded_images": {"update" if k == "collect" else k: v for k, v in alone.items()},
+            "phases_of_embedded_images": {"update" if k == "collect" else k: v for k, v in cached.items()},
             "over_loop": difference(runs[0].scores, loop.scores),
             "image_AUROC": {
                 data.category: auroc(scores.image, data.labels)
@@ -193,9 +194,9 @@ def measure(name: str, train: list[Dataset], test: list[Dataset], options: Optio
         k: (median["loop"] + compiled["loop"]) / (v + compiled[k]) for k, v in median.items()
     }
     record["as_if_even"] = median["loop"] / (median["one program"] * (1 - padded(train)))
-    record["alone"] = alone_seconds(classes)
+    record["separate_parts"] = separate_parts(classes)
     record["bounded_by"] = {
-        contender: bound(entry["phases_of_embedded_images"], record["alone"], contender != "loop")
+        contender: bound(entry["phases_of_embedded_images"], record["separate_parts"], contender != "loop")
         for contender, entry in record["contenders"].items()
     }
     record["peak_bytes"] = peak_bytes()
@@ -203,61 +204,62 @@ def measure(name: str, train: list[Dataset], test: list[Dataset], options: Optio
 
 
 def take_turns(contenders: dict[str, Callable[[Classes], Run]], classes: Classes, runs: int) -> dict[str, list[Run]]:
-    """So many runs of every contender; where time is measured again, no scores are kept."""
-    found: dict[str, list[Run]] = {name: [] for name in contenders}
+    """Runs every contender several times, in turns; only the first run of each keeps its scores."""
+    results: dict[str, list[Run]] = {name: [] for name in contenders}
     for turn in range(runs):
         for name, call in contenders.items():
             run = call(classes)
-            found[name].append(run if not turn else run._replace(scores=[]))
+            results[name].append(run._replace(scores=[]) if turn else run)
             print(name, {k: round(v, 2) for k, v in run.seconds.items()}, file=sys.stderr, flush=True)
-    return found
+    return results
 
 
-def difference(found: list[Scores], wanted: list[Scores]) -> dict[str, float]:
-    """The largest differences over the largest score of the class."""
-    most: dict[str, float] = {}
-    for one, other in zip(found, wanted, strict=True):
-        for kind, a, b in zip(Scores._fields, one, other, strict=True):
+def difference(scores: list[Scores], expected: list[Scores]) -> dict[str, float]:
+    """The largest difference of the scores of a class, as a share of its largest score; for images and pixels."""
+    largest: dict[str, float] = {}
+    for pair in zip(scores, expected, strict=True):
+        for kind, a, b in zip(Scores._fields, *pair, strict=True):
             if a is not None and b is not None:
                 relative = np.abs(np.subtract(a, b)).max() / np.abs(b).max()
-                most[kind] = max(most.get(kind, 0.0), float(relative))
-    return most
+                largest[kind] = max(largest.get(kind, 0.0), float(relative))
+    return largest
 
 
 def padded(datasets: Sequence[Dataset]) -> float:
-    """The share of the rows of one program that are no images."""
+    """The share of the rows of one program that are padding."""
     n = [len(data) for data in datasets]
     return 1 - sum(n) / (max(n) * len(n))
 
 
-def alone_seconds(classes: Classes) -> dict[str, float]:
+def separate_parts(classes: Classes) -> dict[str, float]:
     """Seconds for decoding all images, and for embedding them as either contender does, padding included."""
-    method, frozen, train, test, b, _ = classes
-    started = time.perf_counter()
+    method, frozen, train, test, execution = classes
+    b, started = execution.batch_size, time.perf_counter()
     for data in (*train, *test):
         for first in range(0, len(data), b):
             data.images(range(first, min(first + b, len(data))))
     seconds = {"decode": time.perf_counter() - started}
-    few = np.resize(train[0].images(range(min(b, len(train[0])))), (b, *train[0].image_size, 3))
+    batch = np.resize(train[0].images(range(min(b, len(train[0])))), (b, *train[0].image_size, 3))
     steps = [[math.ceil(len(data) / b) for data in part] for part in (train, test)]
-    shapes = {
-        "embed in the loop": (Layout(), few[None], sum(map(sum, steps))),
-        "embed in one program": (Layout(None, True), np.stack([few[None]] * len(train)), sum(map(max, steps))),
+    ways = {
+        "embed in the loop": (1, sum(map(sum, steps))),
+        "embed in one program": (len(train), sum(map(max, steps))),
     }
-    for what, (layout, images, times) in shapes.items():
-        program = embed_program(method.embed, layout, None)
+    program = embed_program(method.embed, Layout(), None)
+    for way, (together, times) in ways.items():
+        images = np.stack([batch[None]] * together)
         jax.block_until_ready(program(frozen, jnp.asarray(images)))
         started = time.perf_counter()
         for _ in range(3):
             jax.block_until_ready(program(frozen, jnp.asarray(images)))
-        seconds[what] = (time.perf_counter() - started) / 3 * times
+        seconds[way] = (time.perf_counter() - started) / 3 * times
     return seconds
 
 
-def bound(phases: dict[str, float], alone: dict[str, float], one_program: bool) -> dict[str, Any]:
-    """Which part takes longest, and the shares of all."""
-    parts = {"decode": alone["decode"], "embed": alone["embed in one program" if one_program else "embed in the loop"]}
-    parts |= phases
+def bound(phases: dict[str, float], separate: dict[str, float], one_program: bool) -> dict[str, Any]:
+    """The part that takes longest, and the share of each part."""
+    embed = separate["embed in one program" if one_program else "embed in the loop"]
+    parts = {"decode": separate["decode"], "embed": embed} | phases
     total = sum(parts.values())
     return {"part": max(parts, key=parts.__getitem__), "shares": {k: v / total for k, v in parts.items()}}
 
@@ -290,8 +292,8 @@ def main(options: Options) -> None:
             print(f"{name}: left out, {measured['state_bytes']:.3g} bytes")
             continue
         ratios = ", ".join(f"{k} {v:.2f}" for k, v in measured["ratio"].items() if k != "loop")
-        most = {k: v["over_loop"] for k, v in measured["contenders"].items()}
-        print(f"{name}: loop over {ratios}; bounded by {measured['bounded_by']['one program']['part']}; {most}")
+        differences = {k: v["over_loop"] for k, v in measured["contenders"].items()}
+        print(f"{name}: loop over {ratios}; bounded by {measured['bounded_by']['one program']['part']}; {differences}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """The estimated peak of a fit against the measured one.
 
-    python experiments/bench_estimate.py
+    python -m experiments.bench.estimate
 
-Every case is a process of its own that fits rendered demo images (embedded backbone, CPU). It renders the images, reads
-the weights and compiles all programs; then it hands free memory back to the system and notes its resident memory, the
-base. Measured is the highest resident memory until the fit is done (thresholds included), less the base, plus the
-weights, which the estimate counts and the base has. The process has one heap for all threads (`MALLOC_ARENA_MAX=1`),
-since glibc's heap a thread grows by chance.
+Each case runs in a new process, which fits rendered demo images (embedded backbone, CPU). The process renders the
+images, reads the weights and compiles all programs; then it returns free memory to the system and takes its resident
+memory as the base. The measured peak is the highest resident memory until the fit is done (thresholds included), less
+the base, plus the weights, which the base includes and the estimate counts. All threads share one heap
+(`MALLOC_ARENA_MAX=1`), since glibc's heaps per thread grow at random.
 """
 
 import ctypes
 import gc
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +20,11 @@ import numpy as np
 import tyro
 
 import jaxad
-from command import origin, start
-from jaxad.files import write_json
+from experiments.command import RESULTS, origin, run_module, start
+from jaxad import learning
 from jaxad.data import Dataset, Preprocess, demo, open_data
-from jaxad.detector import plan_together
+from jaxad.driver.execution import Execution
+from jaxad.files import write_json
 
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "patchcore small": ("patchcore", dict(coreset_sampling_ratio=0.01), 128, 600),
@@ -39,9 +37,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "mahalanobis_ad small": ("mahalanobis_ad", {}, 256, 200),
     "mahalanobis_ad large": ("mahalanobis_ad", {}, 512, 100),
 }
-"""Method, hyper-parameters, side of the images and their number."""
+"""Method, hyperparameters, height and width of the images, number of images."""
 RENDERED = 64
-"""Different images; where more are wanted they are shifted."""
+"""Images that are rendered; further ones are shifted copies."""
 
 
 @dataclass
@@ -49,12 +47,12 @@ class Options:
     """Compare estimated with measured memory."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    results: Path = RESULTS
     one: Annotated[str | None, tyro.conf.arg(help="internal: the case to measure in this process")] = None
 
 
 def images(n: int, size: int) -> Dataset:
-    """Normal images in memory."""
+    """A data set of n normal images in memory."""
     rendered = [demo.render("fabric", i, size=size)[0] for i in range(min(n, RENDERED))]
     shifted = np.stack([np.roll(rendered[i % RENDERED], 3 * (i // RENDERED), 1) for i in range(n)])
     [split] = open_data(shifted, preprocess=Preprocess((size, size))).values()
@@ -62,28 +60,29 @@ def images(n: int, size: int) -> Dataset:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """A field of this process's status in bytes: VmRSS, its resident memory, or VmHWM, the peak of that."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Fits; the estimated and the measured peak of this process."""
+    """Fits a case and compares the measured peak of this process with the estimate."""
     method, hyperparameters, size, n = CASES[case]
     data = images(n, size)
     detector = jaxad.Detector(method, image_size=size, holdout=16.1 / n, **hyperparameters)
-    plan = plan_together([detector], [data])
+    plan = learning.plan([detector.settings], [data], frozen=detector.load_frozen())
     jaxad.Detector(method, image_size=size, **hyperparameters).fit(data.subset(range(4)))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     peaks: dict[str, int] = {}
 
-    def progress(what: str, done: int, total: int) -> None:
-        peaks[what] = resident("VmHWM") - base + plan.loaded
+    def progress(phase: str, done: int, total: int) -> None:
+        peaks[phase] = resident("VmHWM") - base + plan.loaded
 
-    detector.fit(data, progress=progress)
+    model = detector.fit(data, execution=Execution(progress=progress)).model
+    assert model is not None
     measured = resident("VmHWM") - base + plan.loaded
     estimated = plan.total(plan.peak)
     return {
@@ -98,23 +97,21 @@ def measure(case: str) -> dict[str, Any]:
         "highest_until": peaks,
         "base": base,
         "model": plan.model,
-        "seconds": detector.seconds,
+        "seconds": model.seconds,
     }
 
 
 def main(options: Options) -> None:
-    """Measures every case in a process of its own and writes results/bench_estimate.json."""
+    """Measures every case in a new process and writes results/bench_estimate.json."""
     if options.one:
         print(json.dumps(measure(options.one)))
         return
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "JAX_PLATFORMS": "cpu"}
+    environment = {"MALLOC_ARENA_MAX": "1", "JAX_PLATFORMS": "cpu"}
     cases: dict[str, Any] = {}
     for case in options.cases:
-        command = [sys.executable, __file__, "--one", case]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        cases[case] = json.loads(done.stdout.splitlines()[-1])
-        shown = {k: round(v / 1e6) for k, v in cases[case].items() if k in ("estimated", "measured")}
-        print(case, shown, f"{cases[case]['ratio']:.2f}", flush=True)
+        cases[case] = run_module("experiments.bench.estimate", "--one", case, **environment)
+        megabytes = {k: round(cases[case][k] / 1e6) for k in ("estimated", "measured")}
+        print(case, megabytes, f"{cases[case]['ratio']:.2f}", flush=True)
     record = {
         "recipe": "bench_estimate",
         "backbone": "pdn_small",

@@ -1,6 +1,6 @@
-"""Steps of training with FrEIA's blocks on a CPU, timed; run by bench_flows.py with a Python that has torch and FrEIA.
+"""Training steps of FrEIA's blocks on a CPU, timed; flows.py runs this file with a Python that has torch and FrEIA.
 
-Takes JSON on the command line (method, shape, batch_size, steps, threads) and prints the seconds of every step as JSON.
+The command line is JSON (method, shape, batch_size, steps, threads); it prints the seconds of every step as JSON.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 
 
 class NormalizedFlow(SequenceINN):
-    """A flow behind a layer norm."""
+    """A flow after a layer norm."""
 
     def __init__(self, *shape):
         super().__init__(*shape)
@@ -26,12 +26,12 @@ class NormalizedFlow(SequenceINN):
 
 
 def fastflow_of(shape):
-    """Eight 3x3 couplings behind a layer norm."""
+    """Eight 3x3 couplings after a layer norm, and their optimizer; `shape` is c h w."""
     flow = NormalizedFlow(*shape)
 
-    def subnet(given, out):
+    def subnet(channels, out):
         return nn.Sequential(
-            nn.Conv2d(given, given, 3, padding="same"), nn.ReLU(), nn.Conv2d(given, out, 3, padding="same")
+            nn.Conv2d(channels, channels, 3, padding="same"), nn.ReLU(), nn.Conv2d(channels, out, 3, padding="same")
         )
 
     for _ in range(8):
@@ -40,24 +40,24 @@ def fastflow_of(shape):
 
 
 def fastflow_loss(flow, x):
-    """The negative log likelihood of an image, without its constant."""
+    """The mean negative log likelihood of images, without its constant."""
     z, log_det = flow(x)
     return torch.mean(0.5 * torch.sum(z**2, dim=(1, 2, 3)) - log_det)
 
 
 def fastflow(shape, batch_size):
-    """A step of FastFlow."""
+    """The loss and the optimizer of FastFlow."""
     flow, optimizer = fastflow_of(shape)
     x = torch.randn(batch_size, *shape)
     return lambda: fastflow_loss(flow, x), optimizer
 
 
 def cflow(shape, batch_size):
-    """Eight couplings of feature vectors, given a code of their position."""
+    """The loss and the optimizer of CFLOW-AD: eight couplings of feature vectors, conditioned on their positions."""
     flow = SequenceINN(shape[0])
 
-    def subnet(given, out):
-        return nn.Sequential(nn.Linear(given, 2 * given), nn.ReLU(), nn.Linear(2 * given, out))
+    def subnet(channels, out):
+        return nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, out))
 
     for _ in range(8):
         flow.append(
@@ -78,14 +78,13 @@ def cflow(shape, batch_size):
     return loss, torch.optim.Adam(flow.parameters(), lr=2e-4)
 
 
-def main(given):
+def main(settings):
     """Times the steps."""
-    torch.set_num_threads(given["threads"])
-    loss, optimizer = {"fastflow": fastflow, "cflow": cflow}[given["method"]](
-        tuple(given["shape"]), given["batch_size"]
-    )
+    torch.set_num_threads(settings["threads"])
+    method = {"fastflow": fastflow, "cflow": cflow}[settings["method"]]
+    loss, optimizer = method(tuple(settings["shape"]), settings["batch_size"])
     seconds = []
-    for _ in range(given["steps"]):
+    for _ in range(settings["steps"]):
         started = time.perf_counter()
         optimizer.zero_grad()
         loss().backward()

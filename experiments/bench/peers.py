@@ -1,16 +1,16 @@
 """Speed beside peers, in one run on one machine: coreset, nearest neighbors, and a whole fit.
 
-    python experiments/bench_peers.py --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.bench.peers --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-Contenders take turns (A B A B ...), so a drift of the machine's speed meets all alike; compile time is kept apart. The
-peers are a plain jitted greedy loop, FAISS's flat index and scikit-learn (`pip install jaxad[peers]`); the bare matrix
-product of the nearest-neighbor search stands beside them as the floor of any brute force. Takes about five minutes on
-two CPU cores. `--smoke` is the small variant that the tests run.
+Contenders take turns (A B A B ...), so that a drift of the machine's speed affects all of them alike; compile time is
+reported apart. The peers are a plain jitted greedy loop, FAISS's flat index and scikit-learn (`pip install
+jaxad[peers]`). The bare matrix product of the nearest-neighbor search is measured too: no brute force is faster. Takes
+about five minutes on two CPU cores. `--smoke` is the small variant for the tests.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import sklearn
 import sklearn.neighbors
 
 import jaxad
-from command import origin, start
-from jaxad.files import write_json
+from experiments.command import RESULTS, origin, start
 from jaxad.data import open_data
-from jaxad.detector import peak_bytes
+from jaxad.driver.memory import peak_bytes
+from jaxad.files import write_json
 from jaxad.ops.coreset import greedy_coreset
 from jaxad.ops.knn import knn, sketch
 
@@ -38,7 +38,7 @@ class Options:
     weights: Path | None = None
     backbone: str = "pdn_small"
     category: str | None = None
-    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    results: Path = RESULTS
     runs: int = 7
     images: int = 100
     smoke: bool = False
@@ -46,23 +46,23 @@ class Options:
 
 
 def take_turns(contenders: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every run of every contender, in turns, after one run that is not counted (compile time is in it)."""
+    """Seconds of every run of every contender, in turns, after a first run that compiles and does not count."""
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(runs + 1):
         for name, call in contenders.items():
             started = time.perf_counter()
             jax.block_until_ready(call())
-            taken = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
             if turn:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
             else:
-                first[name] = taken
+                first[name] = elapsed
     return {n: {"first_run": first[n], "runs": s, "median": float(np.median(s))} for n, s in seconds.items()}
 
 
 def plain_greedy(points: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The textbook loop: a pass over all points for every center."""
+    """The textbook loop, a pass over all points for every center; indices of the centers and the covering radius."""
 
     def body(i: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         nearest, order = carry
@@ -76,31 +76,31 @@ def plain_greedy(points: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def coreset(patches: np.ndarray, runs: int) -> dict[str, Any]:
-    """10 % of all patches, projected onto 128 dimensions."""
+    """Selects 10 % of all patches (n c) in a random projection onto 128 dimensions."""
     projection = np.random.default_rng(0).normal(size=(patches.shape[1], 128)).astype(np.float32) / np.sqrt(128)
     points = jnp.asarray(patches @ projection)
     k = points.shape[0] // 10
     ours, plain = jax.jit(lambda p: greedy_coreset(p, k)), jax.jit(lambda p: plain_greedy(p, k))
     timed = take_turns({"jaxad": lambda: ours(points), "plain jitted greedy": lambda: plain(points)}, runs)
-    found, (order, radius) = ours(points), plain(points)
+    selected, (order, radius) = ours(points), plain(points)
     return {
         "shape": points.shape,
         "centers": k,
         "contenders": timed,
         "ratio": timed["plain jitted greedy"]["median"] / timed["jaxad"]["median"],
-        "radius": {"jaxad": float(found.radius), "plain jitted greedy": float(radius)},
-        "same_centers": float(np.isin(np.asarray(found.index), np.asarray(order)).mean()),
-        "passes": int(found.passes),
+        "radius": {"jaxad": float(selected.radius), "plain jitted greedy": float(radius)},
+        "same_centers": float(np.isin(np.asarray(selected.index), np.asarray(order)).mean()),
+        "passes": int(selected.passes),
     }
 
 
 def neighbors(query: np.ndarray, bank: np.ndarray, runs: int, k: int = 9) -> dict[str, Any]:
-    """The k nearest of a bank for the patches of one image."""
+    """Finds the k nearest of a bank (n c) for the patches of one image (m c)."""
     q, b = jnp.asarray(query), jnp.asarray(bank)
-    prepare, everything = jax.jit(sketch), jnp.ones(bank.shape[0], bool)
-    jax.block_until_ready(prepare(b, everything))
+    prepare, valid = jax.jit(sketch), jnp.ones(bank.shape[0], bool)
+    jax.block_until_ready(prepare(b, valid))
     started = time.perf_counter()
-    prepared = jax.block_until_ready(prepare(b, everything))
+    prepared = jax.block_until_ready(prepare(b, valid))
     seconds_to_prepare = time.perf_counter() - started
     ours = jax.jit(lambda q, b, prepared: knn(q, b, k, sketch=prepared))
     brute_force = jax.jit(lambda q, b: knn(q, b, k))
@@ -116,9 +116,9 @@ def neighbors(query: np.ndarray, bank: np.ndarray, runs: int, k: int = 9) -> dic
         "scikit-learn": lambda: scikit.kneighbors(query),
     }
     timed = take_turns(contenders, runs)
-    found, other = np.asarray(ours(q, b, prepared)[1]), index.search(query, k)[1]
-    exact = ((query[:, None].astype(np.float64) - bank[found].astype(np.float64)) ** 2).sum(-1)
-    theirs = ((query[:, None].astype(np.float64) - bank[other].astype(np.float64)) ** 2).sum(-1)
+    indices, expected = np.asarray(ours(q, b, prepared)[1]), index.search(query, k)[1]
+    exact = ((query[:, None].astype(np.float64) - bank[indices].astype(np.float64)) ** 2).sum(-1)
+    theirs = ((query[:, None].astype(np.float64) - bank[expected].astype(np.float64)) ** 2).sum(-1)
     return {
         "shape": [*query.shape, *bank.shape, k],
         "seconds_to_prepare": seconds_to_prepare,
@@ -126,18 +126,20 @@ def neighbors(query: np.ndarray, bank: np.ndarray, runs: int, k: int = 9) -> dic
         "ratio": timed["FAISS flat"]["median"] / timed["jaxad"]["median"],
         "over_bare_matrix_product": timed["jaxad"]["median"] / timed["bare matrix product"]["median"],
         "ratio_scikit_learn": timed["scikit-learn"]["median"] / timed["jaxad"]["median"],
-        "same_neighbors": float(np.mean([len(set(a) & set(c)) == k for a, c in zip(found, other, strict=True)])),
+        "same_neighbors": float(np.mean([len(set(a) & set(c)) == k for a, c in zip(indices, expected, strict=True)])),
         "largest_relative_difference_of_distances": float(np.max(np.abs(exact - theirs) / np.maximum(theirs, 1e-9))),
     }
 
 
 def main(options: Options) -> None:
-    """Runs all three and writes results/bench_peers.json."""
+    """Measures all three and writes results/bench_peers.json."""
     runs, images = (1, 8) if options.smoke else (options.runs, options.images)
     size = 64 if options.smoke else 224
-    make: dict[str, Any] = dict(backbone=options.backbone, weights=options.weights, image_size=size, holdout=0)
-    detector = jaxad.Detector("patchcore", coreset_sampling_ratio=0.1, **make)
-    split = next(iter(open_data(options.data, category=options.category, preprocess=detector.preprocess).values()))
+    shared: dict[str, Any] = dict(backbone=options.backbone, weights=options.weights, image_size=size, holdout=0)
+    detector = jaxad.Detector("patchcore", coreset_sampling_ratio=0.1, **shared)
+    split = next(
+        iter(open_data(options.data, category=options.category, preprocess=detector.settings.preprocess).values())
+    )
     train, test = split.train.subset(slice(0, images)), split.train.subset(slice(images, images + 32))
     test = test if len(test) else train
 
@@ -147,17 +149,18 @@ def main(options: Options) -> None:
         started = time.perf_counter()
         list(detector.score(test))
         whole["score_per_image"].append((time.perf_counter() - started) / len(test))
-        whole["fit"].append(detector.seconds["fit"])
-        whole["compile"].append(detector.seconds["compile"])
+        assert detector.model is not None
+        for phase in ("fit", "compile"):
+            whole[phase].append(detector.model.seconds[phase])
     whole["median"] = {k: float(np.median(whole[k])) for k in ("fit", "score_per_image")}
 
-    everything = jaxad.Detector("patchcore", coreset_sampling_ratio=1.0, **make)
-    patches = np.asarray(everything.fit(train).state.bank)
+    complete = jaxad.Detector("patchcore", coreset_sampling_ratio=1.0, **shared)
+    patches = np.asarray(complete.fit(train).state.bank)
     bank = np.asarray(detector.state.bank)[:-1]
-    query = np.asarray(everything.fit(test.subset([0])).state.bank)
+    query = np.asarray(complete.fit(test.subset([0])).state.bank)
     record = {
         "recipe": "bench_peers",
-        "backbone": detector.backbones[0],
+        "backbone": detector.settings.backbone[0],
         "data": Path(options.data).name,
         "coreset": coreset(patches, runs),
         "knn": neighbors(query, bank, runs),
@@ -167,9 +170,9 @@ def main(options: Options) -> None:
         "versions": {"jax": jax.__version__, "faiss": faiss.__version__, "scikit-learn": sklearn.__version__},
     }
     write_json(options.results / "bench_peers.json", record)
-    for what in ("coreset", "knn"):
-        medians = {name: round(c["median"], 4) for name, c in record[what]["contenders"].items()}
-        print(f"{what}: {medians} seconds, ratio {record[what]['ratio']:.2f}")
+    for part in ("coreset", "knn"):
+        medians = {name: round(c["median"], 4) for name, c in record[part]["contenders"].items()}
+        print(f"{part}: {medians} seconds, ratio {record[part]['ratio']:.2f}")
     medians = whole["median"]
     print(f"fit of {len(train)} images: {medians['fit']:.1f} s; scoring: {medians['score_per_image']:.3f} s an image")
 

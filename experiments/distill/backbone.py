@@ -1,20 +1,17 @@
 """Distills the embedded backbone: a small patch-description network learns a ResNet-50's layer2 and layer3.
 
-The target of a position is the teacher's layer2 vector beside its layer3 vector (bilinearly upsampled), projected onto
-its leading principal components: distances between patches, which is what a memory bank compares, are then close to the
-teacher's. The loss is the mean squared error over the teacher's variance, so 1 - loss is the variance explained.
+The target of a position is the teacher's layer2 vector and its layer3 vector (bilinearly upsampled), concatenated and
+projected onto the leading principal components. Distances between patches, which a memory bank compares, are then close
+to the teacher's. The loss is the mean squared error over the teacher's variance, so 1 - loss is the explained variance.
 
 Paper: EfficientAD, WACV 2024, arXiv:2303.14535, section 3.1 (distillation on ImageNet; its teacher is standardized per
     channel, ours projected); Uninformed Students, CVPR 2020, arXiv:1911.02357, section 3.1.
 
-    python experiments/distill_backbone.py --images IMAGENET_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.distill.backbone --images IMAGENET_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-Needs about 4 GB of memory; about an hour on two CPU cores. A killed run resumes from its last epoch in --workdir.
-`--smoke` is the variant that the tests run: a few random images, random teacher weights, two epochs.
+Needs about 4 GB of memory and about an hour on two CPU cores. A killed run resumes from its last epoch in --workdir.
 """
 
-import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,26 +27,27 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 
 import jaxad.backbones
-from command import origin, start
+from experiments.command import RESULTS, ROOT, origin, start
+from experiments.distill.photographs import photographs
 from jaxad.backbones import pdn
+from jaxad.files import replacing, write_json
 from jaxad.ops.heatmap import stack_maps
-from photographs import photographs
 
 
 @dataclass
-class Recipe:
+class Options:
     """Distill the embedded backbone."""
 
     images: Path
-    """Folder of photographs."""
+    """A folder of photographs."""
     weights: Path | None = None
-    """The teacher's safetensors; none: random weights."""
+    """The teacher's safetensors file; None: random weights."""
     teacher: str = "resnet50.caffe_in1k"
-    out: Path = Path("jaxad/backbones/pdn_small.safetensors")
-    results: Path = Path("experiments/results/distill_backbone.json")
+    out: Path = ROOT / "jaxad" / "backbones" / "pdn_small.safetensors"
+    results: Path = RESULTS / "distill_backbone.json"
     workdir: Path = Path("runs/distill_backbone")
     crops: int = 6000
-    """Augmented crops whose teacher features are computed once."""
+    """Augmented crops; the teacher's features of each are computed once."""
     size: int = 192
     batch_size: int = 16
     epochs: int = 3
@@ -59,7 +57,7 @@ class Recipe:
 
 
 def augment(path: Path, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One strongly augmented crop of a photograph, uint8 (size, size, 3)."""
+    """A strongly augmented crop of a photograph, uint8 (size, size, 3)."""
     image = Image.open(path).convert("RGB")
     side = int(min(image.size) * np.sqrt(rng.uniform(0.05, 1.0)))
     left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
@@ -86,34 +84,34 @@ def augment(path: Path, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
-def teach(describe, frozen, crop, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, float]:
-    """All crops in random order, the teacher's description of them, and the share of its variance that is kept."""
+def teach(describe, frozen, crop, options: Options) -> tuple[np.ndarray, np.ndarray, float]:
+    """All crops in random order, the teacher's projected features, and the share of variance that they keep."""
     with ThreadPoolExecutor() as pool:
-        images = np.stack(list(track(pool.map(crop, range(recipe.crops)), "augment", recipe.crops)))
-    images = images[np.random.default_rng(recipe.seed).permutation(recipe.crops)]
-    batches = range(0, recipe.crops, recipe.batch_size)
+        images = np.stack(list(track(pool.map(crop, range(options.crops)), "augment", options.crops)))
+    images = images[np.random.default_rng(options.seed).permutation(options.crops)]
+    batches = range(0, options.crops, options.batch_size)
     first = batches[:24]
-    sample = np.concatenate([np.asarray(describe(frozen, images[i : i + recipe.batch_size])) for i in first])
+    sample = np.concatenate([np.asarray(describe(frozen, images[i : i + options.batch_size])) for i in first])
     flat = sample.reshape(-1, sample.shape[-1]).astype(np.float64)
     mean = flat.mean(0)
     values, vectors = np.linalg.eigh(np.cov(flat, rowvar=False))
     values, basis = values[::-1], vectors[:, ::-1][:, : pdn.OUT]
     basis = (basis / np.sqrt(values[: pdn.OUT].mean())).astype(np.float32)
-    targets = np.empty((recipe.crops, *sample.shape[1:3], pdn.OUT), np.float16)
+    targets = np.empty((options.crops, *sample.shape[1:3], pdn.OUT), np.float16)
     for i in track(batches, "teacher"):
-        x = np.asarray(describe(frozen, images[i : i + recipe.batch_size]))
-        targets[i : i + recipe.batch_size] = (x - mean.astype(np.float32)) @ basis
+        x = np.asarray(describe(frozen, images[i : i + options.batch_size]))
+        targets[i : i + options.batch_size] = (x - mean.astype(np.float32)) @ basis
     return images, targets, float(values[: pdn.OUT].sum() / values.sum())
 
 
-def main(recipe: Recipe) -> None:
-    """Runs the recipe."""
+def main(options: Options) -> None:
+    """Distills, and writes the weights and results/distill_backbone.json."""
     started = time.time()
-    paths = photographs(recipe.images)
-    if recipe.crops % recipe.batch_size:
-        raise ValueError(f"crops must be a multiple of batch_size={recipe.batch_size}, got {recipe.crops}")
-    teacher = jaxad.backbones.backbone(recipe.teacher)
-    frozen = teacher.fold(load_file(recipe.weights)) if recipe.weights else teacher.init(jax.random.key(recipe.seed))
+    paths = photographs(options.images)
+    if options.crops % options.batch_size:
+        raise ValueError(f"crops must be a multiple of batch_size={options.batch_size}, got {options.crops}")
+    teacher = jaxad.backbones.backbone(options.teacher)
+    frozen = teacher.fold(load_file(options.weights)) if options.weights else teacher.init(jax.random.key(options.seed))
 
     @jax.jit
     def describe(frozen, image):
@@ -121,26 +119,25 @@ def main(recipe: Recipe) -> None:
         return stack_maps([maps["layer2"], maps["layer3"]])
 
     def crop(i: int) -> np.ndarray:
-        return augment(paths[i % len(paths)], recipe.size, np.random.default_rng((recipe.seed, i)))
+        return augment(paths[i % len(paths)], options.size, np.random.default_rng((options.seed, i)))
 
-    recipe.workdir.mkdir(parents=True, exist_ok=True)
-    cache = recipe.workdir / f"crops_{recipe.crops}_{recipe.size}_{recipe.seed}.npz"
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    cache = options.workdir / f"crops_{options.crops}_{options.size}_{options.seed}.npz"
     if cache.exists():
         with np.load(cache) as saved:
             images, targets, kept = saved["images"], saved["targets"], float(saved["kept"])
     else:
-        images, targets, kept = teach(describe, frozen, crop, recipe)
-        with cache.with_suffix(".partial").open("wb") as file:
+        images, targets, kept = teach(describe, frozen, crop, options)
+        with replacing(cache) as temporary, temporary.open("wb") as file:
             np.savez(file, images=images, targets=targets, kept=kept)
-        os.replace(cache.with_suffix(".partial"), cache)
-    batches = range(0, recipe.crops, recipe.batch_size)
+    batches = range(0, options.crops, options.batch_size)
 
     student = jaxad.backbones.backbone("pdn_small")
-    student_frozen = student.init(jax.random.key(recipe.seed + 1))
+    student_frozen = student.init(jax.random.key(options.seed + 1))
     student_frozen["params"]["head"]["kernel"] *= 0.0
-    steps = recipe.epochs * len(batches)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, min(100, steps // 5), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=recipe.weight_decay))
+    steps = options.epochs * len(batches)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, min(100, steps // 5), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=options.weight_decay))
 
     def loss_fn(params, image, target):
         out = student.apply({**student_frozen, "params": params}, image, ("layer3",))["layer3"]
@@ -159,19 +156,19 @@ def main(recipe: Recipe) -> None:
     resumed = 0
     held_out = max(1, len(batches) // 50)
 
-    with ocp.training.Checkpointer(str(recipe.workdir.absolute())) as checkpoints:
+    with ocp.training.Checkpointer(str(options.workdir.absolute())) as checkpoints:
         latest = checkpoints.latest
         if latest is not None:
             saved = checkpoints.load(latest.step, {"state": state, "curve": np.zeros(2 * latest.step)})
             state, curve, resumed = saved["state"], [float(v) for v in saved["curve"]], latest.step
-        for epoch in range(len(curve) // 2, recipe.epochs):
-            rng = np.random.default_rng((recipe.seed, epoch))
+        for epoch in range(len(curve) // 2, options.epochs):
+            rng = np.random.default_rng((options.seed, epoch))
             losses = []
-            for i in track(rng.permutation(len(batches) - held_out), f"epoch {epoch + 1}/{recipe.epochs}"):
-                rows = slice(i * recipe.batch_size, (i + 1) * recipe.batch_size)
+            for i in track(rng.permutation(len(batches) - held_out), f"epoch {epoch + 1}/{options.epochs}"):
+                rows = slice(i * options.batch_size, (i + 1) * options.batch_size)
                 state, loss = step(state, images[rows], targets[rows])
                 losses.append(loss)
-            rest = (slice(i, i + recipe.batch_size) for i in batches[len(batches) - held_out :])
+            rest = (slice(i, i + options.batch_size) for i in batches[len(batches) - held_out :])
             test = [float(evaluate(state[0], images[rows], targets[rows])) for rows in rest]
             curve += [float(np.mean(losses)), float(np.mean(test))]
             if not np.isfinite(curve[-2]):
@@ -182,32 +179,27 @@ def main(recipe: Recipe) -> None:
             checkpoints.save(epoch + 1, {"state": state, "curve": np.array(curve)})
 
     tensors = {f"{m}.{k}": np.asarray(v, np.float16) for m, leaf in state[0].items() for k, v in leaf.items()}
-    recipe.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = recipe.out.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"backbone": "pdn_small", "teacher": recipe.teacher})
-    os.replace(temporary, recipe.out)
+    with replacing(options.out) as temporary:
+        save_file(tensors, temporary, metadata={"backbone": "pdn_small", "teacher": options.teacher})
     record = {
         "recipe": "distill_backbone",
         "method": "distillation of pdn_small",
         "dataset": "imagenet_sample",
-        "backbone": recipe.teacher,
-        "image_size": recipe.size,
-        "crops": recipe.crops,
+        "backbone": options.teacher,
+        "image_size": options.size,
+        "crops": options.crops,
         "photographs": len(paths),
         "metrics": {"held_out_loss": curve[-1], "variance_explained": 1 - curve[-1], "pca_variance_kept": kept},
         "loss_curve": {"train": curve[::2], "held_out": curve[1::2]},
         "parameters": int(sum(t.size for t in tensors.values())),
-        "file_bytes": recipe.out.stat().st_size,
+        "file_bytes": options.out.stat().st_size,
         "seconds": {"total": time.time() - started},
         "resumed_from_epoch": resumed,
         **origin(),
         "versions": {"jax": jax.__version__, "optax": optax.__version__},
     }
-    recipe.results.parent.mkdir(parents=True, exist_ok=True)
-    temporary = recipe.results.with_suffix(".partial")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, recipe.results)
+    write_json(options.results, record)
 
 
 if __name__ == "__main__":
-    start(main, Recipe)
+    start(main, Options)

@@ -1,10 +1,10 @@
-"""The photographs that experiments learn from or compare with."""
+"""Folders of photographs."""
 
 from pathlib import Path
 
 
 def photographs(folder: Path) -> list[Path]:
-    """Those of a folder and of the folders below it, in order.
+    """The image files of a folder and of the folders below it, sorted.
 
     Raises:
         ValueError: There are none.

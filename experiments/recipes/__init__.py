@@ -1,5 +1,7 @@
-"""One file a method; each holds `RECIPES`, by name."""
+"""The recipes: one file per method, which holds its `RECIPES` by name."""
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -8,31 +10,38 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Recipe(NamedTuple):
-    """What to run and what was published; all training images learn (no hold-out), as in the papers."""
+    """What to run and what was published. As in the papers, no training images are held out."""
 
     method: str
     dataset: str
     backbone: str | tuple[str, ...] | None
-    """None: the method has networks of its own."""
+    """None: the method needs no pretrained network."""
     hyperparameters: Mapping[str, Any] = NOTHING
     image_size: int = 224
     center_crop: int | None = None
     mask_threshold: int = 0
     seeds: tuple[int, ...] = (0,)
     published: Mapping[str, Mapping[str, Any]] = NOTHING
-    """Metric -> {"value": fraction, "source": where it stands}."""
+    """Metric -> {"value": a fraction, "source": where it was published}."""
     notes: str = ""
     smoke_backbone: str = "resnet18"
-    """What stands in for the backbone in the tests."""
+    """What replaces the backbone in a smoke run."""
 
 
 MTD = {"dataset": "mtd", "mask_threshold": 127}
-"""Magnetic Tile Defects in DifferNet's split: 761 training, 191 good and 392 defective test images; plain resize."""
+"""Magnetic Tile Defects in DifferNet's split: 761 training, 191 good and 392 defective test images; resized, not
+cropped."""
 BOTTLE = {"dataset": "mvtec_bottle", "image_size": 256, "center_crop": 224}
-"""MVTec AD's bottle, 256 -> 224."""
+"""MVTec AD's bottle, resized to 256 px and cropped to 224 px."""
 RESNET50 = "resnet50.caffe_in1k"
 
 
 def published(source: str, **values: float) -> dict[str, dict[str, Any]]:
-    """Published numbers of one source, as fractions."""
+    """The published metrics of one source, as fractions."""
     return {metric: {"value": value, "source": source} for metric, value in values.items()}
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """The recipes of all files in this folder, by name."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {name: recipe for module in modules for name, recipe in module.RECIPES.items()}

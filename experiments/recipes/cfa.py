@@ -1,15 +1,15 @@
 """CFA, arXiv:2206.04325: 30 epochs of 4 images, AdamW with AMSGrad at 1e-3.
 
-    python experiments/run.py cfa_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py cfa_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py cfa_mtd_all --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py cfa_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cfa_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run cfa_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cfa_mtd_all --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cfa_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 `feature_scale` makes the patch features of these weights deviate about as much as a ResNet-18's on normal images. The
 last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer2", "layer3"), "gamma_d": 4, "epochs": 10}
 NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 10 epochs."

@@ -1,14 +1,14 @@
 """CFLOW-AD, arXiv:2107.12571: 8 couplings a level, 256 positions a step, cosine learning rate from 2e-4.
 
-    python experiments/run.py cflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py cflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 200 epochs; those here are what two CPU cores can do. The last epoch counts, whatever the test
 images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer3",), "coupling_blocks": 4, "epochs": 20, "train_batch_size": 8}
 NOTES = "160 px, layer 3 alone, 4 couplings and 20 epochs of 8 images a step."

@@ -1,8 +1,8 @@
 """CS-Flow, arXiv:2110.02855: 4 cross-scale couplings, gradients clipped at 1.
 
-    python experiments/run.py csflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py csflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py csflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run csflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run csflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run csflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published recipe is an EfficientNet-B5 at 768 px, 1,024 hidden channels, and 240 epochs of 16 images a step with
 Adam at 2e-4; what is here is what two CPU cores can do. The couplings' networks begin with a gain of zero that a step
@@ -10,7 +10,7 @@ of Adam moves by the learning rate at most, so that so few steps need a higher r
 counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SHORT = {"train_batch_size": 4, "learning_rate": 1e-3}
 SMALL = {"layer": "layer3", "hidden": 32, "epochs": 15, **SHORT}

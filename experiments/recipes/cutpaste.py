@@ -1,14 +1,14 @@
 """CutPaste, arXiv:2104.04015: a ResNet-18, 256 px, 3-way, SGD at 0.03, 256 x 256 steps of 32 normal images.
 
-    python experiments/run.py cutpaste_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py cutpaste_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py cutpaste_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cutpaste_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run cutpaste_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run cutpaste_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The networks begin with pretrained weights, which end at layer3 here, but for that of cutpaste_bottle_scratch, of which
 only how images are normalized is used. The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layer": "layer3", "pretrained": True, "head": (512, 128), "train_batch_size": 8, "learning_rate": 1e-3}
 NOTES = "A pretrained ResNet-50 up to layer3, 128 px, a head of two layers, 6 epochs of 8 images at 1e-3."

@@ -1,14 +1,14 @@
 """DifferNet, arXiv:2008.12577: 8 couplings, Adam 2e-4 with betas 0.8, 24 images x 4 rotations a step.
 
-    python experiments/run.py differnet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py differnet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py differnet_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run differnet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run differnet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run differnet_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published recipe is an AlexNet at 448 px, 64 rotations, 2,048 hidden units and 192 epochs; what is here is what two
 CPU cores can do. The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {
     "layer": "layer3",

@@ -1,14 +1,14 @@
 """DRAEM, arXiv:2108.07610: 256 px, networks of 128 and 64 channels, 700 epochs of 8 images, Adam 1e-4, textures of DTD.
 
-    python experiments/run.py draem_bottle --data BOTTLE_FOLDER --auxiliary DTD_FOLDER
-    python experiments/run.py draem_mtd --data MTD_FOLDER --auxiliary DTD_FOLDER
-    python experiments/run.py draem_demo --data demo --auxiliary DTD_FOLDER
+    python -m experiments.run draem_bottle --data BOTTLE_FOLDER --auxiliary DTD_FOLDER
+    python -m experiments.run draem_mtd --data MTD_FOLDER --auxiliary DTD_FOLDER
+    python -m experiments.run draem_demo --data demo --auxiliary DTD_FOLDER
 
 `draem_bottle_paper` and `draem_mtd_paper` are the published setting, for a GPU; they have not been run. The last epoch
 counts, whatever the test images say.
 """
 
-from recipes import MTD, Recipe, published
+from experiments.recipes import MTD, Recipe, published
 
 SMALL = {"reconstructive_width": 16, "discriminative_width": 16, "train_batch_size": 4, "learning_rate": 1e-3}
 NOTES = "128 px, networks of 16 channels, 20 epochs of 4 images at 1e-3."

@@ -1,15 +1,15 @@
 """EfficientAD, arXiv:2303.14535: 70,000 steps of one image, Adam 1e-4, a penalty on photographs of ImageNet.
 
-    python experiments/run.py efficientad_bottle --data BOTTLE_FOLDER --auxiliary IMAGENET_FOLDER
-    python experiments/run.py efficientad_mtd --data MTD_FOLDER --auxiliary IMAGENET_FOLDER
-    python experiments/run.py efficientad_demo --data demo --auxiliary IMAGENET_FOLDER
+    python -m experiments.run efficientad_bottle --data BOTTLE_FOLDER --auxiliary IMAGENET_FOLDER
+    python -m experiments.run efficientad_mtd --data MTD_FOLDER --auxiliary IMAGENET_FOLDER
+    python -m experiments.run efficientad_demo --data demo --auxiliary IMAGENET_FOLDER
 
 The teacher is the embedded `pdn_small`, distilled from a ResNet-50, not EfficientAD-S's own, whose weights are not at
 hand; the number of steps is what two CPU cores can do, at a higher rate. `efficientad_mtd_paper` has the published one,
 for a GPU; it has not been run. The last step counts, whatever the test images say.
 """
 
-from recipes import MTD, Recipe, published
+from experiments.recipes import MTD, Recipe, published
 
 FEW = {"learning_rate": 1e-3}
 TEACHER = "pdn_small"

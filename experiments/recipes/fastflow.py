@@ -1,8 +1,8 @@
 """FastFlow, arXiv:2111.07677, as gathierry/FastFlow has it for a ResNet-18: 8 couplings of 3x3 convolutions a level.
 
-    python experiments/run.py fastflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py fastflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run fastflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run fastflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, most with small
 batches for more steps. The last epoch counts, whatever the test images say. Three recipes of bottle show what epochs
@@ -12,7 +12,7 @@ images (select_fastflow_bottle.json) more epochs are better, and FrEIA's blocks 
 run.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 FEW = {"layers": ("layer2", "layer3"), "flow_steps": 4, "hidden_ratio": 0.16, "train_batch_size": 4}
 SMALL = FEW | {"epochs": 20}

@@ -1,14 +1,14 @@
 """GLASS, arXiv:2407.09359: a discriminator of 1,024 units, 20 steps of ascent, 640 epochs of 8 images at 1e-4, DTD.
 
-    python experiments/run.py glass_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --auxiliary DTD
-    python experiments/run.py glass_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
-    python experiments/run.py glass_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+    python -m experiments.run glass_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --auxiliary DTD
+    python -m experiments.run glass_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+    python -m experiments.run glass_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
 
 `glass_mtd_paper` has the published steps, for a GPU; it has not been run. The last epoch counts, whatever the test
 images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 FEW = {"layers": ("layer2", "layer3"), "hidden": 256, "ascent_steps": 10, "learning_rate": 5e-4}
 SMALL = FEW | {"feature_scale": 0.0625, "sigma": 2.0}

@@ -1,11 +1,11 @@
 """Mahalanobis AD, arXiv:2005.14140, on the stages of a ResNet-50 (the paper's headline network is EfficientNet-B4).
 
-    python experiments/run.py mahalanobis_ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run mahalanobis_ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 A few minutes on two CPU cores, nearly all of it the network.
 """
 
-from recipes import MTD, RESNET50, Recipe
+from experiments.recipes import MTD, RESNET50, Recipe
 
 LAYERS = {"layers": ("layer1", "layer2", "layer3")}
 RECIPES = {

@@ -1,14 +1,14 @@
 """MemSeg, arXiv:2205.00908: a ResNet-18, 256 px, a memory of 30 images, 5,000 steps of 8, AdamW at 3e-3, DTD.
 
-    python experiments/run.py memseg_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --auxiliary DTD
-    python experiments/run.py memseg_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
-    python experiments/run.py memseg_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+    python -m experiments.run memseg_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors --auxiliary DTD
+    python -m experiments.run memseg_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
+    python -m experiments.run memseg_demo --data demo --weights resnet50.caffe_in1k.safetensors --auxiliary DTD
 
 `memseg_mtd_paper` has the published steps, for a GPU; it has not been run. The last epoch counts, whatever the test
 images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 POOLED = {"channel_pooling": 4, "feature_scale": 0.5}
 """The features of these weights are larger than a ResNet-18's, even means of four channels."""

@@ -1,14 +1,14 @@
 """MKD, arXiv:2011.11108: a VGG-16 teaches a narrow cloner at four depths, 600 epochs of 64 images at 128 px, Adam 1e-3.
 
-    python experiments/run.py mkd_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py mkd_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py mkd_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run mkd_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run mkd_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run mkd_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 No weights of a VGG are at hand here: the teachers are ResNets, compared at layers 1 to 3. `mkd_bottle_vgg16` is the
 published setting, which has not been run. The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 FEW = {"train_batch_size": 8}
 SMALL = FEW | {"epochs": 20}

@@ -1,12 +1,12 @@
 """NF on embeddings, arXiv:2006.08545: a RealNVP of 8 couplings on pooled features; no published number is for defects.
 
-    python experiments/run.py nf_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py nf_mtd nf_pillqc --data FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run nf_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run nf_mtd nf_pillqc --data FOLDER --weights resnet50.caffe_in1k.safetensors
 
-The paper's own question, foreign images and flows on pixels, is that of experiments/nf_ood.py.
+The paper's own question, foreign images and flows on pixels, is that of experiments/studies/nf_ood.py.
 """
 
-from recipes import MTD, RESNET50, Recipe
+from experiments.recipes import MTD, RESNET50, Recipe
 
 LAYERS = {"layers": ("layer1", "layer2", "layer3")}
 NOTES = "A flow on the pooled features that Mahalanobis AD models by a Gaussian."

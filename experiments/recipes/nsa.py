@@ -1,13 +1,13 @@
 """NSA, arXiv:2109.15222: a ResNet-18 from scratch, 224 px, Adam from 1e-3 to 1e-6, 320 epochs of 64 images.
 
-    python experiments/run.py nsa_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py nsa_mtd --data MTD_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py nsa_demo --data demo --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run nsa_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run nsa_mtd --data MTD_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run nsa_demo --data demo --weights resnet18.tv_in1k.safetensors
 
 Of the weights only how images are normalized is used. The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, Recipe, published
+from experiments.recipes import MTD, Recipe, published
 
 ENCODER = "resnet18.tv_in1k"
 FEW = {"train_batch_size": 8, "shift": 2}

@@ -1,12 +1,12 @@
 """PaDiM, arXiv:2011.08785: 100 random channels of a ResNet-18, 550 of a ResNet-50.
 
-    python experiments/run.py padim_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py padim_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run padim_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run padim_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
 
 MTD takes about 10 minutes and 10 GB on two CPU cores (3,136 covariances of 550 x 550 are 3.8 GB).
 """
 
-from recipes import BOTTLE, MTD, RESNET50, Recipe, published
+from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, published
 
 RECIPES = {
     "padim_mtd": Recipe(

@@ -1,15 +1,15 @@
 """PatchCore, arXiv:2106.08265, with the paper's 10 % coreset.
 
-    python experiments/run.py patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py patchcore_pillqc --data PILLQC_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py patchcore_demo --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py patchcore_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py patchcore_mtd_embedded --data MTD_FOLDER
+    python -m experiments.run patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run patchcore_pillqc --data PILLQC_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run patchcore_demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run patchcore_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run patchcore_mtd_embedded --data MTD_FOLDER
 
 On two CPU cores MTD takes about 20 minutes and 8 GB, the others a few minutes.
 """
 
-from recipes import BOTTLE, MTD, RESNET50, Recipe, published
+from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, published
 
 EMBEDDED = "The embedded backbone, distilled from the ResNet-50 of the recipe of the same name without _embedded."
 RECIPES = {

@@ -1,13 +1,13 @@
 """RD4AD, arXiv:2201.10703: Adam at 5e-3 with betas 0.5 and 0.999, 200 epochs of 16 images.
 
-    python experiments/run.py rd4ad_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py rd4ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py rd4ad_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run rd4ad_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run rd4ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run rd4ad_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"epochs": 10, "train_batch_size": 8}
 NOTES = "A ResNet-50, 128 px, 10 epochs of 8 images a step."

@@ -1,14 +1,14 @@
 """SimpleNet, arXiv:2303.15140: a discriminator of 1,024 units, noise of 0.015, 160 epochs of 8 images at 2e-4.
 
-    python experiments/run.py simplenet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py simplenet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py simplenet_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run simplenet_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run simplenet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run simplenet_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 `simplenet_mtd_paper` has the published epochs, for a GPU; it has not been run. The last epoch counts, whatever the test
 images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer2", "layer3"), "feature_scale": 0.125, "epochs": 30}
 """The features of these weights are large: this is the largest of three scales with which the noise is told from tiles

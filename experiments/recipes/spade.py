@@ -5,12 +5,12 @@ weights at hand (the paper: layer4). That is the likely reason for an image AURO
 layer3 of a texture says more than features close to the classes of ImageNet. The network (ResNet-50 for WRN-50) and the
 image size (224 for 256) differ as well, and IM-IAD's split is not published.
 
-    python experiments/run.py spade_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run spade_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 Scoring compares 3,136 positions with those of K images: some tenths of a second an image and neighbor on two CPU cores.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 LAYER3 = {"image_layer": "layer3", "num_neighbors": 5}
 RECIPES = {

@@ -1,13 +1,13 @@
 """STFPM, arXiv:2103.04257: a ResNet-18's layers 1 to 3, SGD at 0.4, 100 epochs of 32 images.
 
-    python experiments/run.py stfpm_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-    python experiments/run.py stfpm_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
-    python experiments/run.py stfpm_demo --data demo --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run stfpm_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
+    python -m experiments.run stfpm_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.run stfpm_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"epochs": 10, "train_batch_size": 8}
 NOTES = "A ResNet-50, 128 px, 10 epochs of 8 images a step."

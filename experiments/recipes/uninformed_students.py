@@ -1,12 +1,12 @@
 """Uninformed Students, arXiv:1911.02357: 3 students of each of 3 patch sizes, 256 px, Adam 1e-4, one image a step.
 
-    python experiments/distill_teacher.py --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33 \
+    python -m experiments.distill.teacher --images IMAGENET_FOLDER --weights resnet18.tv_in1k.safetensors --patch 33 \
         --patches 20000 --epochs 2 --learning-rate 5e-4
-    python experiments/run.py uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
-    python experiments/run.py uninformed_students_bottle_65 --data BOTTLE_FOLDER --weights patch65.safetensors
-    python experiments/run.py uninformed_students_bottle_all --data BOTTLE_FOLDER --weights patch17.safetensors \
+    python -m experiments.run uninformed_students_bottle --data BOTTLE_FOLDER --weights patch33.safetensors
+    python -m experiments.run uninformed_students_bottle_65 --data BOTTLE_FOLDER --weights patch65.safetensors
+    python -m experiments.run uninformed_students_bottle_all --data BOTTLE_FOLDER --weights patch17.safetensors \
         --weights patch33.safetensors --weights patch65.safetensors
-    python experiments/run.py uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
+    python -m experiments.run uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
 The teachers are not at hand as the authors trained them, on all of ImageNet; what is here are some distilled on 20,000
 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and distill_patch65.json
@@ -14,7 +14,7 @@ with one epoch), one patch size at a time but in uninformed_students_bottle_all,
 The last epoch counts, whatever the test images say.
 """
 
-from recipes import MTD, Recipe, published
+from experiments.recipes import MTD, Recipe, published
 
 TEACHER = "patch33"
 ALONE = "patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"

@@ -1,22 +1,21 @@
-"""What test images say after every epoch of a recipe: how far a best test epoch is from the last; never to choose by.
+"""The metrics of test images after every epoch of a recipe: how far the best epoch is from the last.
 
-    python experiments/epoch_curve.py fastflow_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
-        --torch-python PYTHON
+    python -m experiments.studies.epoch_curve fastflow_bottle --data BOTTLE_FOLDER --torch-python PYTHON
+        --weights resnet18.tv_in1k.safetensors
 
-Published numbers are often of an epoch that was chosen on the test images: anomalib's example configurations of
-FastFlow and CFA stop when their pixel_AUROC has not risen for 3 or 5 epochs. The curve shows the best value that such a
-rule would have met here. With `--torch-python`, FrEIA's blocks are trained instead, on the same features, as a FastFlow
-of 3x3 convolutions: what both curves share is no mistake of jaxad's blocks. Writes results/epochs_<recipe>.json after
-every epoch; a curve of the other blocks stays there. `--smoke` is the small variant that the tests run.
+This is no way to choose an epoch. But published numbers often belong to an epoch that was chosen on the test images:
+anomalib's example configurations of FastFlow and CFA stop when pixel_AUROC has not risen for 3 or 5 epochs. The curve
+shows the best value that such a rule would find here. With `--torch-python`, FrEIA's blocks are trained on the same
+features instead, as a FastFlow of 3x3 convolutions; what both curves share is no mistake of jaxad's blocks. Writes
+results/epochs_<recipe>.json after every epoch; the curve of the other blocks is kept. `--smoke` is the small variant
+for the tests.
 """
 
-import functools
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,16 +23,18 @@ import jax
 import numpy as np
 import tyro
 
-import loops
-import run
-from command import machine, start
-from jaxad.files import read_json, write_json
-from jaxad.base import Frozen, Method, PyTree
-from jaxad.metrics import auroc
+from experiments.command import RESULTS, command_line, machine, progress, start
+from experiments.opening import Opened, embedded, open_recipe, states_by_epoch
+from jaxad.data import Dataset
+from jaxad.driver.embedding import EmbeddingCache
+from jaxad.driver.execution import Execution
 from jaxad.driver.program import Program
+from jaxad.driver.scoring import score_all
+from jaxad.files import read_json, write_json
+from jaxad.metrics import auroc
 
 PATIENCE = {"fastflow": 3, "cfa": 5}
-"""Epochs without a rise after which anomalib stops a method; others are taken for a FastFlow."""
+"""Epochs without a rise after which anomalib stops a method; other methods get FastFlow's."""
 
 
 @dataclass
@@ -41,84 +42,96 @@ class Options:
     """Score the test images after every epoch."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A recipe of a method whose last stage is of gradient steps and which draws heat maps."""
+    """A recipe of a method that ends with gradient steps and gives heat maps."""
     epochs: int | None = None
     """None: the recipe's."""
     data: str = "demo"
+    """The data set: a folder, or whatever `jaxad fit` takes."""
     weights: Path | None = None
     torch_python: Path | None = None
-    """An interpreter with torch and FrEIA, whose blocks are trained instead, for a FastFlow."""
-    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    """A Python interpreter with torch and FrEIA, which trains FrEIA's blocks instead."""
+    results: Path = RESULTS
     smoke: bool = False
     """A few small demo images and random weights."""
 
 
-def of_jaxad(name: str, method: Method, frozen: Frozen, learn: PyTree, test: PyTree) -> Iterator[np.ndarray]:
-    """Heat maps of the test images after every epoch."""
-    finish, score, n = Program(method.stages[-1].finalize), Program(method.score), loops.length(test)
-    for state in loops.after_epochs(method, frozen, learn, functools.partial(run.progress(), name)):
-        final = finish(jax.random.key(0), state, frozen)
-        parts = [loops.batch_of(test, range(i, min(i + loops.PART, n))).x for i in range(0, n, loops.PART)]
-        yield np.concatenate([score(final, frozen, part).pixel for part in parts])
+def maps_of_jaxad(opened: Opened, test: Dataset) -> Iterator[np.ndarray]:
+    """Heat maps of the test images (n h w) after every epoch."""
+    _, method, frozen, photographs, train, _ = opened
+    finalize, execution = Program(method.stages[-1].finalize), Execution(cache=EmbeddingCache())
+    for state in states_by_epoch(method, frozen, train, auxiliary=photographs, progress=progress()):
+        fitted = finalize(jax.random.key(0), state, frozen)
+        yield score_all(method, fitted, frozen, test, execution).pixel
 
 
-def of_freia(python: Path, method: dict, size: tuple[int, int], learn: PyTree, test: PyTree) -> Iterator[np.ndarray]:
-    """Heat maps of FrEIA's blocks, trained on the same features."""
+def maps_of_freia(python: Path, opened: Opened, test: Dataset) -> Iterator[np.ndarray]:
+    """Heat maps (n h w) of FrEIA's blocks, trained on the same features, after every epoch.
+
+    Args:
+        python: An interpreter with torch and FrEIA.
+        opened: A recipe of FastFlow.
+        test: Its test images.
+
+    Raises:
+        ValueError: The interpreter fails.
+    """
+    stage = opened.method.stages[-1]
     with tempfile.TemporaryDirectory() as folder:
-        for part, x in (("learn", learn), ("test", test)):
+        for part, data in (("train", opened.train), ("test", test)):
+            x = embedded(opened.method, opened.frozen, data)
             np.savez(f"{folder}/{part}.npz", **{layer: np.moveaxis(maps, -1, 1) for layer, maps in x.items()})
-        given = method | {"folder": folder, "size": size}
-        command = [str(python), str(Path(__file__).with_name("freia_fastflow.py")), json.dumps(given)]
+        settings = {"folder": folder, "size": test.image_size, "epochs": stage.epochs, "batch_size": stage.batch_size}
+        script = Path(__file__).parents[1] / "bench" / "freia_fastflow.py"
+        command = [str(python), str(script), json.dumps(settings)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
                 yield np.load(line.strip())
         if child.returncode:
-            raise ValueError(f"freia_fastflow.py must end well, got exit code {child.returncode}")
+            raise ValueError(f"freia_fastflow.py must end without an error, got exit code {child.returncode}")
 
 
 def main(options: Options) -> None:
     """Trains, and writes the metrics of every epoch."""
-    opened = loops.opened(options.name, options.epochs, options.data, options.weights, options.smoke)
-    detector, frozen, (train, test) = opened
-    method = detector.method
+    opened = open_recipe(
+        options.name, epochs=options.epochs, data=options.data, weights=options.weights, smoke=options.smoke
+    )
+    settings, method, test = opened.settings, opened.method, opened.test
     if not method.stages[-1].shuffle or test is None:
         raise ValueError(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
-    blocks = {k: v for k, v in detector.hyperparameters.items() if k not in ("epochs", "train_batch_size")}
-    if options.torch_python is not None and (detector.method_name, blocks) != ("fastflow", {"conv3x3_only": True}):
+    blocks = {k: v for k, v in settings.hyperparameters.items() if k not in ("epochs", "train_batch_size")}
+    if options.torch_python is not None and (settings.method, blocks) != ("fastflow", {"conv3x3_only": True}):
         raise ValueError(f"FrEIA's blocks are those of a FastFlow of 8 3x3 couplings, got {options.name}: {blocks}")
-    learn, foreign = (loops.embedded(method, frozen, part) for part in (train, test))
+    masks = test.masks(range(len(test)))
+    if masks is None:
+        raise ValueError(f"the data must have masks, got none in {options.data}")
     record = {
         "experiment": f"epochs_{options.name}",
-        "method": detector.method_name,
-        "hyperparameters": {k: v for k, v in detector.hyperparameters.items() if k != "epochs"},
-        "images": {"learned": len(train), "test": len(test)},
+        "method": settings.method,
+        "hyperparameters": {k: v for k, v in settings.hyperparameters.items() if k != "epochs"},
+        "images": {"learned": len(opened.train), "test": len(test)},
         **machine(),
     }
     path = options.results / f"epochs_{options.name}.json"
     old = read_json(path) if path.exists() else {}
-    curves = old["curves"] if record.items() <= old.items() else {}  # of the other blocks on the same images
+    curves = old["curves"] if record.items() <= old.items() else {}
     if options.torch_python is None:
-        of, maps = "jaxad", of_jaxad(options.name, method, frozen, learn, foreign)
+        library, maps = "jaxad", maps_of_jaxad(opened, test)
     else:
-        trained = {"epochs": method.stages[-1].epochs, "batch_size": method.stages[-1].batch_size}
-        of, maps = "FrEIA", of_freia(options.torch_python, trained, test.image_size, learn, foreign)
-    masks = test.masks(range(len(test)))
-    if masks is None:
-        raise ValueError(f"the data must have masks, got none in {options.data}")
+        library, maps = "FrEIA", maps_of_freia(options.torch_python, opened, test)
     defects = (masks > 0).ravel().astype(int)
     curve: dict[str, list[float]] = {"image_AUROC": [], "pixel_AUROC": []}
     for pixel in maps:
         curve["image_AUROC"].append(auroc(pixel.max((1, 2)), test.labels))
         curve["pixel_AUROC"].append(auroc(pixel.ravel(), defects))
-        best = stopped(curve["pixel_AUROC"], PATIENCE.get(detector.method_name, PATIENCE["fastflow"]))
-        curves[of] = curve | {"stopped": best, "command": " ".join(["python", *sys.argv])}
+        best = stopped(curve["pixel_AUROC"], PATIENCE.get(settings.method, PATIENCE["fastflow"]))
+        curves[library] = curve | {"stopped": best, "command": command_line()}
         write_json(path, record | {"curves": curves})
-        print(f"\n{of}", {k: round(v[-1], 4) for k, v in curve.items()}, flush=True)
+        print(f"\n{library}", {k: round(v[-1], 4) for k, v in curve.items()}, flush=True)
 
 
 def stopped(values: list[float], patience: int) -> float:
-    """The best value up to where it has not risen for so many epochs."""
+    """The best value until there is no rise for `patience` epochs."""
     best = 0
     for epoch, value in enumerate(values):
         if value > values[best]:

@@ -1,30 +1,30 @@
-"""Held-out loss of a recipe's method after every epoch, for several learning rates: what to choose both by.
+"""The held-out loss of a recipe after every epoch, for several learning rates, to choose rate and epochs by.
 
-    python experiments/select_rate.py cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
+    python -m experiments.studies.select_rate cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-With `--vary` another hyper-parameter than the learning rate has several values. All images are normal ones of the
-training split; test images are not looked at. Writes results/select_<recipe>.json, or select_<recipe>_<vary>.json.
-`--smoke` is the small variant that the tests run.
+With `--vary`, another hyperparameter than the learning rate takes several values. All images are normal ones of the
+training split; no test image is read. Writes results/select_<recipe>.json, or select_<recipe>_<vary>.json. `--smoke` is
+the small variant for the tests.
 """
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-import loops
-import run
-from command import origin, start
-from jaxad.files import write_json
-from jaxad.base import Frozen, Method, PyTree
+from experiments.command import RESULTS, origin, progress, start
+from experiments.opening import batch_of, embedded, last_shuffled, open_recipe, states_by_epoch
+from jaxad.base import Frozen, PyTree, State
+from jaxad.data import Dataset
 from jaxad.driver.program import Program
+from jaxad.files import write_json
+from jaxad.settings import Settings
 
-STILL = 1e-12
-"""A learning rate that learns nothing: the loss of a step with it is that before the step."""
+NEGLIGIBLE = 1e-12
+"""A learning rate that changes nothing: the loss of a step with it is that of the state before the step."""
 
 
 @dataclass
@@ -36,62 +36,78 @@ class Options:
     rates: tuple[float, ...] = ()
     """Learning rates, or values of what varies; none: the recipe's."""
     vary: str = "learning_rate"
-    """The hyper-parameter that varies, one that is a number and need not be whole."""
+    """The hyperparameter that varies; it takes floats."""
     epochs: int | None = None
-    """At most; none: the recipe's."""
+    """At most; None: the recipe's."""
     data: str = "demo"
+    """The data set: a folder, or whatever `jaxad fit` takes."""
     weights: Path | None = None
     auxiliary: Path | None = None
-    """A folder of photographs of other things, for recipes that say so."""
+    """A folder of photographs of other things, for recipes that ask for one."""
     learn: int = 140
-    """Images that are learned from."""
+    """Images to train on."""
     hold_out: int = 32
-    """Others, whose loss counts."""
-    results: Path = field(default_factory=lambda: Path(__file__).parent / "results")
+    """Other images, for the loss."""
+    results: Path = RESULTS
     smoke: bool = False
     """A few small demo images and random weights."""
 
 
-def curve(name: str, method: Method, still: Method, frozen: Frozen, learn: PyTree, held_out: PyTree) -> list[float]:
-    """The loss of what is held out after every epoch of the gradient stage, the last that shuffles."""
-    i = max(i for i, stage in enumerate(method.stages) if stage.shuffle)
-    look, m = Program(still.stages[i].update), loops.length(held_out)
-    size = min(method.stages[i].batch_size or loops.PART, m)
-    parts = [loops.batch_of(held_out, range(k, k + size)) for k in range(0, m // size * size, size)]
+def held_out_losses(settings: Settings, frozen: Frozen, photographs: Any, train: Dataset, x: PyTree) -> list[float]:
+    """The loss of held-out images after every epoch of the last stage that trains by gradient steps.
 
-    def loss(state: PyTree) -> float:
-        return float(np.mean([look(jax.random.key(0), state, frozen, part)[1]["loss"] for part in parts]))
+    Args:
+        settings: What is trained.
+        frozen: Its pretrained weights.
+        photographs: Auxiliary images, uint8 n h w 3, or None.
+        train: The training images.
+        x: The embeddings of the held-out images.
+    """
+    method = settings.build(train.image_size)
+    evaluate = Program(last_shuffled(settings.varied("learning_rate", NEGLIGIBLE).build(train.image_size)).update)
+    n = len(jax.tree.leaves(x)[0])
+    size = min(last_shuffled(method).batch_size or n, n)
+    parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], x) for i in range(0, n // size * size, size)]
+    batches = [batch_of(part, photographs, progress=0.0) for part in parts]
 
-    states = loops.after_epochs(method, frozen, learn, functools.partial(run.progress(), name))
+    def loss(state: State) -> float:
+        return float(np.mean([evaluate(jax.random.key(0), state, frozen, batch)[1]["loss"] for batch in batches]))
+
+    states = states_by_epoch(method, frozen, train, auxiliary=photographs, progress=progress())
     return [loss(state) for state in states]
 
 
 def main(options: Options) -> None:
     """Trains with every rate and writes the losses."""
-    opened = loops.opened(options.name, options.epochs, options.data, options.weights, options.smoke, options.auxiliary)
-    detector, frozen, (data, _) = opened
+    settings, method, frozen, photographs, data, _ = open_recipe(
+        options.name,
+        epochs=options.epochs,
+        data=options.data,
+        weights=options.weights,
+        auxiliary=options.auxiliary,
+        smoke=options.smoke,
+    )
     if options.learn + options.hold_out > len(data):
         raise ValueError(
             f"learn + hold_out must be at most the {len(data)} images, got {options.learn + options.hold_out}"
         )
     order = np.random.default_rng(0).permutation(len(data))
     ends = options.learn, options.learn + options.hold_out
-    learn, held_out = (data.subset(np.sort(rows)) for rows in (order[: ends[0]], order[ends[0] : ends[1]]))
-    x = [loops.embedded(detector.method, frozen, part) for part in (learn, held_out)]
+    train, held_out = (data.subset(np.sort(rows)) for rows in (order[: ends[0]], order[ends[0] : ends[1]]))
+    x = embedded(method, frozen, held_out)
     losses = {}
     for rate in options.rates or (None,):
-        varied = detector if rate is None else detector.varied(options.vary, rate)
+        varied = settings if rate is None else settings.varied(options.vary, rate)
         label = "recipe's" if rate is None else f"{rate:g}"
-        still = varied.varied("learning_rate", STILL).method
-        losses[label] = curve(f"{options.name}, {options.vary} {label}", varied.method, still, frozen, *x)
+        losses[label] = held_out_losses(varied, frozen, photographs, train, x)
         print(label, [round(loss, 4) for loss in losses[label]], flush=True)
     experiment = f"select_{options.name}" + ("" if options.vary == "learning_rate" else f"_{options.vary}")
     record = {
         "experiment": experiment,
-        "method": detector.method_name,
-        "hyperparameters": detector.hyperparameters,
+        "method": settings.method,
+        "hyperparameters": dict(settings.hyperparameters),
         "varied": options.vary,
-        "images": {"learned": len(learn), "held_out": len(held_out)},
+        "images": {"learned": len(train), "held_out": len(held_out)},
         "held_out_loss": losses,
         **origin(),
     }

@@ -1,15 +1,17 @@
-"""Small fully convolutional patch-description networks: that of a fresh clone, and the published ones of EfficientAD.
+"""Small fully convolutional patch-description networks: that of this package, and the published ones of EfficientAD.
 
-Every output position of `pdn_small` describes the 65 px patch around it. Its weights in the package are distilled from
-a ResNet-50's layer2 and layer3 by `experiments/distill_backbone.py`, much as the patch networks of the two papers below
-are; its channels are principal components of those, of one scale, not channels of unit variance each.
-Those of `efficientad_small` and `efficientad_medium` describe patches of 33 px; whoever has their authors' or a
-reimplementation's weights imports them.
+Every position of `pdn_small` describes a patch of 65 px. The package contains its weights, which
+`experiments/distill/backbone.py` distills from layer2 and layer3 of a ResNet-50, much as the two papers below distill
+their networks. Its channels are the principal components of those features, all multiplied by one factor: they are not
+scaled to unit variance one by one.
+The positions of `efficientad_small` and `efficientad_medium` describe patches of 33 px. The user imports their weights,
+from the authors or a reimplementation.
 
 Paper: Uninformed Students, CVPR 2020, arXiv:1911.02357; EfficientAD, WACV 2024, arXiv:2303.14535, Tables 6 and 7.
 Reference: https://github.com/nelson1425/EfficientAD and anomalib (parameter names of the published ones).
 """
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,20 +20,25 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxad.backbones.convolution import Conv, Source
+from jaxad.backbones import convolution
+from jaxad.backbones.architecture import Backbone, Family, Student, build, make_student
+from jaxad.backbones.convolution import Conv, Params, Shapes, Source
+from jaxad.backbones.registry import IMAGENET, Entry, Normalization
+from jaxad.nn.initial import torch_bias, torch_uniform
 
 STAGES = ("layer1", "layer2", "layer3")
-PATCH_LAYERS = ("layer3",)
-PYRAMID_LAYERS = STAGES
 WIDTHS = (64, 160, 256)
 BLOCKS = 3
 OUT = 384
+"""Channels of the description."""
 PUBLISHED = {
     "efficientad_small": ((4, 128), (4, 256), (3, 256), (4, OUT)),
     "efficientad_medium": ((4, 256), (4, 512), (1, 512), (3, 512), (4, OUT), (1, OUT)),
 }
 """Kernel and channels of every convolution; average pooling follows the first two."""
 PUBLISHED_STAGES = ("head",)
+TRAINABLE = functools.partial(Conv, kernel_init=torch_uniform, bias_init=torch_bias)
+"""Makes the convolutions of a student."""
 
 
 class PatchDescriptionNetwork(nn.Module):
@@ -39,7 +46,7 @@ class PatchDescriptionNetwork(nn.Module):
 
     out: int = OUT
     conv: Any = Conv
-    """What makes a convolution of (features, kernel, stride, name)."""
+    """Makes a convolution from (features, kernel, stride, name)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
@@ -59,27 +66,27 @@ class PatchDescriptionNetwork(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """EfficientAD's, without padding: 256 px give 56 positions, of stride 4."""
+    """A network of EfficientAD, without padding: 256 px give 56 positions of stride 4."""
 
-    architecture: str
+    convolutions: tuple[tuple[int, int], ...]
+    """Kernel and channels of every convolution; average pooling follows the first two."""
     out: int = OUT
-    """Channels of the description, and of whatever else has as many."""
+    """Channels of the description; they replace `OUT` in every convolution that has as many."""
     conv: Any = Conv
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ _"]]:
-        """The description of a normalized image, its only stage."""
-        shapes = PUBLISHED[self.architecture]
-        for i, (kernel, features) in enumerate(shapes):
+        """The description of a normalized image, the only stage."""
+        for i, (kernel, features) in enumerate(self.convolutions):
             x = self.conv(self.out if features == OUT else features, kernel, pad=False, name=f"conv{i + 1}")(x)
-            if i < len(shapes) - 1:
+            if i < len(self.convolutions) - 1:
                 x = jax.nn.relu(x)
             if i < 2:
                 x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
         return dict.fromkeys(layers, x)
 
 
-def source(architecture: str, module: str, keys: Collection[str]) -> Source:
+def source(module: str, keys: Collection[str]) -> Source:
     """The names of a convolution of a published network in a checkpoint: anomalib's, or those of a torch sequence."""
     if "conv1.weight" in keys:
         return Source(module, None)
@@ -87,10 +94,70 @@ def source(architecture: str, module: str, keys: Collection[str]) -> Source:
     return Source(str(2 * number + min(number, 2)), None)
 
 
-def fold(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The file of `pdn_small` (`conv1.kernel`, `conv1.bias`, ... in half precision) as flax parameters in float32."""
-    params: dict[str, dict[str, np.ndarray]] = {}
+def fold(modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Params:
+    """Converts the file of `pdn_small` (`conv1.kernel`, `conv1.bias`, ... in half precision) to float32 parameters.
+
+    Raises:
+        ValueError: The file is of another architecture.
+    """
+    expected = {m: {f"{m}.{leaf}": shape for leaf, shape in leaves.items()} for m, leaves in modules.items()}
+    convolution.complete_modules(STAGES, expected, tensors)
+    params: Params = {}
     for name, value in tensors.items():
         module, leaf = name.rsplit(".", 1)
         params.setdefault(module, {})[leaf] = np.asarray(value, np.float32)
     return params
+
+
+@functools.lru_cache
+def make(name: str, convolutions: tuple[tuple[int, int], ...], *, normalization: Normalization = IMAGENET) -> Backbone:
+    """A network of EfficientAD with convolutions of the caller's own; equal arguments give the same object.
+
+    Args:
+        name: Name of the backbone, for messages.
+        convolutions: Kernel and channels of every convolution, `OUT` channels in the last one; average pooling follows
+            the first two.
+        normalization: Mean and deviation of the training images, RGB in 0..255.
+    """
+
+    def fold_published(modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Params:
+        names = functools.partial(source, keys=tensors.keys())
+        return convolution.fold(PUBLISHED_STAGES, modules, names, tensors)
+
+    def student(layers: tuple[str, ...], copies: int) -> Student:
+        return make_student(PublishedNetwork(convolutions, copies * OUT, TRAINABLE), layers)
+
+    return build(
+        name,
+        "pdn",
+        PublishedNetwork(convolutions),
+        PUBLISHED_STAGES,
+        fold_published,
+        normalization=normalization,
+        pads=False,
+        student=student,
+        copies=True,
+    )
+
+
+def _registered(name: str, entry: Entry) -> Backbone:
+    if entry.architecture in PUBLISHED:
+        return make(name, PUBLISHED[entry.architecture], normalization=entry.normalization)
+
+    def student(layers: tuple[str, ...], copies: int) -> Student:
+        return make_student(PatchDescriptionNetwork(copies * OUT, TRAINABLE), layers)
+
+    return build(
+        name,
+        "pdn",
+        PatchDescriptionNetwork(),
+        STAGES,
+        fold,
+        patch_layers=STAGES[-1:],
+        normalization=entry.normalization,
+        student=student,
+        copies=True,
+    )
+
+
+FAMILY = Family(("pdn_small", *PUBLISHED), _registered)

@@ -1,11 +1,14 @@
-"""The names of the pretrained weights: where the official file is, its sha256, and the normalization of its images."""
+"""The registered weights: name, sha256 of the official file, and how images are normalized for them."""
 
 import difflib
 import os
 from typing import NamedTuple
 
-IMAGENET = ((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
-CAFFE = ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0))
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and deviation of the training images, RGB in 0..255."""
+
+IMAGENET: Normalization = ((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
+CAFFE: Normalization = ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0))
 HUB = "https://huggingface.co"
 
 
@@ -15,13 +18,12 @@ class Entry(NamedTuple):
     name: str
     """Architecture and training recipe, as timm names them: `resnet50.tv_in1k`."""
     official: bool = True
-    """Whether the model hub has it; otherwise a file must be imported."""
+    """Whether the model hub has the file; otherwise the user imports one."""
     sha256: str | None = None
-    """Of the official file; None where no public text states it (the hub's own checksum is verified then)."""
-    normalization: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
-    """Mean and deviation of the training images, RGB in 0..255."""
+    """The sha256 of the official file; None where none is published (the hub's own checksum is verified then)."""
+    normalization: Normalization = IMAGENET
     stride_in_1x1: bool = False
-    """The original ResNet (v1): a stage's stride sits in its first 1x1 convolution."""
+    """The original ResNet (v1): the stride of a stage sits in its first 1x1 convolution."""
 
     @property
     def architecture(self) -> str:
@@ -30,7 +32,7 @@ class Entry(NamedTuple):
 
     @property
     def url(self) -> str | None:
-        """Where the official file is; `JAXAD_WEIGHTS_URL` replaces the hub by a mirror of the same layout."""
+        """Address of the official file; `JAXAD_WEIGHTS_URL` replaces the hub by a mirror with the same layout."""
         base = os.environ.get("JAXAD_WEIGHTS_URL") or HUB
         return f"{base.rstrip('/')}/timm/{self.name}/resolve/main/model.safetensors" if self.official else None
 
@@ -76,7 +78,7 @@ ENTRIES = {
         Entry("cait_m48_448.fb_dist_in1k"),
     )
 }
-"""By full name. The first of an architecture is what its plain name means."""
+"""The entries by full name. The plain name of an architecture means its first entry."""
 PLAIN = {entry.architecture: entry for entry in reversed(ENTRIES.values())}
 
 
@@ -84,12 +86,12 @@ def lookup(name: str) -> Entry:
     """The entry of a full name (`resnet50.tv_in1k`) or of a plain one (`resnet50`).
 
     Raises:
-        ValueError: There is none; names the near ones.
+        ValueError: There is none; the message names similar ones.
     """
     entry = ENTRIES.get(name) or PLAIN.get(name)
     if entry is None:
         known = [*PLAIN, *ENTRIES]
-        near = difflib.get_close_matches(name, known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(PLAIN))}"
+        similar = difflib.get_close_matches(name, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else f"known are {', '.join(sorted(PLAIN))}"
         raise ValueError(f"no backbone is called {name!r}: {hint}")
     return entry

@@ -6,30 +6,24 @@ Reference: torchvision.models.resnet (parameter names, "v1.5": a stage's stride 
     original Caffe release ("v1": the stride sits in the first 1x1 convolution).
 """
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
-from jaxad.backbones.convolution import Conv, Source
+from jaxad.backbones import convolution
+from jaxad.backbones.architecture import Backbone, Family, ResidualBlocks, Student, build, make_student
+from jaxad.backbones.convolution import Conv, Params, Shapes, Source
+from jaxad.backbones.registry import CAFFE, IMAGENET, Entry, Normalization
+from jaxad.nn import ConvNorm
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PATCH_LAYERS = ("layer2", "layer3")
 PYRAMID_LAYERS = ("layer1", "layer2", "layer3")
-
-
-class ResidualBlocks(NamedTuple):
-    """What a ResNet is made of."""
-
-    counts: tuple[int, int, int, int]
-    """Of its stages."""
-    width: float = 0.25
-    """Channels within a block over those that it gives; 1 for basic blocks."""
-    channels: int = 64
-    """Of the stem, and within the first stage of basic blocks."""
-
-
 BLOCKS = {
     "resnet18": ResidualBlocks((2, 2, 2, 2), 1.0),
     "resnet34": ResidualBlocks((3, 4, 6, 3), 1.0),
@@ -42,24 +36,24 @@ BLOCKS = {
 
 
 class ResNet(nn.Module):
-    """Feature maps of a ResNet by stage name; nothing past the last wanted stage is computed."""
+    """Feature maps of a ResNet by stage name; nothing past the deepest requested stage is computed."""
 
-    architecture: str
+    blocks: ResidualBlocks
     stride_in_1x1: bool = False
     conv: Any = Conv
-    """What makes a convolution of (features, kernel, stride, name)."""
+    """Makes a convolution from (features, kernel, stride, name)."""
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"], layers: tuple[str, ...], **how: Any
+        self, x: Float[Array, "b h w 3"], layers: tuple[str, ...], **options: Any
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """The maps of those stages of a normalized image; what else is given is given to all convolutions."""
+        """The maps of those stages of a normalized image; `options` are passed on to every convolution."""
 
         def conv(x: Array, *shape: int, name: str) -> Array:
-            return self.conv(*shape, name=name)(x, **how)
+            return self.conv(*shape, name=name)(x, **options)
 
         relu = jax.nn.relu
-        counts, width, channels = BLOCKS[self.architecture]
+        counts, width, channels = self.blocks
         bottleneck = width < 1
         x = relu(conv(x, channels, 7, 2, name="conv1"))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
@@ -89,3 +83,53 @@ class ResNet(nn.Module):
 def source(module: str) -> Source:
     """The names of a convolution and its batch norm in torchvision's and timm's checkpoints."""
     return Source(module, module.replace("downsample.0", "downsample.1").replace("conv", "bn"))
+
+
+@functools.lru_cache
+def make(
+    name: str, blocks: ResidualBlocks, *, stride_in_1x1: bool = False, normalization: Normalization = IMAGENET
+) -> Backbone:
+    """A ResNet with blocks of the caller's own; equal arguments give the same object.
+
+    Args:
+        name: Name of the backbone, for messages.
+        blocks: Its residual blocks.
+        stride_in_1x1: The stride of a stage sits in its first 1x1 convolution (v1).
+        normalization: Mean and deviation of the training images, RGB in 0..255. Caffe's weights take images that are
+            not divided by a deviation. A first convolution on such inputs trains thousands of times too fast, so
+            images are divided by ImageNet's deviation, and the first kernel is multiplied by it.
+    """
+    scale = None
+    if normalization == CAFFE:
+        normalization, scale = (CAFFE[0], IMAGENET[1]), np.asarray(IMAGENET[1], np.float32)[:, None]
+
+    def fold(modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Params:
+        params = convolution.fold(STAGES, modules, source, tensors)
+        if scale is not None:
+            params["conv1"]["kernel"] = params["conv1"]["kernel"] * scale
+        return params
+
+    def student(layers: tuple[str, ...], copies: int) -> Student:
+        del copies
+        return make_student(ResNet(blocks, stride_in_1x1, ConvNorm), layers, batch_norm=True)
+
+    return build(
+        name,
+        "resnet",
+        ResNet(blocks, stride_in_1x1),
+        STAGES,
+        fold,
+        patch_layers=PATCH_LAYERS,
+        pyramid_layers=PYRAMID_LAYERS,
+        normalization=normalization,
+        blocks=blocks,
+        student=student,
+    )
+
+
+def _registered(name: str, entry: Entry) -> Backbone:
+    blocks = BLOCKS[entry.architecture]
+    return make(name, blocks, stride_in_1x1=entry.stride_in_1x1, normalization=entry.normalization)
+
+
+FAMILY = Family(tuple(BLOCKS), _registered)

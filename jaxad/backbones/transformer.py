@@ -1,8 +1,8 @@
 """The vision transformers DeiT and CaiT in flax.linen, with patches of 16 pixels.
 
-A stage is the map of the patch tokens after that block and the network's final norm. DeiT's class and distillation
+A stage is the map of the patch tokens after that block and the final norm of the network. DeiT's class and distillation
 tokens take part in its attention and are then dropped; CaiT's class token enters after the blocks, in layers that are
-never computed. An image of another size than the training's gets a resampled position embedding.
+never computed. For images of another size than in training the position embedding is resampled.
 
 Paper: Training data-efficient image transformers & distillation through attention, ICML 2021, arXiv:2012.12877,
     Table 1; Going deeper with Image Transformers, ICCV 2021, arXiv:2103.17239, Sections 2 and 3;
@@ -10,8 +10,10 @@ Paper: Training data-efficient image transformers & distillation through attenti
 Reference: timm.models.deit and timm.models.cait (parameter names, resampling).
 """
 
+import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,10 +22,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxad.backbones.convolution import Conv, Params, Shapes, held
+from jaxad.backbones.architecture import Backbone, Family, build
+from jaxad.backbones.convolution import Conv, Params, Shapes, complete_modules
+from jaxad.backbones.registry import IMAGENET, Entry, Normalization
 
 PATCH = 16
-# width, blocks, heads
 MEMBERS = {
     "deit_tiny": (192, 12, 3),
     "deit_small": (384, 12, 6),
@@ -36,38 +39,61 @@ MEMBERS = {
     "cait_m36": (768, 36, 16),
     "cait_m48": (768, 48, 16),
 }
+"""Width, blocks and heads."""
+
+
+class Layout(NamedTuple):
+    """A vision transformer."""
+
+    width: int
+    depth: int
+    """Number of blocks."""
+    heads: int
+    image_size: int
+    """Height and width of the training images in pixels."""
+    tokens: tuple[str, ...] = ()
+    """Names of the tokens in front of the patches."""
+    cait: bool = False
+    """Talking heads and layer scales, as in CaiT."""
+
+
+LAYOUTS = {
+    f"deit_{size}{distilled}_patch16_{pixels}": Layout(*MEMBERS[f"deit_{size}"], pixels, tokens)
+    for size in ("tiny", "small", "base")
+    for distilled, tokens in (("", ("cls_token",)), ("_distilled", ("cls_token", "dist_token")))
+    for pixels in (224, 384)
+} | {
+    f"{member}_{pixels}": Layout(*MEMBERS[member], pixels, cait=True)
+    for member in MEMBERS
+    if member.startswith("cait")
+    for pixels in (224, 384, 448)
+}
 SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias", "value": ""}
-"""What a torch checkpoint appends to a module's name for each of its parameters."""
+"""Suffix of the names in a torch checkpoint for each parameter of a module."""
 
 
-def member(architecture: str) -> str:
-    """The key of `MEMBERS` for the name of an architecture, as `deit_base` for `deit_base_distilled_patch16_384`."""
-    return "_".join(architecture.split("_")[:2])
-
-
-def stages(architecture: str) -> tuple[str, ...]:
+def stages(layout: Layout) -> tuple[str, ...]:
     """The blocks, shallow to deep."""
-    return tuple(f"blocks.{i}" for i in range(MEMBERS[member(architecture)][1]))
+    return tuple(f"blocks.{i}" for i in range(layout.depth))
 
 
-def default_layers(architecture: str) -> tuple[str, ...]:
-    """The stage that FastFlow takes (arXiv:2111.07677, Table 6): block 7 of DeiT, block 40 of CaiT-M48.
+def default_layers(layout: Layout) -> tuple[str, ...]:
+    """The stage that FastFlow uses (arXiv:2111.07677, Table 6): block 7 of DeiT, block 40 of CaiT-M48.
 
-    All stages have stride 16, so that one describes patches and is the pyramid. In a smaller CaiT it is the block at
-    the same relative depth, 20 of 24 or 30 of 36.
+    All stages have stride 16, so one serves as patch layer and as pyramid. In a smaller CaiT it is the block at the
+    same relative depth, 20 of 24 or 30 of 36.
     """
-    depth = MEMBERS[member(architecture)][1]
-    return (f"blocks.{7 if architecture.startswith('deit') else depth * 5 // 6}",)
+    return (f"blocks.{layout.depth * 5 // 6 if layout.cait else min(7, layout.depth - 1)}",)
 
 
 class Learned(nn.Module):
-    """A parameter by itself: a token, position embedding or layer scale."""
+    """A single parameter: a token, a position embedding or a layer scale."""
 
     shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The parameter in that type."""
+        """The parameter, cast to `dtype`."""
         return jnp.asarray(self.param("value", nn.initializers.zeros, self.shape, jnp.float32), dtype)
 
 
@@ -88,8 +114,8 @@ def resample(positions: Float[Array, "1 n c"], tokens: int, grid: tuple[int, int
     """The position embedding of another grid of patches, by antialiased cubic interpolation.
 
     Args:
-        positions: Those of `tokens` tokens, then of a square of patches.
-        tokens: Tokens in front of the patches, whose positions stay.
+        positions: The embedding of `tokens` tokens, followed by that of a square of patches.
+        tokens: Number of tokens in front of the patches; their positions are kept.
         grid: Rows and columns of patches.
     """
     square, width = math.isqrt(positions.shape[1] - tokens), positions.shape[2]
@@ -99,7 +125,7 @@ def resample(positions: Float[Array, "1 n c"], tokens: int, grid: tuple[int, int
 
 
 def attention(x: Float[Array, "b n c"], heads: int, talking: bool, prefix: str) -> Float[Array, "b n c"]:
-    """Self-attention; heads that talk are mixed linearly before and after the softmax."""
+    """Self-attention; talking heads are mixed linearly before and after the softmax."""
     b, n, width = x.shape
     qkv = nn.Dense(3 * width, name=prefix + "qkv")(x).reshape(b, n, 3, heads, -1)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -115,9 +141,11 @@ def attention(x: Float[Array, "b n c"], heads: int, talking: bool, prefix: str) 
 
 
 class Transformer(nn.Module):
-    """Maps of a DeiT's or CaiT's patch tokens by stage name; nothing past the last wanted stage is computed."""
+    """Maps of a DeiT's or CaiT's patch tokens by stage name; nothing past the deepest requested stage is computed."""
 
     architecture: str
+    """Its name, for messages."""
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], layers: tuple[str, ...]) -> dict[str, Float[Array, "b _ _ c"]]:
@@ -128,24 +156,22 @@ class Transformer(nn.Module):
         """
         size = x.shape[1:3]
         if any(n % PATCH for n in size):
-            near = tuple(max(PATCH, round(n / PATCH) * PATCH) for n in size)
+            nearest = tuple(max(PATCH, round(n / PATCH) * PATCH) for n in size)
             raise ValueError(
-                f"{self.architecture} takes image sizes that are multiples of {PATCH}, got {size}: try {near}"
+                f"{self.architecture} takes image sizes that are multiples of {PATCH}, got {size}: try {nearest}"
             )
-        cait = self.architecture.startswith("cait")
-        tokens = () if cait else ("cls_token", "dist_token") if "distilled" in self.architecture else ("cls_token",)
-        width, _, heads = MEMBERS[member(self.architecture)]
-        trained = (int(self.architecture.rpartition("_")[2]) // PATCH) ** 2
+        width, _, heads, image_size, tokens, cait = self.layout
+        patches = (image_size // PATCH) ** 2
 
         x = Conv(width, PATCH, PATCH, same=True, name="patch_embed.proj")(x)
         b, *grid, _ = x.shape
-        positions = Learned((1, len(tokens) + trained, width), name="pos_embed")(jnp.float32)
+        positions = Learned((1, len(tokens) + patches, width), name="pos_embed")(jnp.float32)
         leading = [Learned((1, 1, width), name=token)(x.dtype) for token in tokens]
         leading = [jnp.broadcast_to(token, (b, 1, width)) for token in leading]
         x = jnp.concatenate([*leading, x.reshape(b, -1, width)], 1)
         x = x + resample(positions, len(tokens), (grid[0], grid[1])).astype(x.dtype)
 
-        blocks, norm, maps = stages(self.architecture), LayerNorm(name="norm"), {}
+        blocks, norm, maps = stages(self.layout), LayerNorm(name="norm"), {}
         for stage in blocks[: max(map(blocks.index, layers)) + 1]:
             y = attention(LayerNorm(name=f"{stage}.norm1")(x), heads, cait, f"{stage}.attn.")
             x = x + (Learned((width,), name=f"{stage}.gamma_1")(x.dtype) * y if cait else y)
@@ -157,33 +183,36 @@ class Transformer(nn.Module):
         return maps
 
 
-def wanted(modules: Mapping[str, Shapes]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For every module its tensors in timm's checkpoints: their names and shapes, in the order of its parameters."""
+def torch_shapes(modules: Mapping[str, Shapes]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For every module the names and shapes of its tensors in timm's checkpoints, in the order of its parameters."""
 
-    def shape(leaf: str, own: tuple[int, ...]) -> tuple[int, ...]:
-        return (*own[:-3:-1], *own[:-2]) if leaf == "kernel" else own
+    def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-3:-1], *shape[:-2]) if leaf == "kernel" else shape
 
-    return {m: {m + SUFFIXES[leaf]: shape(leaf, own) for leaf, own in leaves.items()} for m, leaves in modules.items()}
+    return {
+        module: {module + SUFFIXES[leaf]: torch_shape(leaf, shape) for leaf, shape in leaves.items()}
+        for module, leaves in modules.items()
+    }
 
 
-def fold(architecture: str, modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Params:
-    """The tensors of timm's checkpoint as flax parameters in float32.
+def fold(layout: Layout, modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Params:
+    """Converts a checkpoint of timm's to flax parameters in float32.
 
     Args:
-        architecture: The network.
-        modules: Of every module the shapes of its parameters.
-        tensors: The checkpoint; its deepest blocks may be missing. Class attention and classifier are ignored.
+        layout: The network.
+        modules: The shapes of the parameters of every module.
+        tensors: The checkpoint; its deepest blocks may be missing; class attention and classifier are ignored.
 
     Raises:
-        ValueError: The checkpoint is of another architecture, or holds no finite numbers.
+        ValueError: The checkpoint is of another architecture, or not all of its numbers are finite.
     """
-    names = wanted(modules)
+    names = torch_shapes(modules)
     known = {name for group in names.values() for name in group}
     for name, tensor in tensors.items():
         if name.startswith("blocks.") and name not in known:
             raise ValueError(f"has no tensor {name}, got one of shape {tuple(tensor.shape)}")
     params: Params = {}
-    for module in held(stages(architecture), names, tensors):
+    for module in complete_modules(stages(layout), names, tensors):
         params[module] = {}
         for leaf, name in zip(modules[module], names[module], strict=True):
             tensor = tensors[name].astype(np.float32)
@@ -191,3 +220,33 @@ def fold(architecture: str, modules: Mapping[str, Shapes], tensors: Mapping[str,
                 raise ValueError(f"needs finite numbers, got others in {name}")
             params[module][leaf] = tensor.transpose(*range(2, tensor.ndim), 1, 0) if leaf == "kernel" else tensor
     return params
+
+
+@functools.lru_cache
+def make(name: str, layout: Layout, *, normalization: Normalization = IMAGENET) -> Backbone:
+    """A DeiT or CaiT with a layout of the caller's own; equal arguments give the same object.
+
+    Args:
+        name: Name of the backbone, for messages.
+        layout: Its sizes and tokens.
+        normalization: Mean and deviation of the training images, RGB in 0..255.
+    """
+    layers = default_layers(layout)
+    return build(
+        name,
+        "transformer",
+        Transformer(name, layout),
+        stages(layout),
+        functools.partial(fold, layout),
+        patch_layers=layers,
+        pyramid_layers=layers,
+        normalization=normalization,
+        normalized=True,
+    )
+
+
+def _registered(name: str, entry: Entry) -> Backbone:
+    return make(name, LAYOUTS[entry.architecture], normalization=entry.normalization)
+
+
+FAMILY = Family(tuple(LAYOUTS), _registered)

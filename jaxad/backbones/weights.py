@@ -1,6 +1,6 @@
-"""Weight files: the user's, those of the cache, those of the package; fetched, imported, checked and read.
+"""Weight files of the user, the cache and the package: fetches, imports, checks and reads them.
 
-Only safetensors are read, with torchvision's or timm's names in them; nothing is ever unpickled. The environment:
+Only safetensors with torchvision's or timm's names are read; nothing is ever unpickled. Environment variables:
 `JAXAD_CACHE` (the folder of the files), `JAXAD_OFFLINE=1` (never use the network), `JAXAD_WEIGHTS_URL` (a mirror of the
 hub).
 """
@@ -32,13 +32,13 @@ from jaxad.base import Frozen
 
 ATTEMPTS = 3
 TIMEOUT = 30.0
-"""Seconds without an answer after which a connection is given up."""
+"""Seconds without an answer before a connection fails."""
 ABANDONED = 600.0
-"""Seconds after which a partial download that nobody writes to may be resumed by another process."""
+"""Seconds without a write before another process may resume a partial download."""
 CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
-"""(bytes so far, bytes in all)."""
+"""Called with (bytes so far, total bytes)."""
 
 
 class Weights(NamedTuple):
@@ -46,12 +46,12 @@ class Weights(NamedTuple):
 
     name: str
     plain: str | None
-    """The plain name that means this set, if any."""
+    """The plain name for this set, if it has one."""
     state: str
     """`cached`, `embedded` (in the package) or `not fetched`."""
     path: Path | None
     url: str | None
-    """None: no official file, `import_file` one."""
+    """None: there is no official file; use `import_file`."""
     sha256: str | None
 
 
@@ -63,7 +63,7 @@ def cache_dir() -> Path:
 
 
 def available() -> list[Weights]:
-    """All registered weights and where they are."""
+    """All registered weights and their location."""
     rows = []
     for entry in registry.ENTRIES.values():
         path = next((p for p in _places(entry) if p.is_file()), None)
@@ -74,17 +74,17 @@ def available() -> list[Weights]:
 
 
 def resolve(name: str, weights: str | Path | None) -> str:
-    """The full name of the network that a weights file is for.
+    """The full name of the backbone that a weights file belongs to.
 
     Args:
         name: A backbone, plain (`resnet50`) or full (`resnet50.caffe_in1k`).
         weights: A file, or None.
 
     Returns:
-        The file's stem where it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
+        The stem of the file if it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
 
     Raises:
-        ValueError: `name` has variants that are read in different ways, and neither it nor the file says which.
+        ValueError: `name` has variants that are read differently, and neither `name` nor the file says which one it is.
     """
     entry = registry.lookup(name)
     if weights is None or name in registry.ENTRIES:
@@ -92,9 +92,9 @@ def resolve(name: str, weights: str | Path | None) -> str:
     variant = _variant(entry, Path(weights))
     if variant is not None:
         return variant.name
-    variants = [one for one in registry.ENTRIES.values() if one.architecture == entry.architecture]
-    if len({(one.stride_in_1x1, one.normalization) for one in variants}) > 1:
-        names = " or ".join(one.name for one in variants)
+    variants = [other for other in registry.ENTRIES.values() if other.architecture == entry.architecture]
+    if len({(variant.stride_in_1x1, variant.normalization) for variant in variants}) > 1:
+        names = " or ".join(variant.name for variant in variants)
         raise ValueError(f"{weights} does not say which {name} it holds: give {names} as the backbone")
     return name
 
@@ -103,7 +103,7 @@ def of_file(weights: str | Path) -> str:
     """The backbone that a file is named after (`resnet18.tv_in1k.safetensors`).
 
     Raises:
-        ValueError: It is named after none.
+        ValueError: No backbone has that name.
     """
     stem = Path(weights).stem
     if stem not in registry.ENTRIES and stem not in registry.PLAIN:
@@ -112,20 +112,20 @@ def of_file(weights: str | Path) -> str:
 
 
 def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.float32) -> Frozen:
-    """Reads a backbone's weights: from that file, or else from the user's cache, or else from the package.
+    """Reads the weights of a backbone from a file, else from the cache of the user, else from the package.
 
     Args:
         name: A backbone.
         weights: A safetensors file with torchvision's or timm's names. The deepest stages may be missing.
-        dtype: What the network shall compute in; `jnp.bfloat16` halves memory and is the faster one on TPU and GPU. Its
-            features are float32 in any case.
+        dtype: The type that the network computes in; `jnp.bfloat16` halves memory and is faster on TPU and GPU. Features
+            are always float32.
 
     Returns:
         The frozen weights, for `backbone(name).apply` and `features(name, ...)`.
 
     Raises:
-        FileNotFoundError: There is no such file, or no weights of that name on this machine.
-        ValueError: The file is no safetensors file, or of another architecture or variant.
+        FileNotFoundError: The file does not exist, or this machine has no weights of that name.
+        ValueError: The file is no safetensors file, or belongs to another architecture or variant.
     """
     path = _locate(name, weights)
     entry = registry.lookup(name)
@@ -137,31 +137,31 @@ def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.fl
 
 
 def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
-    """Where `load(name, weights)` reads the weights, for the record of a run.
+    """The file that `load(name, weights)` reads, for the record of a run.
 
     Returns:
-        The file's `path` and `sha256`.
+        The `path` and `sha256` of the file.
 
     Raises:
-        FileNotFoundError: As `load`.
+        FileNotFoundError: As for `load`.
     """
     path = _locate(name, weights)
     return {"path": str(path), "sha256": _sha256(path)}
 
 
 def import_file(path: str | Path, name: str | None = None) -> Path:
-    """Copies a weights file of the user's into the cache, after checking it against the architecture.
+    """Copies a weights file into the cache, after a check against the architecture.
 
     Args:
         path: A safetensors file in float32, float16 or bfloat16 with torchvision's or timm's names.
-        name: The backbone that it is for; None takes the file's stem (`resnet50.tv_in1k.safetensors`).
+        name: The backbone that it belongs to; None takes the stem of the file (`resnet50.tv_in1k.safetensors`).
 
     Returns:
         The file in the cache.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no safetensors file, or of another architecture.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is no safetensors file, or belongs to another architecture.
     """
     path = Path(path)
     if not path.is_file():
@@ -180,27 +180,27 @@ def import_file(path: str | Path, name: str | None = None) -> Path:
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
-    """Downloads official weights into the cache, unless they are there; a broken download is resumed.
+    """Downloads official weights into the cache, unless they are there; an interrupted download is resumed.
 
-    The file appears under its name only when it is whole and its sha256 is right. Any number of processes may fetch the
-    same weights at once: each writes to a file of its own.
+    The file appears under its name only when it is complete and its sha256 is right. Any number of processes may fetch
+    the same weights at once: every process writes to a separate file.
 
     Args:
         name: A backbone.
-        progress: Called with the bytes so far and the bytes in all.
+        progress: Called with the bytes so far and the total.
 
     Returns:
         The file.
 
     Raises:
-        FileNotFoundError: The server has no such file.
-        ValueError: There are no official weights of that name, or the file's sha256 is wrong.
-        OSError: `JAXAD_OFFLINE` is set, or the server cannot be reached or breaks off.
+        FileNotFoundError: The server does not have the file.
+        ValueError: There are no official weights of that name, or the sha256 of the file is wrong.
+        OSError: `JAXAD_OFFLINE` is set, the server cannot be reached, or it closes the connection.
     """
     entry = registry.lookup(name)
-    held = next((path for path in _places(entry) if path.is_file()), None)
-    if held is not None:
-        return held
+    local = next((path for path in _places(entry) if path.is_file()), None)
+    if local is not None:
+        return local
     url = entry.url
     if url is None:
         raise ValueError(f"{entry.name} has no official download; import a file of it: jaxad weights import FILE")
@@ -211,22 +211,24 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = _claim(target)
     try:
-        stated = _download(url, part, progress, elsewhere)
+        server_sha256 = _download(url, part, progress, elsewhere)
     except BaseException:
         if part.exists():
             os.replace(part, _leftover(target))
         raise
-    digest, wanted = _sha256(part), entry.sha256 or stated
-    if digest != wanted:
+    digest, expected = _sha256(part), entry.sha256 or server_sha256
+    if digest != expected:
         part.unlink()
-        reason = f"has the sha256 {digest}, expected {wanted}" if wanted else "cannot be checked: no sha256 is known"
+        reason = (
+            f"has the sha256 {digest}, expected {expected}" if expected else "cannot be checked: no sha256 is known"
+        )
         raise ValueError(f"{url} {reason}; it was discarded: try again, or {elsewhere}")
     _publish(part, target, digest)
     return target
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the sha256 that the hub states when it redirects to its file server."""
+    """Remembers the sha256 that the hub sends when it redirects to its file server."""
 
     sha256: str | None = None
 
@@ -236,13 +238,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _checksum(headers: Message) -> str | None:
-    """The sha256 in the headers: the hub gives it as the tag of a file in large-file storage."""
+    """The sha256 in the headers: the hub sends it as the tag of a file in large-file storage."""
     tags = (headers.get(key, "").strip('"') for key in ("X-Linked-Etag", "ETag"))
     return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
 
 
 def _download(url: str, part: Path, progress: Progress | None, elsewhere: str) -> str | None:
-    """Appends to `part` what it lacks of the file; returns the sha256 that the server states, if it does."""
+    """Appends the missing bytes of the file to `part`; returns the sha256 that the server sends, if any."""
     redirects = _Redirects()
     opener = urllib.request.build_opener(redirects)
     size, total, reason = 0, None, ""
@@ -253,7 +255,7 @@ def _download(url: str, part: Path, progress: Progress | None, elsewhere: str) -
             response = opener.open(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416:  # nothing is left to send; the sha256 tells whether that is right
+            if error.code == 416:  # nothing is left to send; the sha256 shows whether the file is right
                 return redirects.sha256 or _checksum(error.headers)
             kind = FileNotFoundError if error.code == 404 else OSError
             raise kind(f"{url} cannot be fetched: HTTP {error.code} {error.reason}; {elsewhere}") from None
@@ -292,24 +294,24 @@ def _temporary(target: Path) -> Path:
 
 
 def _claim(target: Path) -> Path:
-    """A partial download nobody else writes to: one left behind, taken over by an atomic rename, or a new name."""
-    mine = _temporary(target)
+    """A partial download for this process only: an abandoned one, taken over by an atomic rename, or a new name."""
+    claimed = _temporary(target)
     for part in (_leftover(target), *target.parent.glob(f"{target.name}.*.part")):
         try:
             if part == _leftover(target) or time.time() - part.stat().st_mtime > ABANDONED:
-                os.rename(part, mine)
+                os.rename(part, claimed)
                 break
         except FileNotFoundError:
             continue  # another process was faster
-    return mine
+    return claimed
 
 
 def _publish(part: Path, target: Path, digest: str) -> None:
-    """Gives a finished file its name, with its sha256 beside it in the format of sha256sum."""
+    """Gives a finished file its name, and writes its sha256 next to it in the format of sha256sum."""
     os.replace(part, target)
-    note = _temporary(target)
-    note.write_text(f"{digest}  {target.name}\n")
-    os.replace(note, target.with_suffix(".sha256"))
+    checksum = _temporary(target)
+    checksum.write_text(f"{digest}  {target.name}\n")
+    os.replace(checksum, target.with_suffix(".sha256"))
 
 
 def _sha256(path: Path) -> str:
@@ -318,12 +320,12 @@ def _sha256(path: Path) -> str:
 
 
 def _places(entry: registry.Entry) -> tuple[Path, ...]:
-    """Where the weights may lie: the cache, the package."""
+    """Where the weights can be: the cache, the package."""
     return cache_dir() / f"{entry.name}.safetensors", Path(__file__).with_name(f"{entry.name}.safetensors")
 
 
 def _variant(entry: registry.Entry, path: Path) -> registry.Entry | None:
-    """The variant of the architecture that a file's stem names, if it names one."""
+    """The variant of the architecture that the stem of a file names, if any."""
     variant = registry.ENTRIES.get(path.stem)
     return variant if variant is not None and variant.architecture == entry.architecture else None
 
@@ -339,8 +341,8 @@ def _locate(name: str, weights: str | Path | None) -> Path:
     for path in _places(entry):
         if path.is_file():
             return path
-    get = f"run `jaxad weights fetch {name}`, or " if entry.url else ""
-    raise FileNotFoundError(f"the weights {entry.name} are not on this machine: {get}give a file (--weights PATH)")
+    fetch_or = f"run `jaxad weights fetch {name}`, or " if entry.url else ""
+    raise FileNotFoundError(f"the weights {entry.name} are not on this machine: {fetch_or}give a file (--weights PATH)")
 
 
 def _read(name: str, path: Path) -> Frozen:

@@ -1,7 +1,7 @@
-"""Bijectors of normalizing flows, on those of distrax.
+"""Bijectors of normalizing flows, built on distrax.
 
-Each takes its parameters as arrays, or functions of them, so that a flow is a pure function of its parameters:
-`flow(params)` is a `distrax.Bijector`, and `distrax.Transformed(base, distrax.Inverse(flow(params)))` its density.
+A bijector takes its parameters as arrays, or as functions of them, so that a flow is a pure function of its parameters:
+`flow(params)` is a `distrax.Bijector`, and `distrax.Transformed(base, distrax.Inverse(flow(params)))` is its density.
 """
 
 from jaxad.bijectors.blocks import BlockParams, affine_block, block_params
@@ -21,6 +21,7 @@ from jaxad.bijectors.linear import (
     LuFactors,
     Permutation,
     act_norm_init,
+    init_in_order,
     lu_identity,
     lu_matrix,
     random_orthogonal,
@@ -47,6 +48,7 @@ __all__ = [
     "coupling",
     "glow_coupling",
     "half_mask",
+    "init_in_order",
     "lu_identity",
     "lu_matrix",
     "masked_coupling",

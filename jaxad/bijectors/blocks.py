@@ -1,4 +1,4 @@
-"""The block that several published flows repeat."""
+"""The building block of several published flows."""
 
 import math
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from jaxad.bijectors.coupling import Conditioner, coupling
 from jaxad.bijectors.linear import ActNorm
 
 GAIN = 0.1
-"""What a block's network returns is made smaller by this, so that a flow begins near the identity."""
+"""Factor of the output of a block's network, so that a flow starts near the identity."""
 
 
 class BlockParams(NamedTuple):
-    """What is learned in a block."""
+    """The parameters of a block."""
 
     subnet: PyTree
     scale: Float[Array, "*n c"]
@@ -25,26 +25,26 @@ class BlockParams(NamedTuple):
 
 
 def block_params(subnet: PyTree, channels: int) -> BlockParams:
-    """A block that begins with scale 1 and shift 0."""
+    """The parameters of a block with scale 1 and shift 0."""
     return BlockParams(subnet, jnp.full(channels, 2 * math.log(math.expm1(5)), jnp.float32), jnp.zeros(channels))
 
 
 def affine_block(
-    params: BlockParams, conditioner: Conditioner, mix: distrax.Bijector, *, clamp: float, event_ndims: int
+    params: BlockParams, conditioner: Conditioner, permutation: distrax.Bijector, *, clamp: float, event_ndims: int
 ) -> distrax.Bijector:
-    """A coupling of the second half of the channels, then a scale and shift for each, then `mix` of all.
+    """A coupling of the second half of the channels, then a scale and shift per channel, then a permutation.
 
-    Source: FrEIA's AllInOneBlock with its default, softplus scales (after Glow, arXiv:1807.03039).
+    Source: FrEIA's AllInOneBlock with its default softplus scales (based on Glow, arXiv:1807.03039).
 
     Args:
         params: Of one block.
-        conditioner: (the first half) -> log scales and shifts of the second half, side by side.
-        mix: A permutation or rotation of the channels.
+        conditioner: (the first half) -> log scales and shifts of the second half, concatenated.
+        permutation: A permutation or rotation of the channels.
         clamp: Bound of the log scales (tanh).
         event_ndims: 1 for vectors, 3 for images (h w c).
     """
     channels = params.scale.shape[-1]
     log_scale = jnp.log(2 * GAIN * jax.nn.softplus(params.scale / 2))
-    small = lambda x: GAIN * conditioner(x)  # noqa: E731
-    moved = coupling(small, channels, clamp=clamp, kind="tanh", event_ndims=event_ndims)
-    return distrax.Chain([mix, ActNorm(log_scale, params.shift, event_ndims), moved])
+    damped = lambda x: GAIN * conditioner(x)  # noqa: E731
+    affine = coupling(damped, channels, clamp=clamp, kind="tanh", event_ndims=event_ndims)
+    return distrax.Chain([permutation, ActNorm(log_scale, params.shift, event_ndims), affine])

@@ -1,4 +1,4 @@
-"""Affine couplings: one part of an event is scaled and shifted by what a network, the conditioner, says of the rest."""
+"""Affine couplings: a network (the conditioner) computes scales and shifts of one part of an event from the other."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -12,21 +12,21 @@ from jaxad.base import Key, PyTree
 
 Clamp = Literal["atan", "tanh"]
 Conditioner = Callable[[Any], Any]
-"""The part that stays as it is -> raw log scales and shifts for the other part, side by side on the last axis."""
+"""The part that stays unchanged -> unbounded log scales and shifts of the other part, concatenated on the last axis."""
 
 
 def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array, "*s"]:
-    """Nearly x around 0, and within +-limit everywhere.
+    """Nearly linear around 0, and within ±limit everywhere.
 
-    Source: "atan" Ardizzone et al., arXiv:1907.02392, as FrEIA has it; "tanh" Dinh et al., arXiv:1605.08803.
+    Source: "atan": Ardizzone et al., arXiv:1907.02392, as in FrEIA; "tanh": Dinh et al., arXiv:1605.08803.
 
     Args:
         x: Any numbers.
         limit: The bound, above 0.
-        kind: The function that saturates.
+        kind: The saturating function.
 
     Raises:
-        ValueError: The limit is not above 0, or there is no such function.
+        ValueError: The limit is not above 0, or the function is unknown.
     """
     if not limit > 0:
         raise ValueError(f"clamp must be above 0, got {limit}")
@@ -38,7 +38,7 @@ def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array,
 
 
 def clamped_affine(raw: Float[Array, "*s c2"], clamp: float, kind: Clamp) -> distrax.Bijector:
-    """exp(soft_clamp(log scale)) * x + shift, from what a conditioner returns."""
+    """exp(soft_clamp(log scale)) * x + shift, from the output of a conditioner."""
     log_scale, shift = jnp.split(raw, 2, -1)
     return distrax.ScalarAffine(shift, log_scale=soft_clamp(log_scale, clamp, kind))
 
@@ -46,15 +46,15 @@ def clamped_affine(raw: Float[Array, "*s c2"], clamp: float, kind: Clamp) -> dis
 def coupling(
     conditioner: Conditioner, channels: int, *, clamp: float, kind: Clamp, event_ndims: int, swap: bool = False
 ) -> distrax.Bijector:
-    """Transforms the second part of the channels (the smaller where they are odd), or with `swap` the first.
+    """Transforms the second part of the channels (the smaller one if their number is odd), or with `swap` the first.
 
     Source: RealNVP, arXiv:1605.08803, Eq. 7-8.
 
     Args:
-        conditioner: A network for the parameters of the part that is transformed.
-        channels: On the last axis of an event.
+        conditioner: Computes the parameters of the part that is transformed.
+        channels: Size of the last axis of an event.
         clamp: Bound of the log scales.
-        kind: How they are bounded.
+        kind: The function that bounds them.
         event_ndims: 1 for vectors, 3 for images (h w c).
         swap: Transform the first part.
     """
@@ -65,15 +65,15 @@ def coupling(
 def glow_coupling(
     conditioners: tuple[Conditioner, Conditioner], channels: int, *, clamp: float, kind: Clamp, event_ndims: int
 ) -> distrax.Bijector:
-    """Transforms both parts, first the first and then the second.
+    """Transforms the first part, then the second.
 
-    Source: Kingma, Dhariwal, arXiv:1807.03039, as FrEIA's GLOWCouplingBlock has it.
+    Source: Kingma, Dhariwal, arXiv:1807.03039, as in FrEIA's GLOWCouplingBlock.
 
     Args:
-        conditioners: Networks for the parameters of the first part, and of the second.
-        channels: As for `coupling`, like the rest.
+        conditioners: Compute the parameters of the first part, and of the second.
+        channels: Size of the last axis of an event.
         clamp: Bound of the log scales.
-        kind: How they are bounded.
+        kind: The function that bounds them.
         event_ndims: 1 for vectors, 3 for images (h w c).
     """
     options: dict[str, Any] = dict(clamp=clamp, kind=kind, event_ndims=event_ndims)
@@ -88,29 +88,29 @@ class GlowNetworks(NamedTuple):
     """Number of outputs -> flax module."""
     channels: int
 
-    def init(self, keys: Iterable[Key], given: Callable[[int], Any]) -> tuple[PyTree, PyTree]:
-        """Parameters of both, by a key for each; `given` makes an input, from its number of channels."""
-        second = self.channels // 2
-        first, last = (
-            net.init(key, given(n))
-            for net, key, n in zip(self._both(), keys, (second, self.channels - second), strict=True)
+    def init(self, keys: Iterable[Key], example: Callable[[int], Any]) -> tuple[PyTree, PyTree]:
+        """Parameters of both, one key each; `example` makes an input with a number of channels."""
+        n = self.channels // 2
+        first, second = (
+            network.init(key, example(inputs))
+            for network, key, inputs in zip(self._networks(), keys, (n, self.channels - n), strict=True)
         )
-        return first, last
+        return first, second
 
     def conditioners(self, params: tuple[PyTree, PyTree]) -> tuple[Conditioner, Conditioner]:
-        """Those with these parameters."""
-        first, last = (functools.partial(net.apply, own) for net, own in zip(self._both(), params, strict=True))
-        return first, last
+        """The networks with these parameters."""
+        first, second = (functools.partial(net.apply, p) for net, p in zip(self._networks(), params, strict=True))
+        return first, second
 
-    def _both(self) -> tuple[Any, Any]:
-        second = self.channels // 2
-        return self.make(2 * (self.channels - second)), self.make(2 * second)
+    def _networks(self) -> tuple[Any, Any]:
+        n = self.channels // 2
+        return self.make(2 * (self.channels - n)), self.make(2 * n)
 
 
 def masked_coupling(
     mask: Bool[Array, "h w c"], conditioner: Conditioner, *, clamp: float, kind: Clamp
 ) -> distrax.Bijector:
-    """Transforms the pixels of an image where the mask is False, by what the conditioner says of the others.
+    """Transforms the entries of an image where the mask is False, conditioned on the others.
 
     Source: RealNVP, arXiv:1605.08803, Eq. 9.
     """
@@ -118,15 +118,16 @@ def masked_coupling(
 
 
 class CrossScaleCoupling(distrax.Bijector):
-    """A `glow_coupling` of several images of different sizes at once; conditioners see all scales together.
+    """A `glow_coupling` of several images of different sizes at once, whose conditioners see all scales.
 
     Source: CS-Flow, arXiv:2110.02855, Eq. 3-4.
 
     Args:
-        conditioners: (parts of all scales) -> raw log scales and shifts of all, for the first parts and for the second.
+        conditioners: (one part of every scale) -> unbounded log scales and shifts of the other part of every scale; the
+            first computes those of the first parts, the second those of the second.
         channels: Of every scale.
         clamp: Bound of the log scales.
-        kind: How they are bounded.
+        kind: The function that bounds them.
     """
 
     def __init__(
@@ -142,14 +143,14 @@ class CrossScaleCoupling(distrax.Bijector):
         self._inner = functools.partial(clamped_affine, clamp=clamp, kind=kind)
 
     def forward_and_log_det(self, x: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        """Images (... h w c) of all scales -> the same, and one log-determinant for all together."""
+        """Images (... h w c) of all scales -> images of the same shapes, and the log-determinant of all scales."""
         first, second = self._halves(x)
         first, log_det_1 = self._transform(self._conditioners[0], second, first, False)
         second, log_det_2 = self._transform(self._conditioners[1], first, second, False)
         return self._joined(first, second), log_det_1 + log_det_2
 
     def inverse_and_log_det(self, y: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         first, second = self._halves(y)
         second, log_det_2 = self._transform(self._conditioners[1], first, second, True)
         first, log_det_1 = self._transform(self._conditioners[0], second, first, True)
@@ -161,11 +162,11 @@ class CrossScaleCoupling(distrax.Bijector):
     def _joined(self, first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(jnp.concatenate(parts, -1) for parts in zip(first, second, strict=True))
 
-    def _transform(self, conditioner: Callable, given: tuple, moved: tuple, back: bool) -> tuple[tuple, Array]:
-        done, total = [], jnp.zeros(())
-        for raw, x in zip(conditioner(given), moved, strict=True):
+    def _transform(self, conditioner: Callable, unchanged: tuple, parts: tuple, inverse: bool) -> tuple[tuple, Array]:
+        outputs, total = [], jnp.zeros(())
+        for raw, x in zip(conditioner(unchanged), parts, strict=True):
             affine = distrax.Block(self._inner(raw), 3)
-            y, log_det = affine.inverse_and_log_det(x) if back else affine.forward_and_log_det(x)
-            done.append(y)
+            y, log_det = affine.inverse_and_log_det(x) if inverse else affine.forward_and_log_det(x)
+            outputs.append(y)
             total = total + log_det
-        return tuple(done), total
+        return tuple(outputs), total

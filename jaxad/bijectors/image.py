@@ -1,4 +1,4 @@
-"""What flows on pixels do with positions: masks, squeezing, and leaving the flow at several scales."""
+"""Masks, squeezing and the multi-scale architecture of flows on pixels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def half_mask(height: int, width: int, channels: int, lower: bool = False) -> Bo
 
 
 def quadrant_mask(height: int, width: int, channels: int, number: int) -> Bool[np.ndarray, "h w c"]:
-    """True for a quarter of the image, counted clockwise from the upper left: the parts of the cycle mask.
+    """True for a quarter of the image, counted clockwise from the upper left: one part of the cycle mask.
 
     Source: Kirichenko et al., arXiv:2006.08545, section 6.1 and figure 5.
     """
@@ -39,7 +39,7 @@ def quadrant_mask(height: int, width: int, channels: int, number: int) -> Bool[n
 
 
 class Squeeze(distrax.Bijector):
-    """Every 2 x 2 block of pixels becomes one pixel of four times the channels.
+    """Turns every 2 x 2 block of pixels into one pixel with four times the channels.
 
     Source: RealNVP, arXiv:1605.08803, section 3.6.
     """
@@ -48,10 +48,10 @@ class Squeeze(distrax.Bijector):
         super().__init__(event_ndims_in=3, is_constant_jacobian=True)
 
     def forward_and_log_det(self, x: Float[Array, "*b h w c"]) -> tuple[Array, Array]:
-        """Height and width must be even.
+        """Images (... h w c) -> (... h/2 w/2 4c).
 
         Raises:
-            ValueError: They are not.
+            ValueError: The height or the width is odd.
         """
         *batch, h, w, c = x.shape
         if h % 2 or w % 2:
@@ -60,20 +60,20 @@ class Squeeze(distrax.Bijector):
         return jnp.moveaxis(blocks, -4, -3).reshape(*batch, h // 2, w // 2, 4 * c), jnp.zeros(batch)
 
     def inverse_and_log_det(self, y: Float[Array, "*b h w c4"]) -> tuple[Array, Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         *batch, h, w, c = y.shape
         blocks = jnp.moveaxis(y.reshape(*batch, h, w, 2, 2, c // 4), -3, -4)
         return blocks.reshape(*batch, 2 * h, 2 * w, c // 4), jnp.zeros(batch)
 
 
 class MultiScale(distrax.Bijector):
-    """After each level but the last, half of the channels leave the flow; all that have left are one vector.
+    """After each level but the last, half of the channels leave the flow; the output is one vector of all of them.
 
     Source: RealNVP, arXiv:1605.08803, section 3.6, Eq. 14-16.
 
     Args:
         levels: Bijectors of images, the finest first; each may change the shape, as `Squeeze` does.
-        shape: (h, w, c) that the first takes.
+        shape: (h, w, c) of the input of the first.
     """
 
     def __init__(self, levels: Sequence[distrax.Bijector], shape: tuple[int, int, int]) -> None:
@@ -86,18 +86,18 @@ class MultiScale(distrax.Bijector):
             shape = (h, w, c - leaving)
 
     def forward_and_log_det(self, x: Float[Array, "*b h w c"]) -> tuple[Float[Array, "*b d"], Array]:
-        """Images to vectors."""
-        batch, left, total = x.shape[:-3], [], jnp.zeros(x.shape[:-3])
+        """Images -> vectors."""
+        batch, outputs, total = x.shape[:-3], [], jnp.zeros(x.shape[:-3])
         rest: Any = x
         for level, (_, _, leaving) in zip(self._levels, self._shapes, strict=True):
             rest, log_det = level.forward_and_log_det(rest)
             total = total + log_det
-            left.append(rest[..., rest.shape[-1] - leaving :].reshape(*batch, -1))
+            outputs.append(rest[..., rest.shape[-1] - leaving :].reshape(*batch, -1))
             rest = rest[..., : rest.shape[-1] - leaving]
-        return jnp.concatenate(left, -1), total
+        return jnp.concatenate(outputs, -1), total
 
     def inverse_and_log_det(self, y: Float[Array, "*b d"]) -> tuple[Float[Array, "*b h w c"], Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         batch, total = y.shape[:-1], jnp.zeros(y.shape[:-1])
         ends = np.cumsum([np.prod(shape) for shape in self._shapes])[:-1]
         parts = jnp.split(y, ends, -1)

@@ -1,6 +1,7 @@
 """Linear bijectors on the channels of an event: fixed permutations, 1x1 convolutions, ActNorm."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import distrax
@@ -9,21 +10,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.base import Key, PyTree
+from jaxad.ops.lapack import key_after
 
 
 class Permutation(distrax.Bijector):
-    """y[..., i] = x[..., index[i]]; of an event that is a tuple of images, each has an index of its own."""
+    """y[..., i] = x[..., index[i]]; an event that is a tuple of images has one index per image."""
 
     def __init__(self, index: PyTree, event_ndims: int) -> None:
         super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
         self._index = index
 
     def forward_and_log_det(self, x: PyTree) -> tuple[PyTree, Array]:
-        """Permutes; the log-determinant is 0."""
+        """Permutes the channels; the log-determinant is 0."""
         return self._take(x, self._index)
 
     def inverse_and_log_det(self, y: PyTree) -> tuple[PyTree, Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         return self._take(y, jax.tree.map(jnp.argsort, self._index))
 
     def _take(self, x: PyTree, index: PyTree) -> tuple[PyTree, Array]:
@@ -34,16 +36,32 @@ class Permutation(distrax.Bijector):
 
 
 def random_orthogonal(key: Key, channels: int) -> Float[Array, "c c"]:
-    """A rotation drawn evenly from all (the special orthogonal group)."""
+    """A uniformly random rotation (an element of the special orthogonal group)."""
     matrix = jax.random.orthogonal(key, channels)
     return matrix.at[0].multiply(jnp.sign(jnp.linalg.det(matrix)))
 
 
+def init_in_order(
+    init_level: Callable[[Key, int], tuple[PyTree, Float[Array, "k c c"]]], key: Key, channels: Sequence[int]
+) -> list[tuple[PyTree, Float[Array, "k c c"]]]:
+    """Initializes several levels with random rotations, each after the one before, as LAPACK needs it on a CPU.
+
+    Args:
+        init_level: (key, channels) -> the parameters of a level, and its `random_orthogonal` matrices.
+        key: Random key.
+        channels: Of every level.
+    """
+    levels = []
+    for level_key, c in zip(jax.random.split(key, len(channels)), channels, strict=True):
+        levels.append(init_level(key_after(level_key, levels[-1][1]) if levels else level_key, c))
+    return levels
+
+
 class LuFactors(NamedTuple):
-    """What is learned of an invertible matrix given by its LU decomposition, whose determinant costs nothing."""
+    """The parameters of an invertible matrix in its LU decomposition, which gives the determinant for free."""
 
     triangles: Float[Array, "*n c c"]
-    """The entries below the diagonal of the lower factor, and those above it of the upper one."""
+    """The entries of the lower factor below the diagonal, and those of the upper factor above it."""
     log_diagonal: Float[Array, "*n c"]
     """Of the upper factor."""
 
@@ -54,7 +72,7 @@ def lu_identity(channels: int) -> LuFactors:
 
 
 def lu_matrix(factors: LuFactors, permutation: Int[Array, "c"]) -> tuple[Float[Array, "c c"], Float[Array, ""]]:
-    """The matrix, whose rows are permuted, and the logarithm of its determinant's absolute value.
+    """The matrix, with its rows permuted, and the logarithm of its absolute determinant.
 
     Source: Glow, arXiv:1807.03039, section 3.2, Eq. 10-11.
     """
@@ -67,13 +85,13 @@ def lu_matrix(factors: LuFactors, permutation: Int[Array, "c"]) -> tuple[Float[A
 class Invertible1x1(distrax.Bijector):
     """y = x @ matrix on the channels, at every position.
 
-    Source: Glow, arXiv:1807.03039, section 3.2; with a fixed orthogonal matrix FrEIA's soft permutation.
+    Source: Glow, arXiv:1807.03039, section 3.2; with a fixed orthogonal matrix, FrEIA's soft permutation.
 
     Args:
-        matrix: Any invertible one.
+        matrix: An invertible matrix.
         event_ndims: 1 for vectors, 3 for images (h w c).
-        orthogonal: Whether the matrix is known to be; its determinant is then not computed.
-        log_det: The logarithm of its determinant's absolute value, where that is known.
+        orthogonal: Whether the matrix is orthogonal; its determinant is then not computed.
+        log_det: The logarithm of its absolute determinant; None to compute it.
     """
 
     def __init__(
@@ -86,27 +104,27 @@ class Invertible1x1(distrax.Bijector):
     ) -> None:
         super().__init__(event_ndims_in=event_ndims, is_constant_jacobian=True)
         self._matrix, self._orthogonal = matrix, orthogonal
-        self._known = jnp.zeros(()) if orthogonal else log_det
+        self._matrix_log_det = jnp.zeros(()) if orthogonal else log_det
 
     def forward_and_log_det(self, x: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
-        """Multiplies at every position."""
+        """Multiplies the channels at every position."""
         return jnp.matmul(x, self._matrix, precision=jax.lax.Precision.HIGHEST), self._log_det(x)
 
     def inverse_and_log_det(self, y: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         if self._orthogonal:
             return jnp.matmul(y, self._matrix.T, precision=jax.lax.Precision.HIGHEST), -self._log_det(y)
-        flat = jnp.linalg.solve(self._matrix.T, y.reshape(-1, y.shape[-1]).T).T
-        return flat.reshape(y.shape), -self._log_det(y)
+        x = jnp.linalg.solve(self._matrix.T, y.reshape(-1, y.shape[-1]).T).T
+        return x.reshape(y.shape), -self._log_det(y)
 
     def _log_det(self, x: Array) -> Array:
-        one = jnp.linalg.slogdet(self._matrix)[1] if self._known is None else self._known
+        log_det = jnp.linalg.slogdet(self._matrix)[1] if self._matrix_log_det is None else self._matrix_log_det
         batch = x.ndim - self.event_ndims_in
-        return jnp.broadcast_to(one * math.prod(x.shape[batch:-1]), x.shape[:batch])
+        return jnp.broadcast_to(log_det * math.prod(x.shape[batch:-1]), x.shape[:batch])
 
 
 class ActNorm(distrax.Bijector):
-    """y = x * exp(log_scale) + shift, one pair a channel.
+    """y = x * exp(log_scale) + shift, per channel.
 
     Source: Glow, arXiv:1807.03039, section 3.1.
     """
@@ -116,11 +134,11 @@ class ActNorm(distrax.Bijector):
         self._log_scale, self._shift = log_scale, shift
 
     def forward_and_log_det(self, x: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
-        """Scales and shifts."""
+        """Scales and shifts the channels."""
         return x * jnp.exp(self._log_scale) + self._shift, self._log_det(x)
 
     def inverse_and_log_det(self, y: Float[Array, "*s c"]) -> tuple[Float[Array, "*s c"], Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         return (y - self._shift) * jnp.exp(-self._log_scale), -self._log_det(y)
 
     def _log_det(self, x: Array) -> Array:
@@ -131,7 +149,7 @@ class ActNorm(distrax.Bijector):
 def act_norm_init(
     x: Float[Array, "b *s c"], valid: Bool[Array, "b"] | None = None
 ) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-    """The log scale and shift of an `ActNorm` that gives the valid part of these data mean 0 and variance 1."""
+    """The log scale and shift of an `ActNorm` that gives the valid rows of a batch mean 0 and variance 1."""
     valid = jnp.ones(x.shape[0], bool) if valid is None else valid
     counts = jnp.broadcast_to(valid.reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
     axes = tuple(range(x.ndim - 1))

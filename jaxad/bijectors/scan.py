@@ -1,4 +1,4 @@
-"""Many blocks of the same kind, compiled once."""
+"""A chain of blocks of the same kind, compiled once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ from jaxad.ops.loops import unroll
 
 
 class Scan(distrax.Bijector):
-    """The chain of `block(params[0])`, `block(params[1])`, ..., the first of which is applied first.
+    """The chain of `block(params[0])`, `block(params[1])`, ..., applied in this order.
 
-    One block is compiled, however many there are; unrolled, all are.
+    One block is compiled, whatever their number; unrolled, all are.
 
     Args:
         block: Parameters -> a bijector that keeps the shape of its event.
-        params: Stacked on a leading axis.
+        params: Parameters of all blocks, stacked on a leading axis.
         event_ndims: Of the block.
-        remat: Keep only what each block takes, and compute the rest again for the gradient.
-        unrolled: Whether to unroll. None: images on a CPU (see `jaxad.ops.loops`).
+        remat: Store only the input of each block, and recompute the rest for the gradient.
+        unrolled: Whether to unroll; None for images on a CPU only (see `jaxad.ops.loops`).
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Scan(distrax.Bijector):
         self._unroll = 2 * n if unrolled else unroll(n) if unrolled is None and event_ndims > 1 else 1
 
     def forward_and_log_det(self, x: PyTree) -> tuple[PyTree, Array]:
-        """All blocks."""
+        """Applies all blocks."""
         return self._run(x, lambda params, x: self._block(params).forward_and_log_det(x), False)
 
     def inverse_and_log_det(self, y: PyTree) -> tuple[PyTree, Array]:
-        """The other way round."""
+        """The inverse of `forward_and_log_det`."""
         return self._run(y, lambda params, y: self._block(params).inverse_and_log_det(y), True)
 
     def _run(self, x: PyTree, apply: Callable[[PyTree, PyTree], Any], reverse: bool) -> tuple:
@@ -63,22 +63,22 @@ class Scan(distrax.Bijector):
 def scan_init(
     init: Callable[[Key, PyTree], PyTree], block: Callable[[PyTree], distrax.Bijector], key: Key, n: int, x: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Parameters of n blocks that depend on what the blocks before them make of data, as those of `ActNorm` do.
+    """Parameters of n blocks, each initialized from the data that reach it, as those of `ActNorm` are.
 
     Args:
-        init: (key, data that reach the block) -> its parameters.
-        block: As for `Scan`.
+        init: (key, input of the block) -> its parameters.
+        block: As in `Scan`.
         key: Random key.
-        n: Blocks.
-        x: A batch of data.
+        n: Number of blocks.
+        x: Input of the first block.
 
     Returns:
-        The stacked parameters, and what all blocks together make of the data.
+        The stacked parameters, and the output of the last block.
     """
 
     def body(x: PyTree, key: Key) -> tuple[PyTree, PyTree]:
         params = init(key, x)
         return block(params).forward(x), params
 
-    end, params = jax.lax.scan(body, x, jax.random.split(key, n))
-    return params, end
+    output, params = jax.lax.scan(body, x, jax.random.split(key, n))
+    return params, output

@@ -1,1 +1,5 @@
 """The command line."""
+
+from jaxad.cli.main import main, refuse
+
+__all__ = ["main", "refuse"]

@@ -1,4 +1,4 @@
-"""What a killed fit goes on from: its newest state, kept by orbax; and the one before it, should a loss diverge."""
+"""Checkpoints of a fit, kept by orbax: the newest state, and the one before it in case a loss diverges."""
 
 import time
 from collections.abc import Callable
@@ -8,27 +8,26 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from jaxad.base import State
-from jaxad.driver.mesh import agreed
+from jaxad.driver.execution import Checkpoint
+from jaxad.driver.mesh import broadcast
 
 
 class Saver:
-    """Keeps the newest checkpoints of a fit in a directory; does nothing without one.
+    """Keeps the newest checkpoints of a fit in a directory; without one it does nothing.
 
     Args:
-        directory: Of this fit alone; None for no checkpoints.
-        seconds: Least time between two checkpoints.
-        identity: What tells this fit from others, as JSON values.
+        checkpoint: Where, and how often; None for no checkpoints.
+        identity: What distinguishes this fit from others, as JSON values.
         keep: How many checkpoints.
     """
 
     STRIDE = 1 << 26
     """Orbax numbers checkpoints by one integer of 31 bits: stage * STRIDE + step."""
 
-    def __init__(
-        self, directory: str | Path | None, seconds: float, identity: dict[str, Any], *, keep: int = 1
-    ) -> None:
-        self._directory, self._keep = None if directory is None else Path(directory).absolute(), keep
-        self._seconds, self._identity, self._saved = seconds, identity, time.monotonic()
+    def __init__(self, checkpoint: Checkpoint | None, identity: dict[str, Any], *, keep: int = 1) -> None:
+        self._directory = None if checkpoint is None else Path(checkpoint.directory).absolute()
+        self._seconds = 0.0 if checkpoint is None else checkpoint.seconds
+        self._identity, self._keep, self._saved = identity, keep, time.monotonic()
 
     def __enter__(self) -> "Saver":
         if self._directory is not None:
@@ -45,7 +44,7 @@ class Saver:
             self._checkpoints.close()
 
     def restore(self, target: Callable[[int], State]) -> tuple[int, int, State] | None:
-        """The stage, step and state to go on from, if any.
+        """The stage, step and state to resume from, if any.
 
         Args:
             target: Gives shapes, types and shardings of the state of a stage.
@@ -57,21 +56,21 @@ class Saver:
         if latest is None:
             return None
         stage, step = divmod(latest.step, self.STRIDE)
-        again = f"delete {self._directory} to start afresh"
+        restart = f"delete {self._directory} to start afresh"
         try:
             identity = self._checkpoints.metadata(latest.step).custom_metadata
         except (LookupError, OSError, ValueError) as error:
-            raise ValueError(f"the checkpoint {latest.path} is damaged: {again}") from error
+            raise ValueError(f"the checkpoint {latest.path} is damaged: {restart}") from error
         if identity != self._identity:
-            raise ValueError(f"a checkpoint must be of the same fit {self._identity}, got one of {identity}: {again}")
+            raise ValueError(f"a checkpoint must be of the same fit {self._identity}, got one of {identity}: {restart}")
         try:
             return stage, step, self._checkpoints.load(latest.step, target(stage))
         except (LookupError, OSError, ValueError) as error:
-            raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {again}") from error
+            raise ValueError(f"the checkpoint {latest.path} is damaged or of another method: {restart}") from error
 
     def due(self, now: bool = False) -> bool:
-        """Whether to save: there is a directory, and the last save was not a moment ago, or it must be `now`."""
-        return self._directory is not None and (now or agreed(time.monotonic() - self._saved >= self._seconds))
+        """Whether to save: there is a directory, and the interval has passed or it must be `now`."""
+        return self._directory is not None and (now or broadcast(time.monotonic() - self._saved >= self._seconds))
 
     def save(self, stage: int, step: int, state: State) -> None:
         """Saves."""

@@ -1,7 +1,9 @@
-"""What memory there is: of an accelerator, or of this machine and the containers around the process."""
+"""Memory that is free and memory that was used: of an accelerator, or of this machine and its containers."""
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +12,12 @@ import jax
 
 
 class Memory(NamedTuple):
-    """What there is for a fit."""
+    """Memory that a fit may use."""
 
     free: int
-    """Bytes: of the device that has least, or of the machine where devices are processors."""
-    what: str
-    """Whose they are."""
+    """Bytes: of the device that has least, or of the machine where devices are CPUs."""
+    owner: str
+    """Device or machine, in words."""
 
 
 def available(devices: Sequence[Any] | None = None) -> Memory | None:
@@ -25,15 +27,24 @@ def available(devices: Sequence[Any] | None = None) -> Memory | None:
         devices: Those that will be used; None: the first.
 
     Returns:
-        None where nothing tells.
+        None where it is not known.
     """
     devices = devices or jax.devices()[:1]
     if devices[0].platform == "cpu":
         free = _machine()
         return None if free is None else Memory(free, "this machine")
-    told = [device.memory_stats() or {} for device in devices]
-    free = [stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told if "bytes_limit" in stats]
+    reports = [device.memory_stats() or {} for device in devices]
+    free = [stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in reports if "bytes_limit" in stats]
     return Memory(min(free), devices[0].device_kind) if free else None
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: of the accelerator where it reports it, else of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _machine() -> int | None:
@@ -43,14 +54,16 @@ def _machine() -> int | None:
     except OSError:
         names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         return math.prod(map(os.sysconf, names)) if set(names) <= os.sysconf_names.keys() else None
-    table = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-    return max(0, min([table["MemAvailable"] + table.get("SwapFree", 0), *_left_in_groups()]))
+    meminfo = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
+    return max(0, min([meminfo["MemAvailable"] + meminfo.get("SwapFree", 0), *_left_in_groups()]))
 
 
-def _left_in_groups(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What each control group of this process leaves of its limit; the page cache does not count as used."""
+def _left_in_groups(
+    mounted: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
+    """What each control group of this process has left of its limit; the page cache does not count as used."""
     try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in membership.read_text().splitlines()]
     except OSError:
         return
     for controllers, path in groups:

@@ -12,24 +12,30 @@ import jax.numpy as jnp
 
 PyTree = Any
 
-_seconds = [0.0]
+_compilations: list[float] = []
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent on compiling programs."""
-    return sum(_seconds)
+    """Seconds that this process has spent compiling programs."""
+    return sum(_compilations)
+
+
+def compile_count() -> int:
+    """Programs that this process has compiled."""
+    return len(_compilations)
 
 
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
-"""XLA's option for what YNNPACK computes on a CPU: of its default (jaxlib 0.10.2), all but convolutions, which Eigen
-computes faster."""
+"""XLA's option for what YNNPACK computes on a CPU: its default (jaxlib 0.10.2) without convolutions, in which Eigen is
+faster."""
 
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """XLA's options for a program; none where the user has set them, or jaxlib does not have them.
+    """XLA's options for a program; none where the user sets them, or jaxlib does not know them.
 
-    Several devices of one CPU keep to YNNPACK, which rounds an image's features alike however the images are split.
+    Several virtual devices of one CPU keep YNNPACK, which rounds the features of an image alike however the images are
+    split.
     """
     options: dict[str, str | bool] = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or YNNPACK in os.environ.get("XLA_FLAGS", ""):
@@ -42,11 +48,11 @@ def compiler_options() -> dict[str, str | bool]:
 
 
 class Program:
-    """A jitted function that compiles ahead of time, so that compile time is told apart from run time.
+    """A jitted function that compiles ahead of time, so that compile time is measured apart from run time.
 
     Args:
         fn: The function.
-        active: Gives the context in which it is traced and runs: the mesh.
+        ambient: Gives the context in which it is traced and runs: the mesh.
         shardings: Gives the shardings of the result, from its shapes; None leaves them to XLA.
         options: Those of `jax.jit`.
     """
@@ -55,30 +61,30 @@ class Program:
         self,
         fn: Callable,
         *,
-        active: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        ambient: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         shardings: Callable[[PyTree], PyTree] | None = None,
         **options: Any,
     ) -> None:
-        self._fn, self._active, self._shardings, self._options = fn, active, shardings, options
+        self._fn, self._ambient, self._shardings, self._options = fn, ambient, shardings, options
         self._executables: dict[Hashable, Any] = {}
 
     def __call__(self, *args: PyTree) -> Any:
         """The function's result; compiles where the arguments have new shapes or types."""
-        with self._active():
+        with self._ambient():
             return self.compile(*args)(*args)
 
     def compile(self, *args: PyTree) -> Any:
         """The executable for arguments of these shapes and types (`jax.ShapeDtypeStruct`s will do)."""
-        leaves, tree = jax.tree.flatten(args)
-        kinds = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
-        key = (tree, tuple(kinds))
+        leaves, structure = jax.tree.flatten(args)
+        types = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
+        key = (structure, tuple(types))
         if key not in self._executables:
             started = time.perf_counter()
-            with self._active():
+            with self._ambient():
                 options = dict(self._options)
                 if self._shardings is not None:
                     options["out_shardings"] = self._shardings(jax.eval_shape(self._fn, *args))
                 lowered = jax.jit(self._fn, **options).lower(*args)
                 self._executables[key] = lowered.compile(compiler_options=compiler_options())
-            _seconds.append(time.perf_counter() - started)
+            _compilations.append(time.perf_counter() - started)
         return self._executables[key]

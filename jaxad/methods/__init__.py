@@ -1,62 +1,124 @@
-"""The published methods by name; every one is a factory of `jaxad.base.Method`."""
+"""The published methods by name. Every file here is a method, and holds a factory of the same name.
 
-from collections.abc import Callable
+`jaxad.methods.padim` is the factory, whether its file has been imported or not. Files are imported on first use;
+`names` and `describe` answer without JAX.
+"""
 
-from jaxad.base import Method
-from jaxad.methods.cfa import cfa
-from jaxad.methods.cflow import cflow
-from jaxad.methods.csflow import csflow
-from jaxad.methods.cutpaste import cutpaste
-from jaxad.methods.differnet import differnet
-from jaxad.methods.draem import draem
-from jaxad.methods.efficientad import efficientad
-from jaxad.methods.fastflow import fastflow
-from jaxad.methods.glass import glass
-from jaxad.methods.mahalanobis_ad import mahalanobis_ad
-from jaxad.methods.memseg import memseg
-from jaxad.methods.mkd import mkd
-from jaxad.methods.nf import nf
-from jaxad.methods.nsa import nsa
-from jaxad.methods.padim import padim
-from jaxad.methods.patchcore import patchcore
-from jaxad.methods.rd4ad import rd4ad
-from jaxad.methods.simplenet import simplenet
-from jaxad.methods.spade import spade
-from jaxad.methods.stfpm import stfpm
-from jaxad.methods.uninformed_students import uninformed_students
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "cfa": cfa,
-    "cflow": cflow,
-    "csflow": csflow,
-    "cutpaste": cutpaste,
-    "differnet": differnet,
-    "draem": draem,
-    "efficientad": efficientad,
-    "fastflow": fastflow,
-    "glass": glass,
-    "mahalanobis_ad": mahalanobis_ad,
-    "memseg": memseg,
-    "mkd": mkd,
-    "nf": nf,
-    "nsa": nsa,
-    "padim": padim,
-    "patchcore": patchcore,
-    "rd4ad": rd4ad,
-    "simplenet": simplenet,
-    "spade": spade,
-    "stfpm": stfpm,
-    "uninformed_students": uninformed_students,
-}
-"""Name -> factory."""
+if TYPE_CHECKING:
+    from jaxad.base import Method
+
+    Factory = Callable[..., Method]
+
+__all__ = ["METHODS", "Description", "describe", "factory", "names"]
 
 
-def factory(name: str) -> Callable[..., Method]:
-    """The factory of that name.
+class Description(NamedTuple):
+    """What the docstring of a method's file says."""
+
+    name: str
+    summary: str
+    """The first sentence, behind the method's name and without the final period."""
+    family: str
+    """What groups methods in lists and tables: "features", "students" ...; empty where the docstring names none."""
+    paper: str
+    """Title, venue, year and address."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, sorted."""
+    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
+
+
+def factory(name: str) -> "Factory":
+    """Imports a method's file and returns its factory.
 
     Raises:
-        ValueError: There is no such method.
+        ValueError: There is no such method; names similar ones.
     """
-    if name not in METHODS:
-        raise ValueError(f"the method must be one of {', '.join(METHODS)}; got {name!r}")
-    return METHODS[name]
+    _check(name)
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+
+def describe(name: str) -> Description:
+    """Reads the docstring of a method's file without importing it.
+
+    Raises:
+        ValueError: There is no such method; names similar ones.
+    """
+    _check(name)
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
+    summary = " ".join(text.partition("\n\n")[0].split()).partition(": ")[2].partition(". ")[0].removesuffix(".")
+    return Description(name, summary, _section(text, "Family"), _section(text, "Paper"))
+
+
+def _check(name: str) -> None:
+    known = names()
+    if name not in known:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"no method is called {name!r}: {hint}")
+
+
+def _section(text: str, heading: str) -> str:
+    """The text behind a heading, up to the next line that is not indented."""
+    match = re.search(rf"^{heading}: (.*(?:\n +.*)*)", text, re.MULTILINE)
+    return " ".join(match[1].split()) if match else ""
+
+
+class _Methods(Mapping[str, "Factory"]):
+    """Name -> factory. Only indexing imports, and only the file of that name."""
+
+    def __getitem__(self, name: str) -> "Factory":
+        if name not in self:
+            raise KeyError(name)
+        return factory(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(names())
+
+    def __len__(self) -> int:
+        return len(names())
+
+    def __repr__(self) -> str:
+        return f"METHODS({', '.join(self)})"
+
+
+METHODS: Mapping[str, "Factory"] = _Methods()
+"""Name -> factory; iteration imports nothing, indexing imports the method's file."""
+
+
+class _Package(ModuleType):
+    """This package, whose attributes named as methods are their factories.
+
+    The import of a submodule sets the attribute of its name on the package; here that is the factory in its place.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in names():
+            return factory(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_submodule = isinstance(value, ModuleType) and value.__name__ == f"{__name__}.{name}"
+        super().__setattr__(name, getattr(value, name) if is_submodule else value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *names()})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,19 +1,20 @@
 """CFLOW-AD: normalizing flows of features, conditioned on their position, one for each level.
 
-Stored: for every level a flow of affine couplings that maps the feature vector of a position, given a sinusoidal code
-of that position, to a standard normal (Eq. 4-6), trained on random batches of positions of all images ("fibers"); and
-the largest log-likelihood of a training position. A position has the likelihood exp(log p / c - largest), for c
-channels; the heat map is the number of levels less the sum of their upsampled likelihoods, and an image scores the
-maximum of its heat map.
+Stored: for every level a flow of affine couplings that maps the feature vector of a position, given a sinusoidal
+encoding of that position, to a standard normal (Eq. 4-6), trained on random batches of positions of all images
+("fibers"); and the largest log-likelihood of a training position. A position has the likelihood exp(log p / c -
+largest), for c channels; the heat map is the number of levels minus the sum of their upsampled likelihoods, and an
+image scores the maximum of its heat map.
 
+Family: flows
 Paper: CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional Normalizing Flows, WACV
     2022, arXiv:2107.12571.
 Reference: https://github.com/gudovskiy/cflow-ad
-Differences: the largest likelihood is that of the training images, not of the test images, so that an image's score
-    does not depend on others; one image size for all classes; epochs are counted plainly (200, not 25 of 8), the
-    learning rate changes with every step, and the last epoch counts, not the best on the test images; images are not
-    rotated by up to 5 degrees in training, so that their features are computed once; upsampling is by pixel centers;
-    biases of the networks begin as zeros.
+Differences: the largest likelihood is taken over the training images, not the test images, so that an image's score
+    does not depend on other test images; one image size for all classes; 200 plain epochs in place of 25 of 8; the
+    learning rate changes with every step; the last epoch is kept, not the best on the test images; images are not
+    rotated by up to 5 degrees in training, so that their features are computed once; upsampling aligns pixel centers;
+    biases of the networks start at zero.
 Results: experiments/recipes/cflow.py
 """
 
@@ -26,38 +27,40 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.bijectors import BlockParams, Invertible1x1, Scan, affine_block, block_params, random_orthogonal
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
+from jaxad.bijectors import (
+    BlockParams,
+    Invertible1x1,
+    Scan,
+    affine_block,
+    block_params,
+    init_in_order,
+    random_orthogonal,
+)
 from jaxad.nn.initial import torch_uniform
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.ops.lapack import key_after
+from jaxad.training import Descent, cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
+from jaxad.training.optimizers import torch_adam
 
-WARM_UP, LEAST_RATE = 0.08, 1e-3
-"""The learning rate begins at a tenth, rises for this share of the training, and falls to this share of it (cosine)."""
-
-
-class Level(NamedTuple):
-    """The flow of one level."""
-
-    blocks: BlockParams
-    rotations: Float[Array, "k c c"]
-
-
-class CflowTraining(NamedTuple):
-    """The flows while they are trained."""
-
-    trained: dict[str, Trained]
-    rotations: dict[str, Float[Array, "k c c"]]
+WARM_UP, FIRST_RATE, LAST_RATE = 0.08, 0.1, 1e-3
+"""The share of the training in which the learning rate rises, and its first and last value over the largest."""
 
 
 class CflowFlows(NamedTuple):
-    """The flows of all levels, and the largest log-likelihood of each so far."""
+    """The flows of all levels."""
 
-    levels: dict[str, Level]
+    params: dict[str, BlockParams]
+    """Stacked over the blocks, as the rotations are."""
+    rotations: dict[str, Float[Array, "k c c"]]
+
+
+class CflowState(NamedTuple):
+    """The trained flows, and the largest log-likelihood of a training position at each level."""
+
+    flows: CflowFlows
     largest: dict[str, Float[Array, ""]]
 
 
@@ -68,32 +71,33 @@ class Subnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
-        """Raw log scales and shifts."""
+        """Unbounded log scales and shifts."""
         hidden = nn.relu(nn.Dense(2 * x.shape[-1], kernel_init=torch_uniform)(x))
         return nn.Dense(self.out, kernel_init=torch_uniform)(hidden)
 
 
-def position_code(height: int, width: int, size: int) -> Float[Array, "h w size"]:
-    """Sines and cosines of the column, then of the row, at wavelengths from 2 pi on (a quarter of `size` of each)."""
+def position_encoding(height: int, width: int, size: int) -> Float[Array, "h w size"]:
+    """Sines and cosines of the column, then of the row, at wavelengths from 2 pi up (a quarter of `size` of each)."""
     frequency = jnp.exp(jnp.arange(0.0, size // 2, 2) * -(math.log(1e4) / (size // 2)))
 
-    def one(n: int) -> Float[Array, "n d"]:
+    def encode(n: int) -> Float[Array, "n d"]:
         angle = jnp.arange(float(n))[:, None] * frequency
         return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(n, -1)
 
     shape = (height, width, size // 2)
-    return jnp.concatenate([jnp.broadcast_to(one(width), shape), jnp.broadcast_to(one(height)[:, None], shape)], -1)
+    columns, rows = encode(width), encode(height)[:, None]
+    return jnp.concatenate([jnp.broadcast_to(columns, shape), jnp.broadcast_to(rows, shape)], -1)
 
 
-def schedule(progress: Float[Array, ""]) -> Float[Array, ""]:
-    """The learning rate over its largest value."""
-    cosine = lambda p: LEAST_RATE + (1 - LEAST_RATE) * (1 + jnp.cos(jnp.pi * p)) / 2  # noqa: E731
-    return jnp.where(progress < WARM_UP, 0.1 + (cosine(WARM_UP) - 0.1) * progress / WARM_UP, cosine(progress))
+def warm_up_cosine(progress: Float[Array, ""]) -> Float[Array, ""]:
+    """The learning rate over its largest value: a linear warm-up, then a cosine."""
+    warm_up = FIRST_RATE + (cosine(jnp.float32(WARM_UP), LAST_RATE) - FIRST_RATE) * progress / WARM_UP
+    return jnp.where(progress < WARM_UP, warm_up, cosine(progress, LAST_RATE))
 
 
 def cflow(
     *,
-    backbone: str = "wide_resnet50_2",
+    backbone: str | Backbone = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (256, 256),
     coupling_blocks: int = 8,
@@ -108,20 +112,20 @@ def cflow(
     """CFLOW-AD.
 
     Args:
-        backbone: The network that describes positions.
-        layers: Its stages, each with a flow of its own; None for the deepest three.
-        image_size: (height, width) of the images, which is that of the heat map.
+        backbone: The network that extracts the features.
+        layers: Its stages, each with its own flow; None for the deepest three.
+        image_size: (height, width) of the images and of the heat map.
         coupling_blocks: Couplings of each flow.
-        condition_size: Length of the code of a position, a multiple of 4.
+        condition_size: Length of the encoding of a position, a multiple of 4.
         clamp: Bound of the couplings' log scales.
-        fiber_batch_size: Positions of a step of gradient descent.
+        fiber_batch_size: Positions per step of gradient descent.
         epochs: Passes over the training images.
-        train_batch_size: Images whose positions are mixed.
-        learning_rate: Of Adam, at its largest.
+        train_batch_size: Images whose positions are shuffled together.
+        learning_rate: The largest of Adam's.
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of its range.
     """
     at_least_one(
         coupling_blocks=coupling_blocks,
@@ -134,97 +138,89 @@ def cflow(
     above_zero(clamp=clamp, learning_rate=learning_rate)
     zero_or_more(sigma=sigma)
     layers = architecture(backbone).stages[-3:] if layers is None else tuple(layers)
-    optimizer = torch_adam(learning_rate)
 
     def init_level(key: Key, c: int) -> tuple[BlockParams, Float[Array, "k c c"]]:
-        def one(key: Key) -> tuple[BlockParams, Float[Array, "c c"]]:
+        def init_block(key: Key) -> tuple[BlockParams, Float[Array, "c c"]]:
             subnet_key, rotation_key = jax.random.split(key)
             subnet = Subnet(2 * (c // 2)).init(subnet_key, jnp.zeros((1, c - c // 2 + condition_size)))
             return block_params(subnet, c), random_orthogonal(rotation_key, c)
 
-        return jax.vmap(one)(jax.random.split(key, coupling_blocks))
+        return jax.vmap(init_block)(jax.random.split(key, coupling_blocks))
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> CflowTraining:
-        del frozen
-        made: dict[str, tuple[BlockParams, Float[Array, "k c c"]]] = {}
-        for layer, own in zip(layers, jax.random.split(key, len(layers)), strict=True):
-            for _, rotations in list(made.values())[-1:]:
-                own = key_after(own, rotations)
-            made[layer] = init_level(own, spec[layer].shape[-1])
-        return CflowTraining(
-            {layer: begin(optimizer, blocks) for layer, (blocks, _) in made.items()},
-            {layer: rotations for layer, (_, rotations) in made.items()},
-        )
+    def init(key: Key, state: State, frozen: Frozen, spec: PyTree) -> CflowFlows:
+        del state, frozen
+        levels = init_in_order(init_level, key, [spec[layer].shape[-1] for layer in layers])
+        params, rotations = (dict(zip(layers, part, strict=True)) for part in zip(*levels, strict=True))
+        return CflowFlows(params, rotations)
 
-    def log_likelihood(level: Level, x: Float[Array, "n c"], code: Float[Array, "n d"]) -> Any:
+    def log_likelihood(
+        params: BlockParams, rotations: Float[Array, "k c c"], x: Float[Array, "n c"], position: Float[Array, "n d"]
+    ) -> Float[Array, "n"]:
         """Per channel."""
         c = x.shape[-1]
 
-        def block(given: Level) -> distrax.Bijector:
+        def block(arrays: tuple[BlockParams, Float[Array, "c c"]]) -> distrax.Bijector:
+            params, rotation = arrays
+
             def conditioner(half: Array) -> Any:
-                return Subnet(2 * (c // 2)).apply(given.blocks.subnet, jnp.concatenate([half, code], -1))
+                return Subnet(2 * (c // 2)).apply(params.subnet, jnp.concatenate([half, position], -1))
 
-            mix = Invertible1x1(given.rotations, 1, orthogonal=True)
-            return affine_block(given.blocks, conditioner, mix, clamp=clamp, event_ndims=1)
+            rotate = Invertible1x1(rotation, 1, orthogonal=True)
+            return affine_block(params, conditioner, rotate, clamp=clamp, event_ndims=1)
 
-        z, log_det = Scan(block, level, 1).forward_and_log_det(x)
+        z, log_det = Scan(block, (params, rotations), 1).forward_and_log_det(x)
         return (log_det - 0.5 * jnp.sum(z**2, -1)) / c - 0.5 * math.log(2 * math.pi)
 
     def fibers(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "n c"], Float[Array, "n d"]]:
+        """The features of all positions, and the encodings of the positions."""
         b, h, w, c = x.shape
-        code = jnp.broadcast_to(position_code(h, w, condition_size), (b, h, w, condition_size))
-        return x.reshape(-1, c), code.reshape(-1, condition_size)
+        position = jnp.broadcast_to(position_encoding(h, w, condition_size), (b, h, w, condition_size))
+        return x.reshape(-1, c), position.reshape(-1, condition_size)
 
-    def train(key: Key, state: CflowTraining, frozen: Frozen, batch: Batch) -> tuple[CflowTraining, Metrics]:
-        del frozen
-        done, losses = {}, []
-        for number, layer in enumerate(layers):
-            x, code = fibers(zero_padding(batch.x[layer], batch.valid))
-            valid = jnp.repeat(batch.valid, x.shape[0] // batch.valid.shape[0])
-            size = min(fiber_batch_size, x.shape[0])
-            order = jax.random.permutation(jax.random.fold_in(key, number), x.shape[0])
-            rotations = state.rotations[layer]
+    def descent(layer: str) -> Descent:
+        def fiber_batches(key: Key, model: CflowFlows, frozen: Frozen, batch: Batch) -> PyTree:
+            del model, frozen
+            x, position = fibers(batch.x[layer])
+            n = x.shape[0]
+            size = min(fiber_batch_size, n)
+            rows = jax.random.permutation(key, n)[: n // size * size].reshape(-1, size)
+            return x[rows], position[rows]
 
-            def step(trained: Trained, rows: Array, x=x, code=code, valid=valid, rotations=rotations) -> Any:
-                def loss(blocks: BlockParams) -> Float[Array, ""]:
-                    likelihood = log_likelihood(Level(blocks, rotations), x[rows], code[rows])
-                    return mean_of_valid(-jax.nn.log_sigmoid(likelihood), valid[rows])
+        def loss(
+            params: BlockParams, model: CflowFlows, key: Key, frozen: Frozen, fiber_batch: tuple[Array, Array]
+        ) -> tuple[Array, dict]:
+            del key, frozen
+            return -jax.nn.log_sigmoid(log_likelihood(params, model.rotations[layer], *fiber_batch)).mean(), {}
 
-                return descend(optimizer, trained, loss, schedule(batch.progress))
+        return Descent(loss, torch_adam(learning_rate), layer, fiber_batches)
 
-            batches = order[: order.shape[0] // size * size].reshape(-1, size)
-            done[layer], metrics = jax.lax.scan(step, state.trained[layer], batches)
-            losses.append(metrics["loss"].mean())
-        return state._replace(trained=done), {"loss": sum(losses[1:], losses[0]) / len(layers)}
+    def init_calibration(key: Key, flows: CflowFlows, frozen: Frozen, spec: PyTree) -> CflowState:
+        del key, frozen, spec
+        return CflowState(flows, {layer: jnp.full((), -jnp.inf, jnp.float32) for layer in layers})
 
-    def finish(key: Key, state: CflowTraining, frozen: Frozen) -> CflowFlows:
-        del key, frozen
-        levels = {layer: Level(state.trained[layer].params, state.rotations[layer]) for layer in layers}
-        return CflowFlows(levels, {layer: jnp.full((), -jnp.inf, jnp.float32) for layer in layers})
+    def log_likelihoods(flows: CflowFlows, x: dict[str, Array]) -> dict[str, Float[Array, "b h w"]]:
+        params, rotations = flows
+        log_p = {layer: log_likelihood(params[layer], rotations[layer], *fibers(x[layer])) for layer in layers}
+        return {layer: values.reshape(x[layer].shape[:3]) for layer, values in log_p.items()}
 
-    def likelihoods(state: CflowFlows, x: dict[str, Array]) -> dict[str, Float[Array, "b h w"]]:
-        return {
-            layer: log_likelihood(state.levels[layer], *fibers(x[layer])).reshape(x[layer].shape[:3])
-            for layer in layers
-        }
-
-    def look(key: Key, state: CflowFlows, frozen: Frozen, batch: Batch) -> tuple[CflowFlows, Metrics]:
+    def calibrate(key: Key, state: CflowState, frozen: Frozen, batch: Batch) -> tuple[CflowState, Metrics]:
         del key, frozen
         valid = batch.valid[:, None, None]
-        found = likelihoods(state, {layer: jnp.where(valid[..., None], batch.x[layer], 0) for layer in layers})
-        largest = {layer: jnp.where(valid, map_, -jnp.inf).max() for layer, map_ in found.items()}
-        return state._replace(largest=jax.tree.map(jnp.maximum, state.largest, largest)), {}
+        log_p = log_likelihoods(state.flows, batch.x)
+        largest = jax.tree.map(lambda a, b: jnp.maximum(a, jnp.where(valid, b, -jnp.inf).max()), state.largest, log_p)
+        return state._replace(largest=largest), {}
 
-    def score(state: CflowFlows, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: CflowState, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
         total = jnp.zeros(())
-        for layer, found in likelihoods(state, x).items():
-            total = total + upsample_blur(jnp.exp(found - state.largest[layer]), image_size, sigma)
+        for layer, log_p in log_likelihoods(state.flows, x).items():
+            total = total + upsample_blur(jnp.exp(log_p - state.largest[layer]), image_size, sigma)
         pixel = len(layers) - total
         return Scores(pixel.max((1, 2)), pixel)
 
+    descents = [descent(layer) for layer in layers]
     stages = (
-        Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True),
-        Stage("calibrate", look),
+        gradient_stage("train", init, descents, epochs=epochs, batch_size=train_batch_size, schedule=warm_up_cosine),
+        Stage("calibrate", init_calibration, calibrate),
     )
-    return Method(features(backbone, layers), init, stages, score)
+    return Method(features(backbone, layers), stages, score)

@@ -1,21 +1,23 @@
-"""GLASS: a discriminator learns from anomalies made of textures and from features that climb its own loss.
+"""GLASS: a discriminator learns from two kinds of synthetic anomalies, pasted textures and features moved by ascent.
 
-Stored: a linear layer that adapts patch features to the images, and a discriminator of two layers. They learn from
-three kinds of features (section 3): normal ones; global anomalies, which are normal ones with Gaussian noise that climb
-the gradient of the discriminator's loss and are kept in a shell around the normal feature (manifold hypothesis) or the
-center of all (hypersphere), by truncated projection; and local anomalies, of images with a texture within a shape of
-Perlin noise, of which the half that is told worst counts, by the focal loss. A patch scores the probability of being
-anomalous; the heat map is the smoothed upsampling of that, and an image scores the largest of its patches.
+Stored: a linear adaptor of patch features, and a discriminator with one hidden layer. They learn from three kinds of
+features (section 3): normal ones; global anomalies, which are normal features with Gaussian noise that climb the
+gradient of the discriminator's loss, and which truncated projection keeps in a shell around the normal feature
+(manifold hypothesis) or around the center of all (hypersphere); and local anomalies, the features of images with a
+texture inside a shape of Perlin noise, of which the half with the largest errors counts, by the focal loss. A patch
+scores the probability of being anomalous. The heat map is these scores, upsampled and smoothed, and an image scores its
+largest patch.
 
+Family: synthetic
 Paper: A Unified Anomaly Synthesis Strategy with Gradient Ascent for Industrial Anomaly Detection and Localization,
     ECCV 2024, arXiv:2407.09359.
 Reference: https://github.com/cqylunlun/GLASS
-Differences: the center is that of the current adaptor at every step, not of the epoch's first; how an anomalous feature
-    was moved counts as constant; patch features are means of neighborhoods, side by side, whose channels are not
-    pooled; which hypothesis holds is told, not judged from the images' spectrum, and the object is what Otsu's
-    threshold finds, not a given mask; an epoch has all images, not 392; no layer before the batch norm has a bias,
-    which that takes away; the last epoch counts, not the best on the test images; the running variance is not corrected
-    for the size of a batch.
+Differences: the center is computed with the current adaptor at every step, not once an epoch; no gradient flows through
+    the displacement of an anomalous feature; patch features are stacked means of neighborhoods, without pooling of
+    channels; the hypothesis is a hyperparameter, not chosen by the spectrum of the images; the object is found by
+    Otsu's threshold, not given as a mask; an epoch has all images, not 392; no layer in front of the batch norm has a
+    bias, which batch norm would cancel; the last epoch counts, not the best one on the test images; the running
+    variance is the biased one of the batches.
 Results: experiments/recipes/glass.py
 """
 
@@ -26,9 +28,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Auxiliary, Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.losses import focal_loss
@@ -36,34 +38,34 @@ from jaxad.synthesis.anomaly import blended, foreground
 from jaxad.synthesis.ascent import ascend, into_shell
 from jaxad.synthesis.perlin import perlin_mask
 from jaxad.synthesis.texture import GENTLE_CHANGES, source
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
+from jaxad.training.optimizers import of_parts, torch_adam
 
-RADIUS = 0.75
-"""Share of the normal features within the hypersphere."""
-APART = 0.5
-"""Least distance of a global anomaly from its normal feature, and half the largest (manifold hypothesis)."""
-TRIES = 64
-"""Draws of a shape before an image is left without one."""
-STEP, EVERY = 1e-3, 5
-"""Length of a step up, and steps from one projection to the next."""
+RADIUS_QUANTILE = 0.75
+"""Share of the normal features inside the hypersphere."""
+MIN_DISTANCE = 0.5
+"""Smallest distance of a global anomaly to its normal feature, and half of the largest (manifold hypothesis)."""
+MAX_DRAWS = 64
+"""Draws of a shape before an image goes without one."""
+STEP_LENGTH, STEPS_PER_PROJECTION = 1e-3, 5
+"""Of the ascent."""
+MOMENTUM = 0.9
+"""Of the discriminator's batch norm."""
 
 
-class GlassMeasuring(NamedTuple):
-    """The untrained networks, and the normal features summed so far."""
+class GlassFeatures(NamedTuple):
+    """The sum of the normal features of the images so far."""
 
-    params: PyTree
-    running: PyTree
     total: Float[Array, "h w c"]
-    images: Float[Array, ""]
+    count: Float[Array, ""]
 
 
 class GlassTraining(NamedTuple):
-    """Adaptor and discriminator while they are trained."""
+    """Adaptor and discriminator during training."""
 
-    trained: Trained
-    running: PyTree
-    """Statistics of the discriminator's batch norm."""
+    params: PyTree
+    stats: PyTree
     mean: Float[Array, "h w c"]
     """Of the normal features at every position."""
 
@@ -72,28 +74,28 @@ class GlassDiscriminator(NamedTuple):
     """The trained adaptor and discriminator."""
 
     params: PyTree
-    running: PyTree
+    stats: PyTree
 
 
-def drawn_mask(key: Key, within: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
-    """A shape of Perlin noise, or what two have in common, or both; drawn until some of it is within."""
+def random_shape(key: Key, allowed: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """A mask of Perlin noise, or the intersection or union of two; redrawn until a pixel of it is allowed."""
 
-    def draw(given: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tries, key, _ = given
+    def draw(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        draws, key, _ = state
         key, first, second, which = jax.random.split(key, 4)
-        a, b = (perlin_mask(k, (within.shape[0], within.shape[1])) for k in (first, second))
+        a, b = (perlin_mask(k, (allowed.shape[0], allowed.shape[1])) for k in (first, second))
         mask = jnp.select([jax.random.randint(which, (), 0, 3) == i for i in (0, 1)], [a, a & b], a | b)
-        return tries + 1, key, mask & within
+        return draws + 1, key, mask & allowed
 
-    def empty(given: tuple[Array, Array, Array]) -> Array:
-        return (given[0] < TRIES) & ~given[2].any()
+    def is_empty(state: tuple[Array, Array, Array]) -> Array:
+        return (state[0] < MAX_DRAWS) & ~state[2].any()
 
-    return jax.lax.while_loop(empty, draw, (jnp.int32(0), key, jnp.zeros_like(within)))[2]
+    return jax.lax.while_loop(is_empty, draw, (jnp.int32(0), key, jnp.zeros_like(allowed)))[2]
 
 
 def glass(
     *,
-    backbone: str = "wide_resnet50_2",
+    backbone: str | Backbone = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (288, 288),
     hypothesis: Literal["manifold", "hypersphere"] = "manifold",
@@ -112,25 +114,26 @@ def glass(
     """GLASS.
 
     Args:
-        backbone: The network that describes patches.
-        layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
-        image_size: (height, width) of the images, which is that of the heat map.
-        hypothesis: Normal features lie on a "manifold", or in a "hypersphere" about their mean at a position.
+        backbone: The network of the patch features.
+        layers: Its stages, stacked on the grid of the first; None for its patch layers (layer2 and layer3 of a ResNet).
+        image_size: (height, width) of the images and of the heat map.
+        hypothesis: Normal features lie on a "manifold", or in a "hypersphere" around the mean of their position.
         on_foreground: Textures lie on the object only, which Otsu's threshold finds.
-        feature_scale: What patch features are multiplied by. Noise and distances suit weights like torchvision's; the
-            features of Caffe's ResNets are several times as large.
+        feature_scale: Factor of the patch features. Noise and distances suit weights like torchvision's; the features
+            of Caffe's ResNets are several times as large.
         hidden: Units of the discriminator.
-        noise: Standard deviation of what global anomalies begin with.
-        ascent_steps: Steps up that they take; they are projected after every fifth.
-        hard_quantile: Share of the patches of images with textures that teach nothing, those that are told best.
+        noise: Standard deviation of the noise that global anomalies start from.
+        ascent_steps: Steps of gradient ascent, with a projection after every fifth.
+        hard_quantile: Share of the patches of images with textures that the loss ignores, those with the smallest
+            errors.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of the adaptor's Adam; the discriminator's AdamW has twice that (and a decay of 0.01).
         weight_decay: Of the adaptor, added to the gradient.
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     at_least_one(hidden=hidden, ascent_steps=ascent_steps, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(feature_scale=feature_scale, noise=noise, learning_rate=learning_rate)
@@ -146,103 +149,104 @@ def glass(
         discriminator=optax.adamw(2 * learning_rate, weight_decay=0.01),
     )
     discriminator, spherical = Discriminator(hidden), hypothesis == "hypersphere"
-    often = (1 - 0.9 ** (ascent_steps + 1)) / (1 - 0.9)  # the batch norm sees those features at every step up
+    # The batch norm sees the global anomalies once for every step of the ascent, and once for the loss.
+    stats_updates = (1 - MOMENTUM ** (ascent_steps + 1)) / (1 - MOMENTUM)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return feature_scale * patch_features(x, layers)
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> GlassMeasuring:
-        del frozen
-        first, second = jax.random.split(key)
-        _, h, w, c = jax.eval_shape(patches, spec).shape
-        made = discriminator.init(second, jnp.zeros((1, 1, 1, c)), valid=jnp.ones(1, bool))
+    def init_sum(key: Key, state: None, frozen: Frozen, spec: PyTree) -> GlassFeatures:
+        del key, state, frozen
+        return GlassFeatures(jnp.zeros(jax.eval_shape(patches, spec).shape[1:]), jnp.zeros(()))
+
+    def add(key: Key, state: GlassFeatures, frozen: Frozen, batch: Batch) -> tuple[GlassFeatures, Metrics]:
+        del key, frozen
+        valid = batch.valid[:, None, None, None]
+        total = state.total + jnp.where(valid, patches(batch.x), 0).sum(0)
+        return GlassFeatures(total, state.count + valid.sum().astype(total.dtype)), {}
+
+    def mean(key: Key, state: GlassFeatures, frozen: Frozen) -> Float[Array, "h w c"]:
+        del key, frozen
+        return state.total / state.count
+
+    def init(key: Key, mean: Float[Array, "h w c"], frozen: Frozen, spec: PyTree) -> GlassTraining:
+        del frozen, spec
+        adaptor_key, discriminator_key = jax.random.split(key)
+        c = mean.shape[-1]
+        variables = discriminator.init(discriminator_key, jnp.zeros((1, 1, 1, c)), train=True)
         params = {
-            "adaptor": jax.nn.initializers.glorot_normal()(first, (c, c), jnp.float32),
-            "discriminator": made["params"],
+            "adaptor": jax.nn.initializers.glorot_normal()(adaptor_key, (c, c), jnp.float32),
+            "discriminator": variables["params"],
         }
-        return GlassMeasuring(params, made["batch_stats"], jnp.zeros((h, w, c)), jnp.zeros(()))
+        return GlassTraining(params, variables["batch_stats"], mean)
 
-    def measure(key: Key, state: GlassMeasuring, frozen: Frozen, batch: Batch) -> tuple[GlassMeasuring, Metrics]:
-        del key, frozen
-        total = state.total + zero_padding(patches(zero_padding(batch.x, batch.valid)), batch.valid).sum(0)
-        return state._replace(total=total, images=state.images + batch.valid.sum().astype(total.dtype)), {}
+    def textured(key: Key, image: Float[Array, "h w 3"], photographs: Array | None) -> tuple[Array, Array]:
+        """The image with a texture, and the mask of the texture."""
+        shape_key, texture_key, opacity_key = jax.random.split(key, 3)
+        mask = random_shape(shape_key, foreground(image) if on_foreground else jnp.ones(image_size, bool))
+        opacity = jnp.clip(0.5 + 0.1 * jax.random.normal(opacity_key), 0.2, 0.8)
+        return blended(image, source(texture_key, image_size, photographs, GENTLE_CHANGES), mask, opacity), mask
 
-    def to_train(key: Key, state: GlassMeasuring, frozen: Frozen) -> GlassTraining:
-        del key, frozen
-        return GlassTraining(begin(optimizer, state.params), state.running, state.total / state.images)
+    def logits(params: PyTree, stats: PyTree, x: Float[Array, "b h w c"]) -> tuple[Array, PyTree]:
+        """Those of a batch in training, and the new statistics."""
+        variables = {"params": params["discriminator"], "batch_stats": stats}
+        output, updated = discriminator.apply(variables, x, train=True, mutable=["batch_stats"])
+        return output, updated["batch_stats"]
 
-    def spoiled(key: Key, image: Float[Array, "h w 3"], textures: Array | None) -> tuple[Array, Array]:
-        """The image with a texture, and where that is."""
-        shape, texture, how = jax.random.split(key, 3)
-        mask = drawn_mask(shape, foreground(image) if on_foreground else jnp.ones(image_size, bool))
-        opacity = jnp.clip(0.5 + 0.1 * jax.random.normal(how), 0.2, 0.8)
-        return blended(image, source(texture, image_size, textures, GENTLE_CHANGES), mask, opacity), mask
-
-    def train(key: Key, state: GlassTraining, frozen: Frozen, batch: Batch) -> tuple[GlassTraining, Metrics]:
-        draw, shake = jax.random.split(key)
-        x = zero_padding(batch.x, batch.valid)
-        image, textures = x["image"].astype(jnp.float32) / 255, frozen.get("auxiliary")
-        keys = jax.random.split(draw, len(image))
-        made, mask = jax.vmap(lambda key, image: spoiled(key, image, textures))(keys, image)
-        normal, local = patches(x), patches(network.apply(frozen, made, layers))
-        (h, w), grid = image_size, normal.shape[1:3]
+    def loss(params: PyTree, model: GlassTraining, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
+        texture_key, noise_key = jax.random.split(key)
+        image = batch.x["image"].astype(jnp.float32) / 255
+        keys = jax.random.split(texture_key, len(image))
+        defective, mask = jax.vmap(lambda key, image: textured(key, image, batch.auxiliary))(keys, image)
+        raw = patches(batch.x)
+        (h, w), grid = image_size, raw.shape[1:3]
         window = (1, h // grid[0], w // grid[1])
-        there = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, window, "VALID")[:, : grid[0], : grid[1]]
-        shift = noise * jax.random.normal(shake, normal.shape)
-        every = jnp.broadcast_to(batch.valid[:, None, None], normal.shape[:3])
+        mask = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, window, "VALID")[:, : grid[0], : grid[1]]
 
-        def logits(params: PyTree, running: PyTree, x: Array) -> tuple[Array, PyTree]:
-            variables = {"params": params["discriminator"], "batch_stats": running}
-            valid = jnp.tile(batch.valid, len(x) // len(batch.valid))
-            found, new = discriminator.apply(variables, x, valid=valid, mutable=["batch_stats"])
-            return found, new["batch_stats"]
+        normal = raw @ params["adaptor"]
+        local = patches(network.apply(frozen, defective, layers)) @ params["adaptor"]
+        constant, center, fixed_params = jax.lax.stop_gradient((normal, model.mean @ params["adaptor"], params))
+        distances = jnp.linalg.norm(jnp.concatenate([jax.lax.stop_gradient(local), constant]) - center, axis=-1)
+        is_normal = jnp.concatenate([~mask, jnp.ones_like(mask)])
+        radius = jnp.nanquantile(jnp.where(is_normal, distances, jnp.nan), RADIUS_QUANTILE)
 
-        def loss(params: PyTree) -> Any:
-            own, other = normal @ params["adaptor"], local @ params["adaptor"]
-            fixed, at, still = jax.lax.stop_gradient((own, state.mean @ params["adaptor"], params))
-            distances = jnp.linalg.norm(jnp.concatenate([jax.lax.stop_gradient(other), fixed]) - at, axis=-1)
-            counted = jnp.concatenate([every & ~there, every])
-            radius = jnp.nanquantile(jnp.where(counted, distances, jnp.nan), RADIUS)
+        def normality(x: Array) -> Array:
+            output, _ = logits(fixed_params, model.stats, jnp.concatenate([constant, x]))
+            return optax.sigmoid_binary_cross_entropy(jnp.split(output, 2)[1], jnp.ones(())).mean()
 
-            def normality(moved: Array) -> Array:
-                found, _ = logits(still, state.running, jnp.concatenate([fixed, moved]))
-                of_anomalous = optax.sigmoid_binary_cross_entropy(jnp.split(found, 2)[1], jnp.ones(()))
-                return mean_of_valid(of_anomalous.mean((1, 2)), batch.valid)
+        middle, distance = (center, radius) if spherical else (constant, jnp.float32(MIN_DISTANCE))
+        project = lambda x: into_shell(x, middle, distance)  # noqa: E731
+        start = constant + noise * jax.random.normal(noise_key, raw.shape)
+        moved = ascend(normality, start, ascent_steps, STEP_LENGTH, STEPS_PER_PROJECTION, project)
+        output, updated = logits(params, model.stats, jnp.concatenate([normal, normal + (moved - constant)]))
+        stats = jax.tree.map(lambda old, new: old + stats_updates * (new - old), model.stats, updated)
+        of_normal, of_global = (
+            optax.sigmoid_binary_cross_entropy(part, label).mean()
+            for part, label in zip(jnp.split(output, 2), (jnp.zeros(()), jnp.ones(())), strict=True)
+        )
 
-            middle, least = (at, radius) if spherical else (fixed, jnp.float32(APART))
-            moved = ascend(normality, fixed + shift, ascent_steps, STEP, EVERY, lambda x: into_shell(x, middle, least))
-            moved = own + (moved - fixed)
-            found, once = logits(params, state.running, jnp.concatenate([own, moved]))
-            running = jax.tree.map(lambda old, new: old + often * (new - old), state.running, once)
-            of_normal, of_anomalous = (
-                optax.sigmoid_binary_cross_entropy(part, label).mean((1, 2))
-                for part, label in zip(jnp.split(found, 2), (jnp.zeros(()), jnp.ones(())), strict=True)
-            )
-            if spherical:
-                other = jnp.where(there[..., None], into_shell(other, at, 2 * radius), other)
-            found, running = logits(params, running, other)
-            probability = jax.nn.sigmoid(found)
-            wrong = jax.lax.stop_gradient(jnp.where(every, (probability - there.astype(jnp.float32)) ** 2, jnp.nan))
-            hard = wrong >= jnp.nanquantile(wrong, hard_quantile)
-            focal = jnp.mean(focal_loss(probability, there), where=hard | ~hard.any())
-            return mean_of_valid(of_normal + of_anomalous, batch.valid) + focal, running
+        if spherical:
+            local = jnp.where(mask[..., None], into_shell(local, center, 2 * radius), local)
+        output, stats = logits(params, stats, local)
+        probability = jax.nn.sigmoid(output)
+        errors = jax.lax.stop_gradient((probability - mask.astype(jnp.float32)) ** 2)
+        hard = errors >= jnp.quantile(errors, hard_quantile, method="higher")
+        of_local = jnp.mean(focal_loss(probability, mask), where=hard)
+        return of_normal + of_global + of_local, {"stats": stats}
 
-        trained, metrics, running = descend_with(optimizer, state.trained, loss)
-        return state._replace(trained=trained, running=running), metrics
-
-    def finish(key: Key, state: GlassTraining, frozen: Frozen) -> GlassDiscriminator:
+    def finish(key: Key, model: GlassTraining, frozen: Frozen) -> GlassDiscriminator:
         del key, frozen
-        return GlassDiscriminator(state.trained.params, state.running)
+        return GlassDiscriminator(model.params, model.stats)
 
     def score(state: GlassDiscriminator, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
-        variables = {"params": state.params["discriminator"], "batch_stats": state.running}
-        found: Any = discriminator.apply(variables, patches(x) @ state.params["adaptor"], valid=None)
-        probability = jax.nn.sigmoid(found)
+        variables = {"params": state.params["discriminator"], "batch_stats": state.stats}
+        output: Any = discriminator.apply(variables, patches(x) @ state.params["adaptor"], train=False)
+        probability = jax.nn.sigmoid(output)
         return Scores(probability.max((1, 2)), upsample_blur(probability, image_size, sigma))
 
     stages = (
-        Stage("measure", measure, to_train),
-        Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True),
+        Stage("measure", init_sum, add, mean),
+        gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size, finish=finish),
     )
-    return Method(features(backbone, layers, image=True), init, stages, score, auxiliary="optional")
+    return Method(features(network, layers, image=True), stages, score, auxiliary=Auxiliary())

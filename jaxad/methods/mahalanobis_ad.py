@@ -3,13 +3,14 @@
 Stored: for every stage of the network the mean and the Cholesky factor of the Ledoit-Wolf covariance of its
 average-pooled features (section III-B). An image scores the sum over the stages of its Mahalanobis distances (Eq. 2 and
 section IV-B); there is no heat map. With `reduction="pca"` a stage keeps the leading principal components that explain
-`variance_threshold` of the variance, with `"npca"` the remaining ones (section III-C).
+`variance_threshold` of the variance, with `"npca"` the other components (section III-C).
 
+Family: features
 Paper: Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection, ICPR 2020,
     arXiv:2005.14140.
 Reference: https://github.com/ORippler/gaussian-ad-mvtec.
-Differences: with fewer images than features, NPCA leaves out the last component: it has no variance, and so its
-    direction is that of rounding errors.
+Differences: with fewer images than features, NPCA leaves out the last component, which has no variance, so that
+    rounding errors decide its direction.
 Results: experiments/recipes/mahalanobis_ad.py
 """
 
@@ -18,11 +19,12 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
+from jaxad.ops.collect import collect
 from jaxad.ops.gaussian import HIGHEST, ledoit_wolf, mahalanobis
-from jaxad.ops.lapack import after
+from jaxad.ops.loops import map_in_order
 
 
 class PooledFeatures(NamedTuple):
@@ -44,7 +46,7 @@ class StageGaussian(NamedTuple):
 
 def mahalanobis_ad(
     *,
-    backbone: str = "tf_efficientnet_b4",
+    backbone: str | Backbone = "tf_efficientnet_b4",
     layers: tuple[str, ...] | None = None,
     reduction: Literal["pca", "npca"] | None = None,
     variance_threshold: float = 0.99,
@@ -54,11 +56,11 @@ def mahalanobis_ad(
     Args:
         backbone: The network whose stages are modeled.
         layers: Its stages; None for all.
-        reduction: "pca" or "npca" to reduce every stage; None to keep all dimensions, the paper's best.
-        variance_threshold: Share of the variance that separates the two parts.
+        reduction: "pca" or "npca" to reduce every stage; None to keep all dimensions, which is best in the paper.
+        variance_threshold: Share of the variance at which the leading components end.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     if reduction not in (None, "pca", "npca"):
         raise ValueError(f'reduction must be "pca", "npca" or None, got "{reduction}"')
@@ -66,26 +68,20 @@ def mahalanobis_ad(
         raise ValueError(f"variance_threshold must be in (0, 1), got {variance_threshold}")
     layers = architecture(backbone).stages if layers is None else tuple(layers)
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> PooledFeatures:
-        del key, frozen
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> PooledFeatures:
+        del key, state, frozen
         n = spec[layers[0]].shape[0]
         return PooledFeatures({layer: jnp.zeros(spec[layer].shape) for layer in layers}, jnp.zeros(n, bool))
 
-    def collect(key: Key, state: PooledFeatures, frozen: Frozen, batch: Batch) -> tuple[PooledFeatures, dict]:
+    def update(key: Key, state: PooledFeatures, frozen: Frozen, batch: Batch) -> tuple[PooledFeatures, dict]:
         del key, frozen
-        row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
-        stored = {layer: state.features[layer].at[row].set(batch.x[layer], mode="drop") for layer in layers}
-        return PooledFeatures(stored, state.seen.at[row].set(True, mode="drop")), {}
+        stored = {layer: collect(state.features[layer], batch.x[layer], batch) for layer in layers}
+        return PooledFeatures(stored, collect(state.seen, batch.valid, batch)), {}
 
     def estimate(key: Key, state: PooledFeatures, frozen: Frozen) -> dict[str, StageGaussian]:
         del key, frozen
-        made: dict[str, StageGaussian] = {}
-        for layer in layers:
-            x = state.features[layer]
-            for before in list(made.values())[-1:]:
-                x = after(x, before.factor)
-            made[layer] = gaussian(x, state.seen)
-        return made
+        stages = [state.features[layer] for layer in layers]
+        return dict(zip(layers, map_in_order(lambda x: gaussian(x, state.seen), stages), strict=True))
 
     def gaussian(x: Float[Array, "n c"], seen: Bool[Array, "n"]) -> StageGaussian:
         if reduction is None:
@@ -107,12 +103,13 @@ def mahalanobis_ad(
 
     def score(state: dict[str, StageGaussian], frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
-        total = jnp.zeros(x[layers[0]].shape[0])
-        for layer in layers:
-            center, basis, mean, factor = state[layer]
-            z = after(x[layer] - center, total)
-            z = z if basis is None else jnp.matmul(z, basis, precision=HIGHEST)
-            total = total + mahalanobis(z, mean, factor)
-        return Scores(total, None)
 
-    return Method(features(backbone, layers, pool=True), init, (Stage("collect", collect, estimate),), score)
+        def distance(x: Float[Array, "b c"], stage: StageGaussian) -> Float[Array, "b"]:
+            z = x - stage.center
+            z = z if stage.basis is None else jnp.matmul(z, stage.basis, precision=HIGHEST)
+            return mahalanobis(z, stage.mean, stage.factor)
+
+        distances = map_in_order(distance, [x[layer] for layer in layers], [state[layer] for layer in layers])
+        return Scores(sum(distances, jnp.zeros(())), None)
+
+    return Method(features(backbone, layers, pool=True), (Stage("collect", init, update, estimate),), score)

@@ -1,17 +1,18 @@
 """MKD: a small network learns the values and the directions of a teacher's activations at several depths.
 
-Stored: a cloner, a narrow network in the manner of a VGG-16 with the teacher's channels where it is compared with it.
-The loss adds, for every compared map, the mean squared difference (value) and the cosine distance of the maps as single
-vectors (direction) (Eq. 1-3). An image scores the loss of all maps but the first; a pixel the size of the gradient of
-that with respect to it, smoothed (section 3.2).
+Stored: a cloner, a narrow network in the style of VGG-16 that has the teacher's channels where the two are compared.
+For every compared map, the loss adds the mean squared difference (value) and the cosine distance of the maps as single
+vectors (direction) (Eq. 1-3). An image scores the loss over all maps but the first. A pixel scores the magnitude of
+the gradient of that loss with respect to it, smoothed (section 3.2).
 
+Family: distillation
 Paper: Multiresolution Knowledge Distillation for Anomaly Detection, CVPR 2021, arXiv:2011.11108.
 Reference: https://github.com/rohban-lab/Knowledge_Distillation_AD
-Differences: any backbone may teach; heat maps are neither clipped, nor scaled to [0, 1] image by image, nor opened
-    morphologically, so that pixels of different images compare; images are normalized for the teacher; SmoothGrad
-    averages gradients with their signs, and its noise, the same for all images, is a share of the range of pixels, as
-    in its paper (arXiv:1706.03825), not of its inverse's square; convolutions with batch norm begin as a ResNet's do;
-    steps are of full batches; the running variance is not corrected for the size of a batch.
+Differences: any backbone can teach; heat maps are not clipped, scaled to [0, 1] per image or opened morphologically, so
+    that pixels of different images compare; images are normalized for the teacher; SmoothGrad averages gradients with
+    their signs, and its noise, the same for all images, is a share of the pixel range, as in its paper
+    (arXiv:1706.03825), not of the inverse square of that range; convolutions with batch norm are initialized as in a
+    ResNet; every step takes a full batch; running variances are biased (torch's are not).
 Results: experiments/recipes/mkd.py
 """
 
@@ -23,39 +24,32 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from jaxad.backbones import Backbone, features, normalize, stride
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features, normalize, stride
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.nn import ConvNorm
 from jaxad.ops.cosine import cosine_distance
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)
-"""Of a VGG-16 before each of its poolings."""
-
-
-class MkdTraining(NamedTuple):
-    """The cloner while it is trained."""
-
-    trained: Trained
-    running: PyTree
-    """Statistics of its batch norms."""
+"""Convolutions of a VGG-16 before each of its pooling layers."""
 
 
 class MkdCloner(NamedTuple):
-    """The trained cloner."""
+    """The cloner."""
 
     params: PyTree
-    running: PyTree
+    stats: PyTree
+    """Running statistics of its batch norms."""
 
 
 @jax.custom_vjp
 def guided_relu(x: Array) -> Array:
-    """A ReLU through which only positive gradients return (guided backpropagation, arXiv:1412.6806, section 3.4)."""
+    """A ReLU that passes only positive gradients back (guided backpropagation, arXiv:1412.6806, section 3.4)."""
     return nn.relu(x)
 
 
@@ -67,31 +61,31 @@ guided_relu.defvjp(lambda x: (nn.relu(x), x), _only_positive)
 
 
 class Cloner(nn.Module):
-    """Maps of the same shapes as some of a teacher's."""
+    """A network whose maps have the shapes of some of the teacher's."""
 
     channels: tuple[int, ...]
-    """Of the teacher's map after each pooling; 0 where there is none."""
+    """Channels of the teacher's map after each pooling; 0 where none is compared."""
     hidden: int
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w 3"], valid: Bool[Array, "b"] | None) -> list[Float[Array, "b _ _ _"]]:
-        """The maps of a normalized image."""
-        found = []
+    def __call__(self, x: Float[Array, "b h w 3"], *, train: bool) -> list[Float[Array, "b _ _ _"]]:
+        """The compared maps of a normalized image."""
+        maps = []
         for channels, count in zip(self.channels, CONVOLUTIONS, strict=False):
             for _ in range(count - 1):
-                x = self.activation(ConvNorm(self.hidden, 3)(x, valid=valid))
+                x = self.activation(ConvNorm(self.hidden, 3)(x, train=train))
             xavier = nn.initializers.xavier_uniform()
             x = nn.Conv(channels or self.hidden, (3, 3), use_bias=False, kernel_init=xavier)(x)
             x = nn.max_pool(self.activation(x), (2, 2), (2, 2))
             if channels:
-                found.append(x)
-        return found
+                maps.append(x)
+        return maps
 
 
 def mkd(
     *,
-    backbone: str = "vgg16",
+    backbone: str | Backbone = "vgg16",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (128, 128),
     hidden: int = 16,
@@ -108,21 +102,21 @@ def mkd(
 
     Args:
         backbone: The teacher.
-        layers: Its stages that are compared, of different strides; None for all but the first of a VGG (`pool2` to
-            `pool5`), and for the pyramid of others (layer1 to layer3 of a ResNet).
-        image_size: (height, width) of the images, multiples of the deepest stage's stride; that of the heat map.
+        layers: The stages to compare, of different strides; None for all but the first of a VGG (`pool2` to `pool5`),
+            and for the pyramid of other backbones (layer1 to layer3 of a ResNet).
+        image_size: (height, width) of the images and of the heat map, multiples of the deepest stage's stride.
         hidden: Channels of the cloner where it is not compared.
-        value_weight: Weight of the squared differences beside the cosine distances (lambda).
-        localization: The gradient that draws the heat map: plain, averaged over noisy images, or guided.
+        value_weight: Weight of the squared differences relative to the cosine distances (lambda).
+        localization: The gradient behind the heat map: plain, averaged over noisy images, or guided.
         samples: Noisy images of "smooth_grad".
-        noise: Deviation of their noise, as a share of the range of pixels.
+        noise: Standard deviation of their noise, as a share of the pixel range.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of Adam.
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     at_least_one(hidden=hidden, samples=samples, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
@@ -132,81 +126,71 @@ def mkd(
         raise ValueError(f"localization must be one of {', '.join(gradients)}, got {localization}")
     network = architecture(backbone)
     if layers is None:
-        known = network.stages[1:] if network.stages[0] == "pool1" else network.pyramid_layers
-        layers = tuple({stride(network, layer): layer for layer in known}.values())
+        candidates = network.stages[1:] if network.family == "vgg" else network.pyramid_layers
+        layers = tuple({stride(network, layer): layer for layer in candidates}.values())
     embed = features(backbone, tuple(layers), image=True)
     layers = tuple(layer for layer in network.stages if layer in layers)
-    optimizer = optax.adam(learning_rate)
+    scored = layers[1:] or layers
 
     def cloner(x: PyTree, activation: Callable[[Array], Array] = nn.relu) -> Cloner:
         channels = {}
         for layer in layers:
-            apart = image_size[0] / x[layer].shape[1]
-            if apart != image_size[1] / x[layer].shape[2] or apart % 1:
+            (h, w), c = x[layer].shape[1:3], x[layer].shape[-1]
+            factor = image_size[0] / h
+            if factor != image_size[1] / w or factor % 1:
                 raise ValueError(
-                    f"image_size must be multiples of the stride of {layer}, got {image_size} for a map of "
-                    f"{x[layer].shape[1]} x {x[layer].shape[2]}"
+                    f"image_size must be multiples of the stride of {layer}, got {image_size} for a map of {h} x {w}"
                 )
-            if apart not in (2, 4, 8, 16, 32):
-                raise ValueError(f"layers must have strides of 2, 4, 8, 16 or 32, got {layer} of stride {apart:g}")
-            channels[round(math.log2(apart))] = x[layer].shape[-1]
+            if factor not in (2, 4, 8, 16, 32):
+                raise ValueError(f"layers must have strides of 2, 4, 8, 16 or 32, got {layer} of stride {factor:g}")
+            channels[round(math.log2(factor))] = c
         if len(channels) < len(layers):
             raise ValueError(f"layers must have different strides, got {', '.join(layers)}")
         return Cloner(tuple(channels.get(i + 1, 0) for i in range(max(channels))), hidden, activation)
 
-    def discrepancy(found: list[Array], teacher: dict[str, Array], among: tuple[str, ...]) -> Float[Array, "b"]:
-        """Directions and values that differ, for every image (Eq. 1-3)."""
-        total = jnp.zeros(len(found[0]))
-        for own, layer in zip(found[-len(among) :], among, strict=True):
-            a, b = (leaf.reshape(len(leaf), -1) for leaf in (own, teacher[layer]))
+    def discrepancy(maps: list[Array], teacher: dict[str, Array], compared: tuple[str, ...]) -> Float[Array, "b"]:
+        """The differences of direction and value over some of the layers, for every image (Eq. 1-3)."""
+        total = jnp.zeros(len(maps[0]))
+        for student, layer in zip(maps[-len(compared) :], compared, strict=True):
+            a, b = (leaf.reshape(len(leaf), -1) for leaf in (student, teacher[layer]))
             total = total + cosine_distance(a, b) + value_weight * jnp.mean((a - b) ** 2, -1)
         return total
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> MkdTraining:
-        del frozen
-        variables = cloner(spec).init(key, jnp.zeros((1, *image_size, 3)), jnp.ones(1, bool))
-        return MkdTraining(begin(optimizer, variables["params"]), variables["batch_stats"])
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> MkdCloner:
+        del state, frozen
+        variables = cloner(spec).init(key, jnp.zeros((1, *image_size, 3)), train=True)
+        return MkdCloner(variables["params"], variables["batch_stats"])
 
-    def train(key: Key, state: MkdTraining, frozen: Frozen, batch: Batch) -> tuple[MkdTraining, Metrics]:
+    def loss(params: PyTree, model: MkdCloner, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
         del key
-        x = zero_padding(batch.x, batch.valid)
-        image = normalize(frozen, x["image"], jnp.float32)
-
-        def loss(params: PyTree) -> Any:
-            variables = {"params": params, "batch_stats": state.running}
-            found, new = cloner(x).apply(variables, image, batch.valid, mutable=["batch_stats"])
-            return mean_of_valid(discrepancy(found, x, layers), batch.valid), new["batch_stats"]
-
-        trained, metrics, running = descend_with(optimizer, state.trained, loss)
-        return MkdTraining(trained, running), metrics
-
-    def finish(key: Key, state: MkdTraining, frozen: Frozen) -> MkdCloner:
-        del key, frozen
-        return MkdCloner(state.trained.params, state.running)
+        image = normalize(frozen, batch.x["image"], jnp.float32)
+        variables = {"params": params, "batch_stats": model.stats}
+        maps, changes = cloner(batch.x).apply(variables, image, train=True, mutable=["batch_stats"])
+        return discrepancy(maps, batch.x, layers).mean(), {"stats": changes["batch_stats"]}
 
     def score(state: MkdCloner, frozen: Frozen, x: dict[str, Array]) -> Scores:
-        variables = {"params": state.params, "batch_stats": state.running}
-        among = layers[1:] or layers
-        activation = guided_relu if localization == "guided_backprop" else nn.relu
+        variables = {"params": state.params, "batch_stats": state.stats}
+        student = cloner(x, guided_relu if localization == "guided_backprop" else nn.relu)
 
-        def differ(image: Array, teacher: dict[str, Array]) -> Float[Array, "b"]:
-            found: Any = cloner(x, activation).apply(variables, normalize(frozen, image, jnp.float32), None)
-            return discrepancy(found, teacher, among)
+        def image_scores(image: Array, teacher: dict[str, Array]) -> Float[Array, "b"]:
+            maps: Any = student.apply(variables, normalize(frozen, image, jnp.float32), train=False)
+            return discrepancy(maps, teacher, scored)
 
         image = x["image"].astype(jnp.float32) / 255
-        gradient = jax.grad(lambda image: differ(image, network.apply(frozen, image, among)).sum())
+        gradient_of = jax.grad(lambda image: image_scores(image, network.apply(frozen, image, scored)).sum())
         if localization == "smooth_grad":
 
-            def add(total: Array, key: Key) -> tuple[Array, None]:  # the noise is the same for all images
-                noisy = image + noise * jax.random.normal(key, image.shape[1:])
-                return total + gradient(noisy), None
+            def add(total: Array, key: Key) -> tuple[Array, None]:
+                noisy = image + noise * jax.random.normal(key, image.shape[1:])  # the same noise for all images
+                return total + gradient_of(noisy), None
 
             keys = jax.random.split(jax.random.key(0), samples)
-            found = jax.lax.scan(add, jnp.zeros_like(image), keys)[0] / samples
+            gradient = jax.lax.scan(add, jnp.zeros_like(image), keys)[0] / samples
         else:
-            found = gradient(image)
-        pixel = upsample_blur(jnp.abs(found).sum(-1), image_size, sigma)
-        return Scores(differ(image, x), pixel)
+            gradient = gradient_of(image)
+        pixel = upsample_blur(jnp.abs(gradient).sum(-1), image_size, sigma)
+        return Scores(image_scores(image, x), pixel)
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
-    return Method(embed, init, (stage,), score)
+    optimizer = optax.adam(learning_rate)
+    stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size)
+    return Method(embed, (stage,), score)

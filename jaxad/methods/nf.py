@@ -1,20 +1,21 @@
 """NF: the likelihood of an image, or of its embedding, under a normalizing flow, and why that of pixels misleads.
 
-Stored: a RealNVP or Glow, which maps training images to a standard normal; what it sees are pixels (dequantized by
-noise, as logits) or the pooled features of a backbone. An image scores its negative log-likelihood in bits a
-dimension. Flows on pixels learn what neighboring pixels have in common, of whatever images, so that simple foreign
-images score as more normal than those of the training set; couplings whose masks leave no neighbor in sight ("cycle",
-"horizontal") are the remedy for pixels, and embeddings the better one (sections 4-6).
+Stored: a RealNVP or Glow that maps training images to a standard normal; its input is pixels (dequantized by noise, as
+logits) or the pooled features of a backbone. An image scores its negative log-likelihood in bits per dimension. Flows
+on pixels learn the correlations between neighboring pixels that all images share, so that simple out-of-distribution
+images score as more normal than the training images; couplings whose masks hide all neighbors ("cycle", "horizontal")
+are the remedy for pixels, and embeddings are the better one (sections 4-6).
 
+Family: flows
 Paper: Why Normalizing Flows Fail to Detect Out-of-Distribution Data, NeurIPS 2020, arXiv:2006.08545. Flows: RealNVP,
     arXiv:1605.08803; Glow, arXiv:1807.03039.
 Reference: https://github.com/PolinaKirichenko/flows_ood
-Differences: all couplings have residual networks without normalization, which end in zeros, instead of ResNets with
-    batch norm or highway networks, and log scales clamp * tanh(s / clamp) with a fixed clamp; channels are standardized
-    once, before the flow (with networks that begin as zeros and 1x1 convolutions that begin as permutations, not as
-    random rotations, that is what Glow's data-dependent initialization of all its ActNorms comes to); Adam for both
-    flows, whose weight decay reaches all parameters; squeezing puts a pixel's channels side by side.
-Results: experiments/recipes/nf.py, and experiments/nf_ood.py for the paper's own question.
+Differences: all couplings have residual networks without normalization, whose last layer starts at zero, instead of
+    ResNets with batch norm or highway networks, and log scales clamp * tanh(s / clamp) with a fixed clamp; channels are
+    standardized once, before the flow (since networks start at zero and 1x1 convolutions start as permutations, not as
+    random rotations, Glow's data-dependent initialization of all its ActNorms amounts to the same); Adam for both
+    flows, whose weight decay applies to all parameters; squeezing puts the channels of a pixel side by side.
+Results: experiments/recipes/nf.py, and experiments/studies/nf_ood.py for the paper's own question.
 """
 
 import math
@@ -28,9 +29,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
 from jaxad.bijectors import (
     ActNorm,
     GlowNetworks,
@@ -41,6 +42,7 @@ from jaxad.bijectors import (
     Squeeze,
     channel_mask,
     checkerboard_mask,
+    coupling,
     glow_coupling,
     half_mask,
     lu_identity,
@@ -48,44 +50,36 @@ from jaxad.bijectors import (
     masked_coupling,
     quadrant_mask,
 )
-from jaxad.bijectors import coupling as half_coupling
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.image import pixels
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
+from jaxad.training.optimizers import torch_adam
 
 Mask = Literal["checkerboard", "horizontal", "cycle"]
-BOUND = 0.05
-"""Logits are taken of pixels that have been moved this far away from black and white."""
-PAIR = 3
+MARGIN = 0.05
+"""Pixels are moved this far away from black and white before their logits are taken."""
+COUPLINGS_PER_MASK = 3
 """Couplings with masks of pixels, and then with masks of channels, at every scale but the last (RealNVP)."""
 
 
-class NfTraining(NamedTuple):
-    """The flow while it is trained."""
-
-    trained: Trained
-    moments: Moments
-    """Of every channel."""
-
-
 class NfFlow(NamedTuple):
-    """The fitted flow."""
+    """The flow, with the standardization of channels before it."""
 
     params: PyTree
 
 
 class GlowStep(NamedTuple):
-    """What is learned in a step of Glow."""
+    """The parameters of a step of Glow."""
 
     log_scale: Float[Array, "*n c"]
     shift: Float[Array, "*n c"]
-    mix: LuFactors
+    conv1x1: LuFactors
     network: PyTree
 
 
-class Part(NamedTuple):
-    """Some couplings of a flow."""
+class Couplings(NamedTuple):
+    """Consecutive couplings of a flow."""
 
     init: Callable[[Key], PyTree]
     """Their parameters."""
@@ -93,56 +87,57 @@ class Part(NamedTuple):
 
 
 class Residual(nn.Module):
-    """A residual network, of 3x3 convolutions for images, whose last layer begins as zeros."""
+    """A residual network, of 3x3 convolutions for images, whose last layer starts at zero."""
 
     hidden: int
     blocks: int
     out: int
     image: bool
-    far: bool = False
-    """The pixels that block i looks at are 2^i apart."""
+    dilated: bool = False
+    """Whether the convolutions of block i have a dilation of 2^i."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s d"]:
-        """Raw log scales and shifts."""
+        """Unbounded log scales and shifts."""
 
-        def layer(x: Array, apart: int = 1) -> Array:
-            return (nn.Conv(self.hidden, (3, 3), kernel_dilation=apart) if self.image else nn.Dense(self.hidden))(x)
+        def layer(x: Array, dilation: int = 1) -> Array:
+            conv = nn.Conv(self.hidden, (3, 3), kernel_dilation=dilation) if self.image else nn.Dense(self.hidden)
+            return conv(x)
 
         x = layer(x)
         for i in range(self.blocks):
-            apart = 2**i if self.far else 1
-            x = x + layer(nn.relu(layer(nn.relu(x), apart)), apart)
+            dilation = 2**i if self.dilated else 1
+            x = x + layer(nn.relu(layer(nn.relu(x), dilation)), dilation)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros)(nn.relu(x))
 
 
 def dequantize(
     image: UInt8[Array, "b h w c"], noise: Float[Array, "*b h w c"]
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b"]]:
-    """Logits of pixels with noise in [0, 1), and the log-determinant in units of pixel levels.
+    """Logits of pixels plus noise in [0, 1), and the log-determinant with respect to pixels in 0..255.
 
     Source: RealNVP, arXiv:1605.08803, section 4.1.
     """
-    inside = BOUND + (1 - 2 * BOUND) * (image.astype(jnp.float32) + noise) / 256
+    inside = MARGIN + (1 - 2 * MARGIN) * (image.astype(jnp.float32) + noise) / 256
     low, high = jnp.log(inside), jnp.log1p(-inside)
-    return low - high, jnp.sum(math.log((1 - 2 * BOUND) / 256) - low - high, (1, 2, 3))
+    return low - high, jnp.sum(math.log((1 - 2 * MARGIN) / 256) - low - high, (1, 2, 3))
 
 
 def spatial_masks(kind: Mask, n: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """For n couplings in turn, the entries that stay as they are, and those of them that the network sees."""
+    """For n couplings in turn, the entries that stay unchanged, and those of them that are input to the network."""
     if kind == "checkerboard":
-        keep = np.stack([checkerboard_mask(*shape, odd=i % 2 == 1) for i in range(n)])
-        return keep, keep
+        unchanged = np.stack([checkerboard_mask(*shape, odd=i % 2 == 1) for i in range(n)])
+        return unchanged, unchanged
     if kind == "horizontal":
-        keep = np.stack([half_mask(*shape, lower=i % 2 == 1) for i in range(n)])
-        return keep, keep
+        unchanged = np.stack([half_mask(*shape, lower=i % 2 == 1) for i in range(n)])
+        return unchanged, unchanged
     quadrants = np.stack([quadrant_mask(*shape, i) for i in range(n + 1)])
     return ~quadrants[1:], quadrants[:-1]
 
 
 def nf(
     *,
-    backbone: str = "wide_resnet50_2",
+    backbone: str | Backbone = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     on: Literal["embedding", "pixels"] = "embedding",
     flow: Literal["realnvp", "glow"] = "realnvp",
@@ -160,26 +155,27 @@ def nf(
     """NF.
 
     Args:
-        backbone: The network whose features are embeddings.
-        layers: Its stages, pooled and put side by side; None for the deepest.
-        on: What the flow sees. Pixels: of images whose height and width 2^scales divides.
+        backbone: The network whose features are embeddings; not used on pixels.
+        layers: Its stages, pooled and concatenated; None for the deepest.
+        on: The input of the flow. With "pixels", height and width must be multiples of 2^scales.
         flow: Its kind; "glow" for pixels only.
         mask: Of RealNVP's couplings of pixels. The published RealNVP is "checkerboard" with 3 scales and 4 couplings;
             the remedies "horizontal" and "cycle" have 1 scale, and 8 couplings in the paper.
         scales: Of a flow on pixels.
-        couplings: Of an embedding, or of pixels at the last scale (RealNVP; 3 and 3 at those before), or at each scale
-            (Glow).
-        hidden: Width of the couplings' networks (RealNVP: at the finest scale, doubled wherever resolution is halved).
-        blocks: Residual blocks of each. With the masks "horizontal" and "cycle" the pixels that block i looks at are
-            2^i apart, and the blocks must be so many that a network sees half the image.
+        couplings: Of an embedding, or of pixels at the last scale (RealNVP; 3 and 3 at the scales before), or at each
+            scale (Glow).
+        hidden: Width of the couplings' networks (RealNVP: at the finest scale, doubled whenever the resolution is
+            halved).
+        blocks: Residual blocks of each network. With the masks "horizontal" and "cycle" block i has a dilation of 2^i,
+            and there must be enough blocks for the receptive field to reach across half the image.
         clamp: Bound of the couplings' log scales.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of its range.
     """
     at_least_one(
         scales=scales,
@@ -199,67 +195,72 @@ def nf(
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
     if on == "embedding" and (flow == "glow" or couplings % 2):
-        raise ValueError(f"a flow on embeddings must be a realnvp with even couplings, got {flow} with {couplings}")
+        raise ValueError(
+            f"a flow on embeddings must be a realnvp with an even number of couplings, got {flow} with {couplings}"
+        )
     remedy = mask != "checkerboard"
     if remedy and (on, flow, scales) != ("pixels", "realnvp", 1):
         raise ValueError(
-            f"the mask {mask} is of a realnvp on pixels with 1 of scales, got {flow} on {on} with {scales}"
+            f"the mask {mask} needs a realnvp on pixels with scales of 1, got {flow} on {on} with scales of {scales}"
         )
-    layers = architecture(backbone).stages[-1:] if layers is None else tuple(layers)
-    optimizer = torch_adam(learning_rate, weight_decay)
     image = on == "pixels"
-    clamped: dict[str, Any] = dict(clamp=clamp, kind="tanh")
+    if layers is None:
+        layers = () if image else architecture(backbone).stages[-1:]
+    layers = tuple(layers)
+    bounds: dict[str, Any] = dict(clamp=clamp, kind="tanh")
 
     def network(width: int, out: int) -> Residual:
         return Residual(width, blocks, out, image, remedy)
 
-    def stack(init: Callable[[Key], PyTree], key: Key, n: int) -> PyTree:
+    def stacked(init: Callable[[Key], PyTree], key: Key, n: int) -> PyTree:
         return jax.vmap(init)(jax.random.split(key, n))
 
-    def masked(masks: tuple[np.ndarray, np.ndarray], width: int, shape: tuple[int, ...]) -> Part:
-        net, (keep, seen) = network(width, 2 * shape[-1]), (jnp.asarray(m) for m in masks)
+    def masked_couplings(masks: tuple[np.ndarray, np.ndarray], width: int, shape: tuple[int, ...]) -> Couplings:
+        net, (unchanged, inputs) = network(width, 2 * shape[-1]), (jnp.asarray(m) for m in masks)
 
-        def block(given: tuple) -> distrax.Bijector:
-            params, keep, seen = given
-            return masked_coupling(keep, lambda x: net.apply(params, jnp.where(seen, x, 0)), **clamped)
+        def init(key: Key) -> PyTree:
+            return stacked(lambda k: net.init(k, jnp.zeros((1, *shape))), key, len(unchanged))
 
-        init = lambda key: stack(lambda own: net.init(own, jnp.zeros((1, *shape))), key, len(keep))  # noqa: E731
-        return Part(init, lambda params: Scan(block, (params, keep, seen), 3))
+        def block(arrays: tuple) -> distrax.Bijector:
+            params, unchanged, inputs = arrays
+            return masked_coupling(unchanged, lambda x: net.apply(params, jnp.where(inputs, x, 0)), **bounds)
 
-    def glow_steps(width: int, shape: tuple[int, ...]) -> Part:
+        return Couplings(init, lambda params: Scan(block, (params, unchanged, inputs), 3))
+
+    def glow_steps(width: int, shape: tuple[int, ...]) -> Couplings:
         c = shape[-1]
         net = network(width, 2 * (c // 2))
         orders = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(c), (couplings, 1)), axis=1))
 
-        def one(key: Key) -> GlowStep:
-            given = jnp.zeros((1, *shape[:2], c - c // 2))
-            return GlowStep(jnp.zeros(c), jnp.zeros(c), lu_identity(c), net.init(key, given))
+        def init_step(key: Key) -> GlowStep:
+            example = jnp.zeros((1, *shape[:2], c - c // 2))
+            return GlowStep(jnp.zeros(c), jnp.zeros(c), lu_identity(c), net.init(key, example))
 
-        def block(given: tuple) -> distrax.Bijector:
-            step, order = given
-            matrix, log_det = lu_matrix(step.mix, order)
-            moved: Any = half_coupling(lambda x: net.apply(step.network, x), c, event_ndims=3, **clamped)
-            mix = Invertible1x1(matrix, 3, log_det=log_det)
-            return distrax.Chain([moved, mix, ActNorm(step.log_scale, step.shift, 3)])
+        def block(arrays: tuple) -> distrax.Bijector:
+            step, order = arrays
+            matrix, log_det = lu_matrix(step.conv1x1, order)
+            affine: Any = coupling(lambda x: net.apply(step.network, x), c, event_ndims=3, **bounds)
+            conv1x1 = Invertible1x1(matrix, 3, log_det=log_det)
+            return distrax.Chain([affine, conv1x1, ActNorm(step.log_scale, step.shift, 3)])
 
-        return Part(lambda key: stack(one, key, couplings), lambda params: Scan(block, (params, orders), 3))
+        return Couplings(lambda key: stacked(init_step, key, couplings), lambda steps: Scan(block, (steps, orders), 3))
 
-    def pairs(c: int) -> Part:
-        """The couplings of an embedding, two by two."""
-        both = GlowNetworks(lambda out: network(hidden, out), c)
+    def embedding_couplings(c: int) -> Couplings:
+        """The couplings of an embedding, in pairs."""
+        networks = GlowNetworks(lambda out: network(hidden, out), c)
 
-        def one(key: Key) -> tuple:
-            return both.init(jax.random.split(key), lambda n: jnp.zeros((1, n)))
+        def init_pair(key: Key) -> tuple:
+            return networks.init(jax.random.split(key), lambda n: jnp.zeros((1, n)))
 
         def block(params: tuple) -> distrax.Bijector:
-            return glow_coupling(both.conditioners(params), c, event_ndims=1, **clamped)
+            return glow_coupling(networks.conditioners(params), c, event_ndims=1, **bounds)
 
-        return Part(lambda key: stack(one, key, couplings // 2), lambda params: Scan(block, params, 1))
+        return Couplings(lambda key: stacked(init_pair, key, couplings // 2), lambda params: Scan(block, params, 1))
 
-    def parts(shape: Any) -> list[list[Part | distrax.Bijector]]:
-        """What happens at every scale, in turn."""
+    def flow_levels(shape: Any) -> list[list[Couplings | distrax.Bijector]]:
+        """The layers of every scale, in order."""
         if not image:
-            return [[pairs(shape[-1])]]
+            return [[embedding_couplings(shape[-1])]]
         (h, w, c), width, levels = shape, hidden, []
         for scale in range(scales):
             last = scale == scales - 1
@@ -267,88 +268,85 @@ def nf(
             if flow == "glow":
                 levels.append([Squeeze(), glow_steps(width, squeezed)])
             else:
-                levels.append([masked(spatial_masks(mask, couplings if last else PAIR, (h, w, c)), width, (h, w, c))])
+                masks = spatial_masks(mask, couplings if last else COUPLINGS_PER_MASK, (h, w, c))
+                levels.append([masked_couplings(masks, width, (h, w, c))])
                 if not last:
                     width *= 2
-                    by_channel = np.stack([channel_mask(*squeezed, second=i % 2 == 1) for i in range(PAIR)])
-                    levels[-1] += [Squeeze(), masked((by_channel, by_channel), width, squeezed)]
+                    kept = np.stack([channel_mask(*squeezed, second=i % 2 == 1) for i in range(COUPLINGS_PER_MASK)])
+                    levels[-1] += [Squeeze(), masked_couplings((kept, kept), width, squeezed)]
             h, w, c = *squeezed[:2], squeezed[2] // 2
         return levels
 
     def flatten(x: PyTree) -> Array:
         return x if image else jnp.concatenate([x[layer] for layer in layers], -1)
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> NfTraining:
-        del frozen
-        shape = jax.eval_shape(flatten, spec).shape[1:]
+    def event_shape(spec: PyTree) -> tuple[int, ...]:
+        return jax.eval_shape(flatten, spec).shape[1:]
+
+    def bijector(params: PyTree, shape: Any) -> distrax.Bijector:
+        learned, levels = iter(params["flow"]), []
+        for level in flow_levels(shape):
+            chain = [part.bijector(next(learned)) if isinstance(part, Couplings) else part for part in level]
+            levels.append(distrax.Chain(chain[::-1]))
+        standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
+        return distrax.Chain([MultiScale(levels, shape) if image else levels[0], standardize])
+
+    def nats(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
+        """Negative log-likelihoods; `log_det` is that of the dequantization."""
+        z, flow_log_det = bijector(params, x.shape[1:]).forward_and_log_det(x)
+        return 0.5 * jnp.sum(z**2, -1) + 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi) - flow_log_det - log_det
+
+    def bits_per_dimension(nats: Array, x: Array) -> Array:
+        return nats / (math.prod(x.shape[1:]) * math.log(2))
+
+    def flow_input(x: PyTree, noise: Callable[[tuple[int, ...]], Array]) -> tuple[Array, Array]:
+        """The input of the flow, and the log-determinant of its dequantization."""
+        x = flatten(x)
+        return dequantize(x, noise(x.shape)) if image else (x, jnp.zeros(x.shape[0]))
+
+    def init_moments(key: Key, state: State, frozen: Frozen, spec: PyTree) -> Moments:
+        del key, state, frozen
+        shape = event_shape(spec)
         if image and (shape[0] % 2**scales or shape[1] % 2**scales):
             raise ValueError(
                 f"height and width must be multiples of {2**scales} (2^scales), got {shape[0]} x {shape[1]}"
             )
         if remedy and 2 ** (blocks + 1) <= max(shape[:2]) / 2:
             raise ValueError(
-                f"blocks must be so many that the networks see half an image of {shape[0]} x {shape[1]}, got {blocks}, "
-                f"which see {2 ** (blocks + 1) - 1} pixels far"
+                f"blocks must be enough to see half an image of {shape[0]} x {shape[1]}, got {blocks}, which see "
+                f"{2 ** (blocks + 1) - 1} pixels in each direction"
             )
-        c = shape[-1]
-        learned = [part.init for level in parts(shape) for part in level if isinstance(part, Part)]
-        flows = [make(own) for make, own in zip(learned, jax.random.split(key, len(learned)), strict=True)]
-        params = {"log_scale": jnp.zeros(c), "shift": jnp.zeros(c), "flow": flows}
-        return NfTraining(begin(optimizer, params), moments_init((c, 1)))
+        return moments_init((shape[-1], 1))
 
-    def bijector(params: PyTree, shape: Any) -> distrax.Bijector:
-        given, levels = iter(params["flow"]), []
-        for level in parts(shape):
-            chain = [part.bijector(next(given)) if isinstance(part, Part) else part for part in level]
-            levels.append(distrax.Chain(chain[::-1]))
-        standardize = ActNorm(params["log_scale"], params["shift"], len(shape))
-        return distrax.Chain([MultiScale(levels, shape) if image else levels[0], standardize])
-
-    def nats(params: PyTree, x: Array, log_det: Array) -> Float[Array, "b"]:
-        """Negative log-likelihood."""
-        z, more = bijector(params, x.shape[1:]).forward_and_log_det(x)
-        return 0.5 * jnp.sum(z**2, -1) + 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi) - more - log_det
-
-    def bits(nats: Array, x: Array) -> Array:
-        """The same in bits a dimension."""
-        return nats / (math.prod(x.shape[1:]) * math.log(2))
-
-    def seen(x: PyTree, noise: Callable[[tuple[int, ...]], Array]) -> tuple[Array, Array]:
-        """What the flow sees, and the log-determinant of the way there."""
-        x = flatten(x)
-        return dequantize(x, noise(x.shape)) if image else (x, jnp.zeros(x.shape[0]))
-
-    def measure(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
+    def measure(key: Key, moments: Moments, frozen: Frozen, batch: Batch) -> tuple[Moments, Metrics]:
         del key, frozen
-        x, _ = seen(batch.x, lambda shape: jnp.full(shape, 0.5))
-        return state._replace(moments=channels_update(state.moments, x, batch.valid)), {}
+        x, _ = flow_input(batch.x, lambda shape: jnp.full(shape, 0.5))
+        return channels_update(moments, x, batch.valid), {}
 
-    def standardize(key: Key, state: NfTraining, frozen: Frozen) -> NfTraining:
-        del key, frozen
-        mean, deviation = channels(state.moments)
-        params = state.trained.params | {"log_scale": -jnp.log(deviation), "shift": -mean / deviation}
-        return state._replace(trained=state.trained._replace(params=params))
-
-    def train(key: Key, state: NfTraining, frozen: Frozen, batch: Batch) -> tuple[NfTraining, Metrics]:
+    def init(key: Key, moments: Moments, frozen: Frozen, spec: PyTree) -> NfFlow:
+        """Draws the flow; the channels are standardized by their moments."""
         del frozen
-        x, log_det = seen(batch.x, lambda shape: jax.random.uniform(key, shape))
-        x = zero_padding(x, batch.valid)
-        trained, metrics = descend(
-            optimizer, state.trained, lambda params: mean_of_valid(nats(params, x, log_det), batch.valid)
-        )
-        return state._replace(trained=trained), {"loss": bits(metrics["loss"], x)}
+        parts = [part for level in flow_levels(event_shape(spec)) for part in level if isinstance(part, Couplings)]
+        flow_params = [part.init(k) for part, k in zip(parts, jax.random.split(key, len(parts)), strict=True)]
+        mean, deviation = channels(moments)
+        return NfFlow({"log_scale": -jnp.log(deviation), "shift": -mean / deviation, "flow": flow_params})
 
-    def finish(key: Key, state: NfTraining, frozen: Frozen) -> NfFlow:
-        del key, frozen
-        return NfFlow(state.trained.params)
+    def loss(params: PyTree, model: NfFlow, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
+        del model, frozen
+        x, log_det = flow_input(batch.x, lambda shape: jax.random.uniform(key, shape))
+        value = nats(params, x, log_det).mean()
+        return value, {"metrics": {"loss": bits_per_dimension(value, x)}}
 
     def score(state: NfFlow, frozen: Frozen, x: PyTree) -> Scores:
-        del frozen  # the noise is the same for all images
-        x, log_det = seen(x, lambda shape: jax.random.uniform(jax.random.key(0), shape[1:]))
-        return Scores(bits(nats(state.params, x, log_det), x), None)
+        del frozen
+        # all images get the same noise
+        x, log_det = flow_input(x, lambda shape: jax.random.uniform(jax.random.key(0), shape[1:]))
+        return Scores(bits_per_dimension(nats(state.params, x, log_det), x), None)
 
+    optimizer = torch_adam(learning_rate, weight_decay)
     stages = (
-        Stage("measure", measure, standardize),
-        Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True),
+        Stage("measure", init_moments, measure),
+        gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size),
     )
-    return Method(pixels if image else features(backbone, layers, pool=True), init, stages, score)
+    embed = pixels if image else features(backbone, layers, pool=True)
+    return Method(embed, stages, score, pretrained=not image)

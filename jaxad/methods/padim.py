@@ -2,8 +2,10 @@
 
 Stored: for every position of the layer1 grid the mean and the Cholesky factor of the covariance (plus epsilon I) of a
 fixed random subset of the stacked channels (Eq. 1). A position scores its Mahalanobis distance (Eq. 2), an image the
-maximum of the smoothed heat map. The moments are merged batch by batch, so memory does not grow with the images.
+maximum of the smoothed heat map. The moments are merged batch by batch, so memory does not depend on the number of
+images.
 
+Family: features
 Paper: PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization, ICPR Workshops 2021,
     arXiv:2011.08785.
 Reference: none official; https://github.com/xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master.
@@ -17,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
 from jaxad.ops.heatmap import stack_maps, upsample_blur
@@ -32,7 +34,7 @@ class PadimMoments(NamedTuple):
 
 
 class PadimGaussian(NamedTuple):
-    """A Gaussian for every position of the grid."""
+    """A Gaussian for every position of the grid, over the drawn channels."""
 
     channels: Int[Array, "d"]
     mean: Float[Array, "p d"]
@@ -42,7 +44,7 @@ class PadimGaussian(NamedTuple):
 
 def padim(
     *,
-    backbone: str = "wide_resnet50_2",
+    backbone: str | Backbone = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (224, 224),
     n_features: int | Literal["all"] | None = None,
@@ -54,14 +56,14 @@ def padim(
     Args:
         backbone: The network that describes positions.
         layers: Its stages, the finest first; None for its pyramid (layer1 to layer3 of a ResNet).
-        image_size: (height, width) of the images, which is that of the heat map.
-        n_features: Channels drawn at random; "all" keeps every one; None is the paper's: 100 for small networks
-            (ResNet-18; up to 1,024 channels), else 550.
+        image_size: (height, width) of the images and the heat maps.
+        n_features: Number of channels drawn at random, or "all"; None for the paper's number: 100 for small networks
+            (up to 1,024 channels, such as ResNet-18), else 550.
         epsilon: Added to the diagonal of the covariances.
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     if n_features not in ("all", None) and not (isinstance(n_features, int) and n_features >= 1):
         raise ValueError(f'n_features must be 1 or more, or "all", got {n_features}')
@@ -73,30 +75,30 @@ def padim(
     def stack(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return stack_maps([x[layer] for layer in layers], "nearest")
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> PadimMoments:
-        del frozen
-        _, h, w, c = jax.eval_shape(stack, spec).shape
-        wanted = {"all": c, None: 100 if c <= 1024 else 550}.get(n_features, n_features)
-        if wanted > c:
-            raise ValueError(f"n_features must be at most {c} (the channels of all layers together), got {wanted}")
-        channels = jnp.sort(jax.random.permutation(key, c)[:wanted])
-        return PadimMoments(channels, moments_init((h * w, wanted)))
-
-    def collect(key: Key, state: PadimMoments, frozen: Frozen, batch: Batch) -> tuple[PadimMoments, dict]:
-        del key, frozen
-        return state._replace(moments=moments_update(state.moments, select(state.channels, batch.x), batch.valid)), {}
-
     def select(channels: Int[Array, "d"], x: dict[str, Array]) -> Float[Array, "b p d"]:
         stacked = stack(x)
         return stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])[..., channels]
+
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> PadimMoments:
+        del state, frozen
+        _, h, w, c = jax.eval_shape(stack, spec).shape
+        d = {"all": c, None: 100 if c <= 1024 else 550}.get(n_features, n_features)
+        if d > c:
+            raise ValueError(f"n_features must be at most {c} (the number of channels of all layers), got {d}")
+        channels = jnp.sort(jax.random.permutation(key, c)[:d])
+        return PadimMoments(channels, moments_init((h * w, d)))
+
+    def update(key: Key, state: PadimMoments, frozen: Frozen, batch: Batch) -> tuple[PadimMoments, dict]:
+        del key, frozen
+        return state._replace(moments=moments_update(state.moments, select(state.channels, batch.x), batch.valid)), {}
 
     def factorize(key: Key, state: PadimMoments, frozen: Frozen) -> PadimGaussian:
         del key, frozen
         count, mean, scatter = state.moments
         covariance = scatter / jnp.maximum(count - 1, 1)
         variance = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None] / mean.shape[-1]
-        least = jnp.maximum(epsilon, 1e-5 * variance)  # more than float32 loses where features are very large
-        covariance = covariance + least * jnp.eye(mean.shape[-1])
+        ridge = jnp.maximum(epsilon, 1e-5 * variance)  # above the rounding of float32 for very large features, too
+        covariance = covariance + ridge * jnp.eye(mean.shape[-1])
         return PadimGaussian(state.channels, mean, jnp.linalg.cholesky(covariance, symmetrize_input=False))
 
     def score(state: PadimGaussian, frozen: Frozen, x: dict[str, Array]) -> Scores:
@@ -106,4 +108,4 @@ def padim(
         pixel = upsample_blur(distance.reshape(-1, h, w), image_size, sigma)
         return Scores(pixel.max((1, 2)), pixel)
 
-    return Method(features(backbone, layers), init, (Stage("collect", collect, factorize),), score)
+    return Method(features(backbone, layers), (Stage("collect", init, update, factorize),), score)

@@ -5,65 +5,68 @@ and 4 of section 3.1), thinned by greedy k-center selection on a random projecti
 algorithm 1). A patch scores its distance to its nearest neighbors in the bank, an image the score of its worst patch
 (Eq. 6), optionally re-weighted by how far the nearest bank entry lies from its own neighbors (Eq. 7). The heat map is
 the upsampled patch scores, smoothed.
-Fitting holds all patches: 4 * n * h * w * c bytes for n images, and beside them three times 128 / c of that for the
-projection as it is, centered and in blocks, and the ratio of that for the bank. With a `coreset_size` of k it holds no
-more than 4 k rows of 4 c bytes for each of L levels, L - 1 < log4(1 + 3 n h w / (4 k)), and at its end the same extra:
-the bank is chosen while the images stream in (`jaxad.ops.coreset`). Scoring holds the bank.
+Memory: fitting on n images holds all patches, 4 * n * h * w * c bytes; 3 * 128 / c of that again for the projected
+patches (plain, centered and in blocks); and the sampling ratio of that for the bank. With a `coreset_size` of k, the
+bank is chosen while the images stream in (`jaxad.ops.coreset`): at most 4 k rows of 4 c bytes for each of L levels,
+where L - 1 < log4(1 + 3 n h w / (4 k)), and at the end the same extra. Scoring holds the bank.
 
+Family: features
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
-Differences: the stacked channels are kept as they are (1,536 for a ResNet-50) instead of being averaged in groups down
-    to 1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; an ensemble's members are
-    put on one scale by the spread of their banks, not by the minimum and maximum over the test set; with
-    `coreset_size` the coreset is merged from those of parts of the stream, and depends on the order of the images.
+Differences: the stacked channels stay as they are (1,536 for a ResNet-50) instead of being averaged in groups down to
+    1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; the scores of an ensemble's
+    members are scaled by the spread of their banks, not by the minimum and maximum over the test set; with
+    `coreset_size` the coreset is merged from coresets of parts of the stream, and depends on the order of the images.
 Results: experiments/recipes/patchcore.py
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State, VaryFn
-from jaxad.ops.coreset import CoresetStream, greedy_coreset, stream_finish, stream_init, stream_update
+from jaxad.ops.collect import all_patches, collect, collect_positions, valid_first
+from jaxad.ops.coreset import CoresetStream, coreset_centers, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
-from jaxad.ops.sharding import exchange, share_rows, take_rows
+from jaxad.training.checks import at_least_one
 
 ROUNDED_FROM, ROUNDED_TO = 2048, 128
-"""Rows from which a bank has room for a multiple of so many, which common numbers of devices divide."""
+"""A bank of 2,048 rows or more has room for a multiple of 128 rows, so that common numbers of devices divide it."""
 
 
 class PatchcorePatches(NamedTuple):
-    """All patches of the training images, while they are collected."""
+    """The patches of all training images while they are collected."""
 
     patches: Float[Array, "p n c"]
-    """By position, which many devices can share in such a way that each takes a part of every image."""
     seen: Bool[Array, "n"]
 
 
 class PatchcoreBank(NamedTuple):
-    """The memory bank: its first `size` rows count."""
+    """The memory bank."""
 
     bank: Float[Array, "m c"]
+    """The first `size` rows count."""
     size: Int[Array, ""]
     radius: Float[Array, ""]
-    """Largest distance of a training patch to the bank, in the projected space in which it was chosen; a bound of it
-    with `coreset_size` and after `update`."""
+    """Largest distance of a training patch to the bank, in the projected space of the selection; an upper bound with
+    `coreset_size` and after `update`, infinite after a change of the sampling ratio."""
     sketch: Sketch | None
-    """What makes looking up faster; None for a small bank."""
+    """Speeds up the search for neighbors; None for a small bank."""
     patches: Int[Array, ""]
-    """Training patches that it was chosen from."""
+    """Number of training patches from which the bank was chosen; 0, which is never read, with `coreset_size`."""
     neighbors: Int[Array, ""]
-    """How many a patch is compared with."""
+    """Number of neighbors whose distances a patch averages."""
 
 
 def patchcore(
     *,
-    backbone: str | tuple[str, ...] = "wide_resnet50_2",
+    backbone: str | Backbone | tuple[str | Backbone, ...] = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (224, 224),
     patch_size: int = 3,
@@ -79,35 +82,34 @@ def patchcore(
 
     Args:
         backbone: The network that describes patches; several make an ensemble, whose `frozen` is a tuple.
-        layers: Its stages, the finest first; None for those that describe patches (layer2 and layer3 of a ResNet).
-        image_size: (height, width) of the images, which is that of the heat map.
+        layers: Its stages, the finest first; None for the usual ones (layer2 and layer3 of a ResNet).
+        image_size: (height, width) of the images and the heat maps.
         patch_size: Side of the neighborhood that a patch feature averages.
         coreset_sampling_ratio: Share of the patches kept, in (0, 1]; 1 keeps all.
-        coreset_size: Patches kept, whatever the ratio; they are chosen as the images stream in, in memory for a few
-            times as many patches. None holds all patches and keeps a share.
+        coreset_size: Number of patches kept, in place of the ratio; they are chosen as the images stream in, in memory
+            for a few times that number. None collects all patches and keeps a share.
         projection_dim: Dimensions of the Gaussian random projection for the selection; None for no projection.
         num_neighbors: Neighbors whose mean distance a patch scores.
         scoring: "official" takes the maximum over patches, "paper" re-weights it (Eq. 7).
-        reweight_neighbors: Neighbors of the nearest bank entry, itself included, that Eq. 7 looks at (b).
+        reweight_neighbors: Neighbors of the nearest bank entry, itself included, in Eq. 7 (b).
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     if not 0 < coreset_sampling_ratio <= 1:
         raise ValueError(f"coreset_sampling_ratio must be in (0, 1], got {coreset_sampling_ratio}")
     if coreset_size is not None and coreset_size < 1:
         raise ValueError(f"coreset_size must be 1 or more, or None for a share of the patches, got {coreset_size}")
-    for name, value in (("patch_size", patch_size), ("num_neighbors", num_neighbors)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    at_least_one(patch_size=patch_size, num_neighbors=num_neighbors)
     if reweight_neighbors < 2:
         raise ValueError(f"reweight_neighbors must be 2 or more (the entry is the first), got {reweight_neighbors}")
     if projection_dim is not None and projection_dim < 1:
         raise ValueError(f"projection_dim must be 1 or more, or None for no projection, got {projection_dim}")
     if scoring not in ("official", "paper"):
         raise ValueError(f'scoring must be "official" or "paper", got "{scoring}"')
-    options = dict(
+    one_backbone = functools.partial(
+        _one_backbone,
         layers=layers,
         image_size=image_size,
         patch_size=patch_size,
@@ -118,68 +120,74 @@ def patchcore(
         reweight=reweight_neighbors if scoring == "paper" else 0,
         sigma=sigma,
     )
-    if isinstance(backbone, str):
-        return _single(backbone, **options)
+    if isinstance(backbone, str | Backbone):
+        return one_backbone(backbone)
     if not backbone:
         raise ValueError("an ensemble needs at least one backbone, got an empty tuple")
-    return _ensemble(tuple(_single(name, **options) for name in backbone))
+    return _ensemble(tuple(one_backbone(network) for network in backbone))
 
 
-def _single(
-    backbone: str, layers, image_size, patch_size, ratio, coreset_size, projection_dim, num_neighbors, reweight, sigma
+def _one_backbone(
+    backbone: str | Backbone,
+    layers: tuple[str, ...] | None,
+    image_size: tuple[int, int],
+    patch_size: int,
+    ratio: float,
+    coreset_size: int | None,
+    projection_dim: int | None,
+    num_neighbors: int,
+    reweight: int,
+    sigma: float,
 ) -> Method:
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
 
     def describe(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return patch_features(x, layers, patch_size)
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> PatchcorePatches:
-        del key, frozen
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> PatchcorePatches:
+        del key, state, frozen
         n, h, w, c = jax.eval_shape(describe, spec).shape
         return PatchcorePatches(jnp.zeros((h * w, n, c)), jnp.zeros(n, bool))
 
-    def collect(key: Key, state: PatchcorePatches, frozen: Frozen, batch: Batch) -> tuple[PatchcorePatches, dict]:
+    def update(key: Key, state: PatchcorePatches, frozen: Frozen, batch: Batch) -> tuple[PatchcorePatches, dict]:
         del key, frozen
         patches = describe(batch.x)
-        patches = exchange(patches.reshape(patches.shape[0], -1, patches.shape[-1])).swapaxes(0, 1)
-        row = jnp.where(batch.valid, batch.index, state.seen.shape[0])
-        seen = state.seen.at[row].set(True, mode="drop")
-        return PatchcorePatches(state.patches.at[:, row].set(patches, mode="drop"), seen), {}
+        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        seen = collect(state.seen, batch.valid, batch)
+        return PatchcorePatches(collect_positions(state.patches, patches, batch), seen), {}
 
-    def thin(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
+    def select(key: Key, state: PatchcorePatches, frozen: Frozen) -> PatchcoreBank:
         del frozen
         p, n, c = state.patches.shape
         first_key, projection_key = jax.random.split(key)
         rank = jax.random.randint(first_key, (), 0, jnp.maximum(p * jnp.sum(state.seen, dtype=jnp.int32), 1))
         first = rank % p * n + jnp.searchsorted(jnp.cumsum(state.seen), rank // p + 1)
-        patches = share_rows(state.patches)
-        valid = ((jnp.arange(patches.shape[0]) < p)[:, None] & state.seen).reshape(-1)
-        size = None if ratio == 1 else share(ratio, valid.sum())
+        patches, valid = all_patches(state.patches, state.seen)
+        size = None if ratio == 1 else bank_size(ratio, valid.sum())
         project = _projection(projection_key, c, projection_dim)
-        bank = _thin(patches.reshape(-1, c), valid, first, max(1, round(ratio * p * n)), size, project)
-        return bank._replace(neighbors=jnp.int32(num_neighbors))
+        return _select(patches, valid, first, max(1, round(ratio * p * n)), size, project, jnp.int32(num_neighbors))
 
-    def share(ratio: float | Array, patches: Int[Array, ""]) -> Int[Array, ""]:
+    def bank_size(ratio: float | Array, patches: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.maximum(jnp.round(ratio * patches.astype(jnp.float32)).astype(jnp.int32), 1)
 
     def with_ratio(state: PatchcoreBank, value: Array) -> PatchcoreBank:
-        """The greedy selection comes in order, so that a smaller coreset is the head of a larger one."""
-        size = jnp.minimum(share(value, state.patches), state.size)
-        counts, sketch = jnp.arange(state.bank.shape[0]) < size, state.sketch
+        """The greedy selection is ordered: a smaller coreset is the head of a larger one."""
+        size = jnp.minimum(bank_size(value, state.patches), state.size)
+        valid, sketch = jnp.arange(state.bank.shape[0]) < size, state.sketch
         if sketch is not None:
-            sizes, norms = (jnp.where(counts, part, jnp.inf) for part in (sketch.sizes, sketch.norms))
+            sizes, norms = (jnp.where(valid, part, jnp.inf) for part in (sketch.sizes, sketch.norms))
             sketch = sketch._replace(sizes=sizes, norms=norms)
         return state._replace(size=size, radius=jnp.full_like(state.radius, jnp.inf), sketch=sketch)
 
     def with_neighbors(state: PatchcoreBank, value: Array) -> PatchcoreBank:
         return state._replace(neighbors=value.astype(jnp.int32))
 
-    def init_stream(key: Key, frozen: Frozen, spec: PyTree) -> CoresetStream:
-        del frozen
+    def init_stream(key: Key, state: None, frozen: Frozen, spec: PyTree) -> CoresetStream:
+        del state, frozen
         n, h, w, c = jax.eval_shape(describe, spec).shape
         return stream_init(n * h * w, min(coreset_size, n * h * w), c, _projection(key, c, projection_dim))
 
-    def thin_stream(key: Key, state: CoresetStream, frozen: Frozen, batch: Batch) -> tuple[CoresetStream, dict]:
+    def update_stream(key: Key, state: CoresetStream, frozen: Frozen, batch: Batch) -> tuple[CoresetStream, dict]:
         del key, frozen
         patches = describe(batch.x)
         _, h, w, c = patches.shape
@@ -187,11 +195,9 @@ def _single(
 
     def finish_stream(key: Key, state: CoresetStream, frozen: Frozen) -> PatchcoreBank:
         del frozen
-        first_key, _ = jax.random.split(key)  # the first center of `thin`
+        first_key, _ = jax.random.split(key)  # the same first center as in `select`
         first = jax.random.randint(first_key, (), 0, jnp.maximum(state.count.sum(), 1))
-        rows, size, radius = stream_finish(state, first)
-        nobody_asks = jnp.zeros((), jnp.int32)
-        return _bank(rows, size, radius, nobody_asks)._replace(neighbors=jnp.int32(num_neighbors))
+        return _bank(*stream_finish(state, first), jnp.int32(0), jnp.int32(num_neighbors))
 
     def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
@@ -200,8 +206,8 @@ def _single(
         valid = jnp.arange(state.bank.shape[0]) < state.size
         neighbors = min(num_neighbors, state.bank.shape[0])
         distance, index = knn(query.reshape(-1, c), state.bank, neighbors, valid, state.sketch)
-        found = jnp.isfinite(distance) & (jnp.arange(neighbors) < state.neighbors)
-        patch = jnp.where(found, distance, 0).sum(1) / found.sum(1).astype(jnp.float32)
+        averaged = jnp.isfinite(distance) & (jnp.arange(neighbors) < state.neighbors)
+        patch = jnp.where(averaged, distance, 0).sum(1) / averaged.sum(1).astype(jnp.float32)
         patch, nearest = patch.reshape(b, h * w), index[:, 0].reshape(b, h * w)
         worst = jnp.argmax(patch, 1)
         image = jnp.take_along_axis(patch, worst[:, None], 1)[:, 0]
@@ -214,42 +220,44 @@ def _single(
     embed = features(backbone, layers)
     if coreset_size is not None:
         vary: tuple = (("num_neighbors", with_neighbors),)
-        return Method(embed, init_stream, (Stage("collect", thin_stream, finish_stream),), score, vary)
+        return Method(embed, (Stage("collect", init_stream, update_stream, finish_stream),), score, vary)
     vary = (("num_neighbors", with_neighbors), *((("coreset_sampling_ratio", with_ratio),) if ratio < 1 else ()))
-    return Method(embed, init, (Stage("collect", collect, thin),), score, vary)
+    return Method(embed, (Stage("collect", init, update, select),), score, vary)
 
 
 def _projection(key: Key, c: int, projection_dim: int | None) -> Float[Array, "c e"] | None:
-    """A Gaussian random projection; None where it would not shorten."""
+    """A Gaussian random projection; None where it would not reduce the dimensions."""
     if projection_dim is None or projection_dim >= c:
         return None
     return jax.random.normal(key, (c, projection_dim)) / jnp.sqrt(jnp.float32(projection_dim))
 
 
-def _thin(
+def _select(
     points: Float[Array, "n c"],
     valid: Bool[Array, "n"],
     first: Int[Array, ""],
     k: int,
     size: Int[Array, ""] | None,
     project: Float[Array, "c e"] | None,
+    neighbors: Int[Array, ""],
 ) -> PatchcoreBank:
-    """The greedy coreset of `size` of the valid points, or all if that is None, at most `k`; a large bank has room."""
+    """The bank of a greedy coreset of `size` valid points, at most `k`; of all valid points where `size` is None."""
     n, count = points.shape[0], jnp.sum(valid, dtype=jnp.int32)
     if size is None:
-        order = jnp.argsort(~valid, stable=True)[:k]
-        return _bank(take_rows(points, order), count, jnp.zeros(()), count)
-    space = points if project is None else jnp.matmul(points, project, precision=jax.lax.Precision.HIGHEST)
+        return _bank(valid_first(points, valid, k), count, jnp.zeros(()), count, neighbors)
     capacity = k if k < ROUNDED_FROM else min(-(-k // ROUNDED_TO) * ROUNDED_TO, n)
-    coreset = greedy_coreset(space, capacity, first, valid, jnp.minimum(size, k))
-    return _bank(take_rows(points, coreset.index), coreset.size, coreset.radius, count)
+    centers = coreset_centers(points, capacity, first, valid, jnp.minimum(size, k), project)
+    return _bank(*centers, count, neighbors)
 
 
 def _bank(
-    rows: Float[Array, "m c"], size: Int[Array, ""], radius: Float[Array, ""], patches: Int[Array, ""]
+    rows: Float[Array, "m c"],
+    size: Int[Array, ""],
+    radius: Float[Array, ""],
+    patches: Int[Array, ""],
+    neighbors: Int[Array, ""],
 ) -> PatchcoreBank:
-    room = sketch(rows, jnp.arange(rows.shape[0]) < size)
-    return PatchcoreBank(rows, size, radius, room, patches, jnp.ones((), jnp.int32))
+    return PatchcoreBank(rows, size, radius, sketch(rows, jnp.arange(rows.shape[0]) < size), patches, neighbors)
 
 
 def _reweight(
@@ -263,43 +271,44 @@ def _reweight(
     _, index = knn(center, bank, b, valid)
     distance = jnp.linalg.norm(feature[:, None] - bank[index], axis=-1)
     distance = jnp.where(valid[index], distance, -jnp.inf)
-    own = jnp.linalg.norm(feature - center, axis=-1)
-    return 1 - jnp.exp(own - jax.nn.logsumexp(distance, axis=1))
+    nearest = jnp.linalg.norm(feature - center, axis=-1)
+    return 1 - jnp.exp(nearest - jax.nn.logsumexp(distance, axis=1))
 
 
 def _ensemble(members: tuple[Method, ...]) -> Method:
-    """Members fitted side by side; their scores, in units of the spread of the bank, are averaged."""
+    """Fits the members side by side and averages their scores, in units of the spread of their banks."""
+    stages = tuple(m.stages[0] for m in members)
 
     def embed(frozen: tuple, image: Array) -> tuple:
         return tuple(m.embed(f, image) for m, f in zip(members, frozen, strict=True))
 
-    def init(key: Key, frozen: tuple, spec: tuple) -> tuple:
+    def init(key: Key, state: None, frozen: tuple, spec: tuple) -> tuple:
         keys = jax.random.split(key, len(members))
-        return tuple(m.init(k, f, s) for m, k, f, s in zip(members, keys, frozen, spec, strict=True))
+        return tuple(stage.init(k, state, f, s) for stage, k, f, s in zip(stages, keys, frozen, spec, strict=True))
 
     def update(key: Key, state: tuple, frozen: tuple, batch: Batch) -> tuple[tuple, dict]:
         keys = jax.random.split(key, len(members))
-        parts = zip(members, keys, state, frozen, batch.x, strict=True)
-        return tuple(m.stages[0].update(k, s, f, batch._replace(x=x))[0] for m, k, s, f, x in parts), {}
+        parts = zip(stages, keys, state, frozen, batch.x, strict=True)
+        return tuple(stage.update(k, s, f, batch._replace(x=x))[0] for stage, k, s, f, x in parts), {}
 
     def finalize(key: Key, state: tuple, frozen: tuple) -> tuple:
         keys = jax.random.split(key, len(members))
-        return tuple(m.stages[0].finalize(k, s, f) for m, k, s, f in zip(members, keys, state, frozen, strict=True))
+        return tuple(stage.finalize(k, s, f) for stage, k, s, f in zip(stages, keys, state, frozen, strict=True))
 
     def score(state: tuple, frozen: tuple, x: tuple) -> Scores:
         scores: list[Any] = [m.score(s, f, v) for m, s, f, v in zip(members, state, frozen, x, strict=True)]
         scale = [1 / (_spread(s) * len(members)) for s in state]
         return jax.tree.map(lambda *v: sum(a * b for a, b in zip(v, scale, strict=True)), *scores)
 
-    def varied(name: str) -> VaryFn:
+    def vary_all(name: str) -> VaryFn:
         return lambda state, value: tuple(dict(m.vary)[name](s, value) for m, s in zip(members, state, strict=True))
 
-    vary = tuple((name, varied(name)) for name, _ in members[0].vary)
-    return Method(embed, init, (Stage("collect", update, finalize),), score, vary)
+    vary = tuple((name, vary_all(name)) for name, _ in members[0].vary)
+    return Method(embed, (Stage("collect", init, update, finalize),), score, vary)
 
 
 def _spread(state: PatchcoreBank) -> Float[Array, ""]:
-    """Root mean square distance of the bank to its mean; 1 for a bank of equal rows."""
+    """Root mean square distance of the bank to its mean; 1 where all rows are equal."""
     valid = (jnp.arange(state.bank.shape[0]) < state.size)[:, None]
     count = state.size.astype(jnp.float32)
     mean = jnp.where(valid, state.bank, 0).sum(0) / count
@@ -308,17 +317,17 @@ def _spread(state: PatchcoreBank) -> Float[Array, ""]:
 
 
 def update(key: Key, bank: State, new: State, *, size: int | None = None, projection_dim: int | None = 128) -> State:
-    """Adds the bank of new normal images to a fitted one, thinned again by the greedy selection.
+    """Adds the bank of new normal images to a fitted bank, and selects from both again.
 
     Args:
         key: Random key.
-        bank: A fitted bank, or those of an ensemble.
-        new: The bank fitted, with the same hyper-parameters, on the new images alone.
-        size: Rows of the result, at most those of both; None keeps all.
+        bank: A fitted bank, or the banks of an ensemble.
+        new: The bank of the new images only, fitted with the same hyperparameters.
+        size: Rows of the result, at most those of both banks; None keeps all.
         projection_dim: As in `patchcore`.
 
     Raises:
-        ValueError: The banks hold features of different widths, or fewer rows than wanted.
+        ValueError: The banks hold features of different widths, or fewer rows than `size`.
     """
     if not isinstance(bank, PatchcoreBank):
         members = zip(jax.random.split(key, len(bank)), bank, new, strict=True)
@@ -334,11 +343,8 @@ def update(key: Key, bank: State, new: State, *, size: int | None = None, projec
     first_key, projection_key = jax.random.split(key)
     rank = jax.random.randint(first_key, (), 0, jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1))
     first = jnp.searchsorted(jnp.cumsum(valid), rank + 1)
-    wanted = None if size is None else jnp.int32(size)
+    k, target = (n, None) if size is None else (size, jnp.int32(size))
     project = _projection(projection_key, points.shape[1], projection_dim)
-    thinned = _thin(points, valid, first, n if size is None else size, wanted, project)
-    return thinned._replace(
-        radius=jnp.maximum(bank.radius, new.radius) + thinned.radius,
-        patches=bank.patches + new.patches,
-        neighbors=bank.neighbors,
-    )
+    selected = _select(points, valid, first, k, target, project, bank.neighbors)
+    radius = jnp.maximum(bank.radius, new.radius) + selected.radius
+    return selected._replace(radius=radius, patches=bank.patches + new.patches)

@@ -1,17 +1,17 @@
 """SimpleNet: a discriminator tells adapted features of normal patches from the same with noise.
 
-Stored: a linear layer that adapts patch features to the images (Eq. 4), and a discriminator of two layers, trained
-together to score adapted features above a margin and those with Gaussian noise below its negative (Eq. 5-7). A patch
-scores the negative of the discriminator; the heat map is the smoothed upsampling of that, and an image scores the
-largest of its patches (section 3.5).
+Stored: a linear layer that adapts patch features to the images (Eq. 4), and a discriminator of two layers. Both are
+trained to score adapted features above a margin, and those with Gaussian noise below its negative (Eq. 5-7). A patch
+scores the negative of the discriminator's output. The heat map is the smoothed upsampling of these scores, and an
+image scores its largest patch score (section 3.5).
 
+Family: synthetic
 Paper: SimpleNet: A Simple Network for Image Anomaly Detection and Localization, CVPR 2023, arXiv:2303.15140.
 Reference: https://github.com/DonaldRR/SimpleNet
-Differences: patch features are means of neighborhoods, side by side, as in the paper; the code pools their channels to
-    one number for all stages. An epoch is one pass; the code has 40 meta-epochs of 4. Images are resized without a
-    crop, and the last epoch counts, not the best on the test images. No layer
-    before the batch norm has a bias, which that takes away; its running variance is not corrected for the size of a
-    batch.
+Differences: patch features are means of neighborhoods, concatenated over the stages, as in the paper; the reference
+    pools the channels of all stages to one number. An epoch is one pass; the reference has 40 meta-epochs of 4. Images
+    are resized without a crop, and the last epoch is kept, not the best on the test images. The layer before the batch
+    norm has no bias, which batch norm would cancel; running variances are biased (torch's are not).
 Results: experiments/recipes/simplenet.py
 """
 
@@ -22,33 +22,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, of_parts, torch_adam, zero_padding
+from jaxad.training.optimizers import of_parts, torch_adam
 
 
-class SimplenetTraining(NamedTuple):
-    """Adaptor and discriminator while they are trained."""
-
-    trained: Trained
-    running: PyTree
-    """Statistics of the discriminator's batch norm."""
-
-
-class SimplenetDiscriminator(NamedTuple):
-    """The trained adaptor and discriminator."""
+class SimplenetNetworks(NamedTuple):
+    """The adaptor and the discriminator."""
 
     params: PyTree
-    running: PyTree
+    stats: PyTree
+    """Running statistics of the discriminator's batch norm."""
 
 
 def simplenet(
     *,
-    backbone: str = "wide_resnet50_2",
+    backbone: str | Backbone = "wide_resnet50_2",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (288, 288),
     feature_scale: float = 1.0,
@@ -66,22 +60,22 @@ def simplenet(
 
     Args:
         backbone: The network that describes patches.
-        layers: Its stages, stacked on the grid of the first; None for those of patches (layer2 and layer3 of a ResNet).
-        image_size: (height, width) of the images, which is that of the heat map.
-        feature_scale: What patch features are multiplied by. The noise suits weights like torchvision's; the
-            features of Caffe's ResNets are several times as large.
+        layers: Its stages, stacked on the grid of the first; None for its patch layers (layer2 and layer3 of a ResNet).
+        image_size: (height, width) of the images and of the heat map.
+        feature_scale: Factor on the patch features. The default noise suits the features of torchvision's weights;
+            those of Caffe's ResNets are several times as large.
         hidden: Units of the discriminator.
-        noise: Standard deviation of what makes a feature anomalous.
+        noise: Standard deviation of the noise that makes a feature anomalous.
         margin: Scores beyond it cost nothing.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of the discriminator's Adam.
         adaptor_learning_rate: Of the adaptor's AdamW (whose decay is 0.01).
         weight_decay: Of the discriminator, added to the gradient.
         sigma: Smoothing of the heat map in pixels.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range.
+        ValueError: A hyperparameter is out of range.
     """
     at_least_one(hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(
@@ -93,52 +87,41 @@ def simplenet(
     )
     zero_or_more(weight_decay=weight_decay, sigma=sigma)
     layers = architecture(backbone).patch_layers if layers is None else tuple(layers)
-    optimizer = of_parts(
-        adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),
-        discriminator=torch_adam(learning_rate, weight_decay),
-    )
     discriminator = Discriminator(hidden)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return feature_scale * patch_features(x, layers)
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> SimplenetTraining:
-        del frozen
-        first, second = jax.random.split(key)
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> SimplenetNetworks:
+        del state, frozen
+        adaptor_key, discriminator_key = jax.random.split(key)
         c = jax.eval_shape(patches, spec).shape[-1]
-        made = discriminator.init(second, jnp.zeros((1, 1, 1, c)), valid=jnp.ones(1, bool))
-        adaptor = jax.nn.initializers.glorot_normal()(first, (c, c), jnp.float32)
-        params = {"adaptor": adaptor, "discriminator": made["params"]}
-        return SimplenetTraining(begin(optimizer, params), made["batch_stats"])
+        adaptor = jax.nn.initializers.glorot_normal()(adaptor_key, (c, c), jnp.float32)
+        variables = discriminator.init(discriminator_key, jnp.zeros((1, 1, 1, c)), train=True)
+        params = {"adaptor": adaptor, "discriminator": variables["params"]}
+        return SimplenetNetworks(params, variables["batch_stats"])
 
-    def train(key: Key, state: SimplenetTraining, frozen: Frozen, batch: Batch) -> tuple[SimplenetTraining, Metrics]:
+    def loss(params: PyTree, model: SimplenetNetworks, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
         del frozen
-        found = patches(zero_padding(batch.x, batch.valid))
-        shift = noise * jax.random.normal(key, found.shape)
+        normal = patches(batch.x) @ params["adaptor"]
+        noisy = normal + noise * jax.random.normal(key, normal.shape)
+        variables = {"params": params["discriminator"], "batch_stats": model.stats}
+        both = jnp.concatenate([normal, noisy])
+        outputs, changes = discriminator.apply(variables, both, train=True, mutable=["batch_stats"])
+        of_normal, of_noisy = jnp.split(outputs, 2)
+        value = jnp.maximum(margin - of_normal, 0).mean() + jnp.maximum(margin + of_noisy, 0).mean()
+        return value, {"stats": changes["batch_stats"]}
 
-        def loss(params: PyTree) -> Any:
-            normal = found @ params["adaptor"]
-            both = jnp.concatenate([normal, normal + shift])
-            variables = {"params": params["discriminator"], "batch_stats": state.running}
-            valid = jnp.concatenate([batch.valid, batch.valid])
-            scores, new = discriminator.apply(variables, both, valid=valid, mutable=["batch_stats"])
-            of_normal, of_noisy = jnp.split(scores, 2)
-            lost = jnp.maximum(margin - of_normal, 0) + jnp.maximum(margin + of_noisy, 0)
-            return mean_of_valid(lost.mean((1, 2)), batch.valid), new["batch_stats"]
-
-        trained, metrics, running = descend_with(optimizer, state.trained, loss)
-        return SimplenetTraining(trained, running), metrics
-
-    def finish(key: Key, state: SimplenetTraining, frozen: Frozen) -> SimplenetDiscriminator:
-        del key, frozen
-        return SimplenetDiscriminator(state.trained.params, state.running)
-
-    def score(state: SimplenetDiscriminator, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: SimplenetNetworks, frozen: Frozen, x: dict[str, Array]) -> Scores:
         del frozen
         adapted = patches(x) @ state.params["adaptor"]
-        variables = {"params": state.params["discriminator"], "batch_stats": state.running}
-        scores: Any = discriminator.apply(variables, adapted, valid=None)
-        return Scores((-scores).max((1, 2)), upsample_blur(-scores, image_size, sigma))
+        variables = {"params": state.params["discriminator"], "batch_stats": state.stats}
+        outputs: Any = discriminator.apply(variables, adapted, train=False)
+        return Scores((-outputs).max((1, 2)), upsample_blur(-outputs, image_size, sigma))
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
-    return Method(features(backbone, layers), init, (stage,), score)
+    optimizer = of_parts(
+        adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),
+        discriminator=torch_adam(learning_rate, weight_decay),
+    )
+    stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size)
+    return Method(features(backbone, layers), (stage,), score)

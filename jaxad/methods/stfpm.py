@@ -1,55 +1,56 @@
 """STFPM: a student network learns a teacher's feature pyramid on normal images, and fails elsewhere.
 
-Stored: a network of the teacher's architecture, trained from scratch to give the teacher's unit feature vectors at
-every position of some stages (Eq. 1-3). A position of a stage scores half the squared distance of both vectors; the
-heat map is the product of the upsampled maps of all stages (Eq. 4), and an image scores its maximum.
+Stored: a network of the teacher's architecture, trained from scratch to predict the teacher's unit feature vectors at
+every position of several stages (Eq. 1-3). A position of a stage scores half the squared distance between the two
+vectors. The heat map is the product of the upsampled maps of all stages (Eq. 4), and an image scores its maximum.
 
+Family: distillation
 Paper: Student-Teacher Feature Pyramid Matching for Anomaly Detection, BMVC 2021, arXiv:2103.04257.
 Reference: https://github.com/gdwang08/STFPM
-Differences: maps are multiplied at the size of the image, as in the paper, not on a grid of 64 x 64; all training
-    images teach and the last epoch counts, not the best on a fifth of them; the running variance is not corrected for
-    the size of a batch; steps are of full batches; Eq. 2's factor of a half is in the heat map, but as in the reference
-    not in the loss.
+Differences: maps are multiplied at the size of the image, as in the paper, not on a grid of 64 x 64; the student trains
+    on all images and its last epoch is kept, where the reference keeps the best epoch on a fifth of the images; running
+    variances are biased (torch's are not); every step takes a full batch; the factor 1/2 of Eq. 2 is in the heat map
+    but, as in the reference, not in the loss.
 Results: experiments/recipes/stfpm.py
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
+from jaxad.backbones import Backbone, features, residual_blocks, student
 from jaxad.backbones import backbone as architecture
-from jaxad.backbones import features, residual_blocks, student
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.ops.cosine import unit
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend_with, mean_of_valid, zero_padding
+from jaxad.training.optimizers import torch_sgd
 
 
 class StfpmTraining(NamedTuple):
-    """The student while it is trained."""
+    """The student during training."""
 
-    trained: Trained
-    running: PyTree
-    """Statistics of its batch norms."""
+    params: PyTree
+    stats: PyTree
+    """Running statistics of its batch norms."""
 
 
 class StfpmStudent(NamedTuple):
-    """The trained student, batch norm folded in."""
+    """The trained student, with its batch norms folded into the convolutions."""
 
     params: PyTree
 
 
 def distances(maps: dict[str, Float[Array, "b _ _ _"]], teacher: dict[str, Array]) -> dict[str, Float[Array, "b _ _"]]:
-    """Squared distances of the student's unit vectors and the teacher's, by stage and position."""
+    """Squared distances between the unit vectors of student and teacher, by stage and position."""
     return {layer: jnp.sum((unit(x) - unit(teacher[layer])) ** 2, -1) for layer, x in maps.items()}
 
 
 def stfpm(
     *,
-    backbone: str = "resnet18",
+    backbone: str | Backbone = "resnet18",
     layers: tuple[str, ...] | None = None,
     image_size: tuple[int, int] = (256, 256),
     epochs: int = 100,
@@ -61,55 +62,46 @@ def stfpm(
     """STFPM.
 
     Args:
-        backbone: The teacher, a ResNet, whose architecture the student has.
-        layers: The stages that the student learns; None for its pyramid (layer1 to layer3).
-        image_size: (height, width) of the images, which is that of the heat map.
+        backbone: The teacher, a ResNet; the student has the same architecture.
+        layers: The stages that the student learns; None for the teacher's pyramid (layer1 to layer3).
+        image_size: (height, width) of the images and of the heat map.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of SGD.
         momentum: Of SGD.
         weight_decay: Of SGD, added to the gradient.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range, or the backbone no ResNet.
+        ValueError: A hyperparameter is out of range, or the backbone is not a ResNet.
     """
     at_least_one(epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(momentum=momentum, weight_decay=weight_decay)
-    residual_blocks(backbone)  # raises for what is no ResNet
+    residual_blocks(backbone)  # raises unless it is a ResNet
     network = architecture(backbone)
     layers = network.pyramid_layers if layers is None else tuple(layers)
     learner = student(backbone, layers)
-    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum))
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> StfpmTraining:
-        del frozen, spec
-        variables = learner.init(key)
-        return StfpmTraining(begin(optimizer, variables["params"]), variables["batch_stats"])
+    def init(key: Key, state: None, frozen: Frozen, spec: PyTree) -> StfpmTraining:
+        del state, frozen, spec
+        return StfpmTraining(*learner.init(key))
 
-    def train(key: Key, state: StfpmTraining, frozen: Frozen, batch: Batch) -> tuple[StfpmTraining, Metrics]:
+    def loss(params: PyTree, model: StfpmTraining, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
         del key
-        x = zero_padding(batch.x, batch.valid)
+        maps, stats = learner.apply(params, model.stats, frozen, batch.x["image"], True)
+        return sum((d.mean() for d in distances(maps, batch.x).values()), jnp.zeros(())), {"stats": stats}
 
-        def loss(params: PyTree) -> Any:
-            variables = {"params": params, "batch_stats": state.running}
-            maps, running = learner.apply(variables, frozen, x["image"], batch.valid)
-            found = [d.mean((1, 2)) for d in distances(maps, x).values()]
-            return mean_of_valid(sum(found[1:], found[0]), batch.valid), running
-
-        trained, metrics, running = descend_with(optimizer, state.trained, loss)
-        return StfpmTraining(trained, running), metrics
-
-    def finish(key: Key, state: StfpmTraining, frozen: Frozen) -> StfpmStudent:
+    def freeze(key: Key, model: StfpmTraining, frozen: Frozen) -> StfpmStudent:
         del key, frozen
-        return StfpmStudent(learner.freeze({"params": state.trained.params, "batch_stats": state.running}))
+        return StfpmStudent(learner.freeze(model.params, model.stats))
 
     def score(state: StfpmStudent, frozen: Frozen, x: dict[str, Array]) -> Scores:
         maps = network.apply(frozen | {"params": state.params}, x["image"], layers)
         pixel = jnp.ones(())
-        for found in distances(maps, x).values():
-            pixel = pixel * upsample_blur(found / 2, image_size, 0.0)
+        for distance in distances(maps, x).values():
+            pixel = pixel * upsample_blur(distance / 2, image_size, 0.0)
         return Scores(pixel.max((1, 2)), pixel)
 
-    stage = Stage("train", train, finish, epochs=epochs, batch_size=train_batch_size, shuffle=True)
-    return Method(features(backbone, layers, image=True), init, (stage,), score)
+    optimizer = torch_sgd(learning_rate, momentum, weight_decay)
+    stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size, finish=freeze)
+    return Method(features(backbone, layers, image=True), (stage,), score)

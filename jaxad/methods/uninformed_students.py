@@ -1,17 +1,19 @@
-"""Uninformed Students: an ensemble of students regresses a teacher's patch descriptions, and disagrees on defects.
+"""Uninformed Students: an ensemble of students regresses a teacher's patch descriptors, and disagrees on defects.
 
 Stored: for every patch size the mean and deviation of the teacher's channels, several students of its architecture that
-learn its standardized descriptions of normal images (Eq. 6), and the mean and deviation of both scores on held-out
-normal images. A position scores the squared error of the students' mean (Eq. 8) and the students' variance (Eq. 9),
-both standardized and added (Eq. 10); several patch sizes are averaged (Eq. 11), and an image scores its maximum.
+learn its standardized descriptors of normal images (Eq. 6), and the mean and deviation of both scores on held-out
+normal images. A position scores the squared error of the students' mean (Eq. 8) plus the students' variance (Eq. 9),
+both standardized (Eq. 10). Several patch sizes are averaged (Eq. 11), and an image scores its maximum.
 
+Family: distillation
 Paper: Uninformed Students: Student-Teacher Anomaly Detection with Discriminative Latent Embeddings, CVPR 2020,
     arXiv:1911.02357.
 Reference: https://github.com/denguir/student-teacher-anomaly-detection (no official code)
-Differences: descriptions may be less dense than pixels (`stride`), in the middle of as many pixels but for half a one;
-    images are surrounded by zeros after they are normalized; every tenth training image is held out for the scales;
-    students learn descriptions without an activation, and images are not flipped, as they are in the reference.
-Results: experiments/recipes/uninformed_students.py; teachers come from experiments/distill_teacher.py.
+Differences: descriptors may be sparser than pixels (`stride`), each then at the center of its cell but for half a
+    pixel; images are padded with zeros after they are normalized; every tenth training image is held out to standardize
+    the scores; students learn descriptors without an activation, and images are not flipped, as they are in the
+    reference.
+Results: experiments/recipes/uninformed_students.py; experiments/distill/teacher.py makes the teachers.
 """
 
 import functools
@@ -21,76 +23,71 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxad.backbones import features, student
+from jaxad.backbones import Backbone, features, student
+from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.heatmap import upsample_blur
+from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
-from jaxad.training.gradient import Trained, begin, descend, mean_of_valid, torch_adam, zero_padding
-from jaxad.training.holdout import held_out, learned_from
+from jaxad.training.holdout import holdout_rows, training_rows
+from jaxad.training.optimizers import torch_adam
 
 
 class Scale(NamedTuple):
-    """A mean and a deviation for every channel."""
+    """The mean and the deviation of every channel."""
 
     mean: Float[Array, "c"]
     deviation: Float[Array, "c"]
 
 
-class Measuring(NamedTuple):
-    """The untrained students, and what the teacher gives for normal images so far; both by patch network."""
+class Ensembles(NamedTuple):
+    """The students and the scale of the teacher's channels, both by backbone."""
 
-    students: PyTree
-    moments: dict[str, Moments]
-
-
-class Teaching(NamedTuple):
-    """The students while they are trained, and the teachers' scales."""
-
-    trained: Trained
+    params: dict[str, PyTree]
     teacher: dict[str, Scale]
 
 
 class Calibrating(NamedTuple):
-    """The trained students, and the errors and variances of held-out images so far."""
+    """The trained students, and the moments of both scores of held-out images so far."""
 
-    students: PyTree
+    params: dict[str, PyTree]
     teacher: dict[str, Scale]
     moments: dict[str, Moments]
 
 
-class Students(NamedTuple):
-    """The trained students and all scales."""
+class UninformedStudents(NamedTuple):
+    """The trained students and all scales, by backbone."""
 
-    students: PyTree
+    params: dict[str, PyTree]
     teacher: dict[str, Scale]
     scores: dict[str, Scale]
     """Of the regression error and the predictive variance."""
 
 
 @functools.lru_cache
-def described(backbones: tuple[str, ...], layer: str) -> EmbedFn:
-    """The `embed`: the image, and what every teacher makes of it."""
-    parts = [features(name, (layer,), image=True) for name in backbones]
+def teacher_features(networks: tuple[Backbone, ...], layer: str) -> EmbedFn:
+    """The `embed`: the image, and every teacher's map of it."""
+    embeds = [features(network, (layer,), image=True) for network in networks]
 
     def embed(frozen: Frozen, image: Array) -> dict[str, Array]:
-        found = {}
-        for name, part, own in zip(backbones, parts, members(frozen), strict=True):
-            maps = part(own, image)
-            found |= {"image": maps["image"], name: maps[layer]}
-        return found
+        x = {}
+        for network, part, weights in zip(networks, embeds, weights_of_each(frozen), strict=True):
+            maps = part(weights, image)
+            x |= {"image": maps["image"], network.name: maps[layer]}
+        return x
 
     return embed
 
 
-def members(frozen: Frozen) -> tuple[Frozen, ...]:
+def weights_of_each(frozen: Frozen) -> tuple[Frozen, ...]:
     """The weights of every teacher."""
     return frozen if isinstance(frozen, tuple) else (frozen,)
 
 
 def uninformed_students(
     *,
-    backbone: str | tuple[str, ...] = ("patch17", "patch33", "patch65"),
+    backbone: str | Backbone | tuple[str | Backbone, ...] = ("patch17", "patch33", "patch65"),
     image_size: tuple[int, int] = (256, 256),
     num_students: int = 3,
     stride: int = 1,
@@ -102,25 +99,26 @@ def uninformed_students(
     """Uninformed Students.
 
     Args:
-        backbone: The teachers, a patch network each; several are several scales, whose `frozen` is a tuple.
-        image_size: (height, width) of the images, multiples of the stride; that of the heat map.
+        backbone: The teacher, a patch network; several make several scales, and `frozen` is then a tuple.
+        image_size: (height, width) of the images and of the heat map, multiples of the stride.
         num_students: Students of every teacher.
         stride: Pixels between the patches that are described: 1, 2, 4 or 8.
         epochs: Passes over the training images.
-        train_batch_size: Images of a step.
+        train_batch_size: Images per step.
         learning_rate: Of Adam.
         weight_decay: Of Adam, added to the gradient.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range, or a backbone is no patch network or given twice.
+        ValueError: A hyperparameter is out of range, or a backbone is no patch network or occurs twice.
     """
     at_least_one(num_students=num_students, epochs=epochs, train_batch_size=train_batch_size)
     above_zero(learning_rate=learning_rate)
     zero_or_more(weight_decay=weight_decay)
-    names = (backbone,) if isinstance(backbone, str) else tuple(backbone)
-    if not names or not all(name.startswith("patch") for name in names):
+    networks = tuple(map(architecture, (backbone,) if isinstance(backbone, str | Backbone) else backbone))
+    names = tuple(network.name for network in networks)
+    if not networks or any(network.family != "patchnet" for network in networks):
         raise ValueError(
-            "the backbones must be patch17, patch33 or patch65, whose weights experiments/distill_teacher.py makes, "
+            "the backbones must be patch17, patch33 or patch65, whose weights experiments/distill/teacher.py makes, "
             f"got {', '.join(names) or 'none'}"
         )
     if len(set(names)) < len(names):
@@ -129,89 +127,82 @@ def uninformed_students(
         raise ValueError(f"stride must be 1, 2, 4 or 8, got {stride}")
     multiples_of(stride, image_size=image_size)
     layer = f"stride{stride}"
-    learners = {name: student(name, (layer,)) for name in names}
-    optimizer = torch_adam(learning_rate, weight_decay)
+    learners = {network.name: student(network, (layer,)) for network in networks}
 
-    def descriptions(students: PyTree, frozen: Frozen, x: dict[str, Array], valid: Any) -> dict[str, Array]:
-        """What every student makes of the images, s b h w c by patch network."""
+    def student_maps(params: PyTree, frozen: Frozen, image: Array) -> dict[str, Float[Array, "s b h w c"]]:
+        """The maps of all students, by backbone."""
 
-        def of(name: str, own: Frozen) -> Array:
-            one = lambda variables: learners[name].apply(variables, own, x["image"], valid)[0][layer]  # noqa: E731
-            return jax.vmap(one)(students[name])
+        def of_ensemble(name: str, weights: Frozen) -> Array:
+            apply = lambda params: learners[name].apply(params, {}, weights, image, False)[0][layer]  # noqa: E731
+            return jax.vmap(apply)(params[name])
 
-        return {name: of(name, own) for name, own in zip(names, members(frozen), strict=True)}
+        return {name: of_ensemble(name, weights) for name, weights in zip(names, weights_of_each(frozen), strict=True)}
 
-    def standardized(teacher: dict[str, Scale], x: dict[str, Array]) -> dict[str, Array]:
+    def standardized(teacher: dict[str, Scale], x: dict[str, Array]) -> dict[str, Float[Array, "b h w c"]]:
         return {name: (x[name] - teacher[name].mean) / teacher[name].deviation for name in names}
 
-    def init(key: Key, frozen: Frozen, spec: PyTree) -> Measuring:
-        del frozen
-        keys = jax.random.split(key, (len(names), num_students))
-        students = {name: jax.vmap(learners[name].init)(own) for name, own in zip(names, keys, strict=True)}
-        return Measuring(students, {name: moments_init((spec[name].shape[-1], 1)) for name in names})
-
-    def measure(key: Key, state: Measuring, frozen: Frozen, batch: Batch) -> tuple[Measuring, Metrics]:
+    def scales(key: Key, moments: dict[str, Moments], frozen: Frozen) -> dict[str, Scale]:
         del key, frozen
-        moments = {name: channels_update(state.moments[name], batch.x[name], batch.valid) for name in names}
-        return state._replace(moments=moments), {}
-
-    def to_teach(key: Key, state: Measuring, frozen: Frozen) -> Teaching:
-        del key, frozen
-        return Teaching(begin(optimizer, state.students), scales(state.moments))
-
-    def scales(moments: dict[str, Moments]) -> dict[str, Scale]:
         return {name: Scale(*channels(moments[name])) for name in names}
 
-    def train(key: Key, state: Teaching, frozen: Frozen, batch: Batch) -> tuple[Teaching, Metrics]:
-        del key
-        x = zero_padding(batch.x, batch.valid)
-        wanted = standardized(state.teacher, x)
+    def init_moments(key: Key, state: None, frozen: Frozen, spec: PyTree) -> dict[str, Moments]:
+        del key, state, frozen
+        return {name: moments_init((spec[name].shape[-1], 1)) for name in names}
 
-        def loss(students: PyTree) -> Float[Array, ""]:
-            found = descriptions(students, frozen, x, batch.valid)
-            errors = [((found[name] - wanted[name]) ** 2).sum(-1).mean((2, 3)).sum(0) for name in names]
-            return mean_of_valid(sum(errors[1:], errors[0]), batch.valid)
-
-        trained, metrics = descend(optimizer, state.trained, loss)
-        share = jnp.asarray(len(names) * num_students, jnp.float32)
-        return state._replace(trained=trained), {"loss": metrics["loss"] / share}
-
-    def to_calibrate(key: Key, state: Teaching, frozen: Frozen) -> Calibrating:
+    def measure(
+        key: Key, state: dict[str, Moments], frozen: Frozen, batch: Batch
+    ) -> tuple[dict[str, Moments], Metrics]:
         del key, frozen
-        return Calibrating(state.trained.params, state.teacher, {name: moments_init((2, 1)) for name in names})
+        return {name: channels_update(state[name], batch.x[name], batch.valid) for name in names}, {}
 
-    def disagreement(state: Any, frozen: Frozen, x: dict[str, Array]) -> dict[str, Float[Array, "b h w 2"]]:
-        """The regression error and the predictive variance of every position (Eq. 8 and 9)."""
-        found = descriptions(state.students, frozen, x, jnp.ones(len(x["image"]), bool))
-        wanted, both = standardized(state.teacher, x), {}
-        for name in names:
-            mean = found[name].mean(0)
-            variance = ((found[name] - mean) ** 2).sum(-1).mean(0)
-            both[name] = jnp.stack([((mean - wanted[name]) ** 2).sum(-1), variance], -1)
-        return both
+    def init(key: Key, teacher: dict[str, Scale], frozen: Frozen, spec: PyTree) -> Ensembles:
+        del frozen, spec
+        keys = jax.random.split(key, (len(names), num_students))
+        params = {name: jax.vmap(learners[name].init)(keys)[0] for name, keys in zip(names, keys, strict=True)}
+        return Ensembles(params, teacher)
+
+    def loss(params: PyTree, model: Ensembles, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
+        """The sum of the students' losses; the one that is reported is their mean."""
+        del key
+        targets, maps = standardized(model.teacher, batch.x), student_maps(params, frozen, batch.x["image"])
+        losses = jnp.stack([((maps[name] - targets[name]) ** 2).sum(-1).mean((1, 2, 3)) for name in names])
+        return losses.sum(), {"metrics": {"loss": losses.mean()}}
+
+    def both_scores(model: Any, frozen: Frozen, x: dict[str, Array]) -> dict[str, Float[Array, "b h w 2"]]:
+        """The regression error and the predictive variance of every position (Eq. 8 and 9), by backbone."""
+        targets, maps = standardized(model.teacher, x), student_maps(model.params, frozen, x["image"])
+
+        def of_ensemble(maps: Array, target: Array) -> Array:
+            mean = maps.mean(0)
+            return jnp.stack([((mean - target) ** 2).sum(-1), ((maps - mean) ** 2).sum(-1).mean(0)], -1)
+
+        return {name: of_ensemble(maps[name], targets[name]) for name in names}
+
+    def init_calibration(key: Key, state: Ensembles, frozen: Frozen, spec: PyTree) -> Calibrating:
+        del key, frozen, spec
+        return Calibrating(*state, {name: moments_init((2, 1)) for name in names})
 
     def calibrate(key: Key, state: Calibrating, frozen: Frozen, batch: Batch) -> tuple[Calibrating, Metrics]:
         del key
-        found = disagreement(state, frozen, batch.x)
-        moments = {name: channels_update(state.moments[name], found[name], batch.valid) for name in names}
+        scores = both_scores(state, frozen, batch.x)
+        moments = {name: channels_update(state.moments[name], scores[name], batch.valid) for name in names}
         return state._replace(moments=moments), {}
 
-    def finish(key: Key, state: Calibrating, frozen: Frozen) -> Students:
-        del key, frozen
-        return Students(state.students, state.teacher, scales(state.moments))
+    def finish(key: Key, state: Calibrating, frozen: Frozen) -> UninformedStudents:
+        return UninformedStudents(state.params, state.teacher, scales(key, state.moments, frozen))
 
-    def score(state: Students, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: UninformedStudents, frozen: Frozen, x: dict[str, Array]) -> Scores:
         pixel = jnp.zeros(())
-        for name, found in disagreement(state, frozen, x).items():
-            own = state.scores[name]
-            pixel = pixel + upsample_blur(((found - own.mean) / own.deviation).sum(-1), image_size, 0.0) / len(names)
+        for name, scores in both_scores(state, frozen, x).items():
+            scale = state.scores[name]
+            scores = ((scores - scale.mean) / scale.deviation).sum(-1)
+            pixel = pixel + upsample_blur(scores, image_size, 0.0) / len(names)
         return Scores(pixel.max((1, 2)), pixel)
 
+    optimizer = torch_adam(learning_rate, weight_decay)
     stages = (
-        Stage("measure", measure, to_teach, rows=learned_from),
-        Stage(
-            "train", train, to_calibrate, epochs=epochs, batch_size=train_batch_size, shuffle=True, rows=learned_from
-        ),
-        Stage("calibrate", calibrate, finish, rows=held_out),
+        Stage("measure", init_moments, measure, scales, rows=training_rows),
+        gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size, rows=training_rows),
+        Stage("calibrate", init_calibration, calibrate, finish, rows=holdout_rows),
     )
-    return Method(described(names, layer), init, stages, score)
+    return Method(teacher_features(networks, layer), stages, score)

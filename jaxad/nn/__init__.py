@@ -1,4 +1,4 @@
-"""Modules that several networks are trained with."""
+"""Flax modules that several methods train."""
 
 from jaxad.nn.norm import ConvNorm, without_norm
 

@@ -1,4 +1,4 @@
-"""Attention along the axes of an image.
+"""Coordinate attention: attention along the two axes of an image.
 
 Paper: Coordinate Attention for Efficient Mobile Network Design, CVPR 2021, arXiv:2103.02907.
 Reference: https://github.com/houqb/CoordAttention
@@ -7,26 +7,26 @@ Reference: https://github.com/houqb/CoordAttention
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxad.nn.norm import ConvNorm
 
 
 class CoordinateAttention(nn.Module):
-    """Weighs every position and channel by two numbers, one of its row and one of its column (Eq. 4 to 9)."""
+    """Multiplies every position and channel by two weights, one of its row and one of its column (Eq. 4 to 9)."""
 
     reduction: int = 32
-    """Channels over those between, which are 8 at least."""
+    """The hidden layer has this many times fewer channels, but at least 8."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], valid: Bool[Array, "b"] | None) -> Float[Array, "b h w c"]:
-        """The weighed map."""
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
+        """The weighted map; `train` as in `ConvNorm`."""
         h, c = x.shape[1], x.shape[-1]
         lines = jnp.concatenate([x.mean(2), x.mean(1)], 1)[:, :, None]
-        mixed = ConvNorm(max(8, c // self.reduction), 1)(lines, valid=valid)
-        mixed = jax.nn.hard_swish(mixed)[:, :, 0]
+        hidden = ConvNorm(max(8, c // self.reduction), 1)(lines, train=train)
+        hidden = jax.nn.hard_swish(hidden)[:, :, 0]
         rows, columns = (
             jax.nn.sigmoid(nn.Dense(c, name=name)(part))
-            for name, part in (("rows", mixed[:, :h]), ("columns", mixed[:, h:]))
+            for name, part in (("rows", hidden[:, :h]), ("columns", hidden[:, h:]))
         )
         return x * rows[:, :, None] * columns[:, None]

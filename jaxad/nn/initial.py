@@ -3,10 +3,10 @@
 import jax
 
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""How torch draws the weights of linear layers and convolutions."""
+"""The weights of torch's linear layers and convolutions."""
 
 
 def torch_bias(fan_in: int) -> jax.nn.initializers.Initializer:
-    """How torch draws their biases: uniformly within ±1 / sqrt(fan_in)."""
+    """The biases of torch's linear layers and convolutions: uniform within ±1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=None, out_sharding=None: jax.random.uniform(key, shape, dtype, -bound, bound)

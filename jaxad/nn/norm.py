@@ -1,4 +1,4 @@
-"""Convolutions with batch norm, which counts no padding."""
+"""Convolutions with batch norm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""How torchvision draws the weights of a ResNet."""
+"""The weights of torchvision's ResNets."""
 TRANSPOSED = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-"""How torch draws those of a transposed convolution."""
+"""The weights of torch's transposed convolutions."""
 EPSILON = 1e-5
-"""Of batch norm."""
+"""Added to the variance in batch norm."""
 
 
 class Convolution(nn.Module):
     """A convolution without a bias.
 
-    With `up` a transposed one, which multiplies rows and columns by the size of an even kernel, and doubles them if
-    the kernel is odd (torch's of stride 2 whose output is padded by 1). Even ones and those of a single pixel are
-    matrix products, other odd ones a plain convolution for each of the four pixels that one becomes, since XLA is slow
-    at transposed ones on a CPU.
+    With `up` it is a transposed convolution. An even kernel multiplies rows and columns by its size; an odd one doubles
+    them (torch's with stride 2 and an output padding of 1). Even kernels and single pixels become matrix products, and
+    other odd kernels one plain convolution for each of the four output pixels of an input pixel: XLA's transposed
+    convolutions are slow on a CPU.
     """
 
     features: int
@@ -37,15 +37,15 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", TRANSPOSED if self.up else HE, (k, k, c, self.features))
         layout = ("NHWC", "HWIO", "NHWC")
         if self.up and k == 1:
-            between = ((0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0))
-            return jax.lax.pad(x @ kernel[0, 0], jnp.zeros((), x.dtype), between)
+            zeros_between = ((0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0))
+            return jax.lax.pad(x @ kernel[0, 0], jnp.zeros((), x.dtype), zeros_between)
         if self.up and k % 2:
             n, before = (k + 1) // 2, (k // 2 + 1) % 2
             even = jnp.pad(kernel, ((before, 1 - before),) * 2 + ((0, 0),) * 2)
             split = even.reshape(n, 2, n, 2, c, -1)[:, ::-1, :, ::-1]
-            of_pixel = split.transpose(0, 2, 4, 1, 3, 5).reshape(n, n, c, -1)
+            kernels = split.transpose(0, 2, 4, 1, 3, 5).reshape(n, n, c, -1)
             pads = ((k // 4, n // 2),) * 2
-            y = jax.lax.conv_general_dilated(x, of_pixel, (1, 1), pads, dimension_numbers=layout)
+            y = jax.lax.conv_general_dilated(x, kernels, (1, 1), pads, dimension_numbers=layout)
             return y.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
         if self.up:
             return jnp.einsum("bhwc,ijcf->bhiwjf", x, kernel).reshape(b, h * k, w * k, self.features)
@@ -56,7 +56,7 @@ class Convolution(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A `Convolution` and the batch norm behind it."""
+    """A `Convolution` followed by batch norm."""
 
     features: int
     kernel: int
@@ -64,22 +64,31 @@ class ConvNorm(nn.Module):
     up: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], *, valid: Bool[Array, "b"] | None) -> Float[Array, "b h2 w2 f"]:
-        """The map, normalized by the statistics of the valid images (of all where none is); None: the running ones."""
-        convolve = Convolution(self.features, self.kernel, self.stride, self.up, name="conv")
-        norm = nn.BatchNorm(valid is None, momentum=0.9, epsilon=EPSILON, name="norm")
-        mask = None if valid is None else (valid | ~valid.any())[:, None, None, None]
-        return norm(convolve(x), mask=mask)
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
+        """The normalized map.
+
+        With `train` it is normalized by the statistics of the batch, and the collection `batch_stats` must be mutable;
+        otherwise by the running statistics.
+        """
+        y = Convolution(self.features, self.kernel, self.stride, self.up, name="conv")(x)
+        return nn.BatchNorm(not train, momentum=0.9, epsilon=EPSILON, name="norm")(y)
 
 
 def without_norm(variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-    """The kernels and biases that do what a network's `ConvNorm`s do by their running statistics, by module."""
+    """Folds batch norm, with its running statistics, into the convolutions of a network of `ConvNorm`s.
 
-    def folded(params: Mapping[str, Any], running: Mapping[str, Any]) -> dict[str, Array]:
-        scale = params["norm"]["scale"] * jax.lax.rsqrt(running["norm"]["var"] + EPSILON)
+    Args:
+        variables: The network's collections `params` and `batch_stats`.
+
+    Returns:
+        For every `ConvNorm` of the network the `kernel` and `bias` of a convolution that does the same.
+    """
+
+    def fold(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Array]:
+        scale = params["norm"]["scale"] * jax.lax.rsqrt(stats["norm"]["var"] + EPSILON)
         return {
             "kernel": params["conv"]["kernel"] * scale,
-            "bias": params["norm"]["bias"] - running["norm"]["mean"] * scale,
+            "bias": params["norm"]["bias"] - stats["norm"]["mean"] * scale,
         }
 
-    return {name: folded(params, variables["batch_stats"][name]) for name, params in variables["params"].items()}
+    return {name: fold(params, variables["batch_stats"][name]) for name, params in variables["params"].items()}

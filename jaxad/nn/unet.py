@@ -1,27 +1,27 @@
-"""The encoder and decoder of DRAEM's networks."""
+"""The building blocks of DRAEM's encoders and decoders."""
 
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxad.nn.norm import ConvNorm
 
 
 class Blocks(nn.Module):
-    """3x3 convolutions with batch norm, one after another."""
+    """A chain of 3x3 convolutions with batch norm and ReLU."""
 
     features: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], valid: Bool[Array, "b"] | None) -> Float[Array, "b h w f"]:
-        """The last one's map."""
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w f"]:
+        """The map of the last convolution; `train` as in `ConvNorm`."""
         for features in self.features:
-            x = nn.relu(ConvNorm(features, 3)(x, valid=valid))
+            x = nn.relu(ConvNorm(features, 3)(x, train=train))
         return x
 
 
 def halved(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The largest of every 2 x 2 positions."""
+    """Half as many rows and columns, by max pooling 2x2."""
     return nn.max_pool(x, (2, 2), (2, 2))  # pyright: ignore[reportArgumentType]
 
 

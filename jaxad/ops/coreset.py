@@ -1,4 +1,4 @@
-"""Greedy k-center coresets: exact, but many centers a pass over the points instead of one; and those of a stream."""
+"""Greedy k-center coresets: exact, many centers in each pass over the points; also of a stream of points."""
 
 import functools
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.ops.knn import squared_distances
-from jaxad.ops.sharding import DATA, by_rows, own_rows, pad_rows, shards, split, take_rows
+from jaxad.ops.sharding import DATA, local_rows, map_shards, pad_rows, shards, split, take_rows
 
 CANDIDATES = 1024
 ACCEPTED = 256
 ROWS = 8192
 FAN = 4
-"""Sets of k centers that a stream thins to one: more make fewer levels, each of which holds more."""
+"""Sets of k centers that a stream reduces to one. A larger number makes fewer levels, each of which holds more."""
 
 
 class Coreset(NamedTuple):
@@ -32,6 +32,16 @@ class Coreset(NamedTuple):
     """Passes made over the points."""
 
 
+class Centers(NamedTuple):
+    """The chosen points themselves."""
+
+    rows: Float[Array, "k d"]
+    """The first `size` count."""
+    size: Int[Array, ""]
+    radius: Float[Array, ""]
+    """Bound of the distance of any point to its nearest center."""
+
+
 def greedy_coreset(
     points: Float[Array, "n d"],
     k: int,
@@ -42,11 +52,10 @@ def greedy_coreset(
     """Farthest-point (greedy k-center) selection, a 2-approximation of the smallest covering radius.
 
     The plain algorithm takes the point farthest from all centers, then updates every distance: one pass over all
-    points for each center. Here a pass looks at the farthest `CANDIDATES` points and runs the algorithm among them
-    alone for as long as the farthest of them is at least as far as the next point outside was at the start: distances
-    only shrink, so no outsider can be farther. Then one matrix product updates all distances to the centers found. The
-    centers and their order are those of the plain algorithm; where several points are equally far, which of them comes
-    first may differ.
+    points for each center. Here a pass takes the farthest `CANDIDATES` points and runs the algorithm among them, as
+    long as the farthest of them is at least as far as the next point outside was at the start: distances only shrink,
+    so no point outside can be farther. Then one matrix product updates all distances to the new centers. The centers
+    and their order are those of the plain algorithm; among points that are equally far, the order may differ.
 
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; PatchCore, arXiv:2106.08265,
     algorithm 1.
@@ -56,7 +65,7 @@ def greedy_coreset(
         k: Centers wanted, within 1..n.
         first: Row of the first center; a valid one.
         valid: Points that may be chosen and must be covered; all if None.
-        size: Where given, stop at so many centers (at most k).
+        size: Stop at this number of centers, at most k; k if None.
 
     Returns:
         The centers, their number and the covering radius.
@@ -76,7 +85,7 @@ def greedy_coreset(
     greedy = functools.partial(_greedy, k=k, candidates=min(CANDIDATES, n - 1), devices=devices)
     if devices > 1:
         points, valid = pad_rows(points, devices), pad_rows(valid, devices, False)
-        greedy = by_rows(greedy, (P(DATA), P(DATA), P(), P()), P())
+        greedy = map_shards(greedy, (P(DATA), P(DATA), P(), P()), P())
     return greedy(points, valid, jnp.asarray(first, jnp.int32), goal)
 
 
@@ -90,22 +99,22 @@ def _greedy(
     candidates: int,
     devices: int,
 ) -> Coreset:
-    """The selection among centered points; with several devices, on each of them, from its rows of all points."""
+    """The selection among centered points. On a mesh it runs on every device, each of which holds some points."""
     n, d = points.shape
     accepted = min(ACCEPTED, candidates)
     blocks = -(-n // ROWS)
     rows = -(-n // blocks)
     blocked = jnp.pad(points, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
-    shard, gather, total, largest = 0, _same, _same, _same
+    shard, gather, total, largest = 0, _identity, _identity, _identity
     if devices > 1:
         shard, gather = jax.lax.axis_index(DATA), functools.partial(jax.lax.all_gather, axis_name=DATA, tiled=True)
         total, largest = (functools.partial(f, axis_name=DATA) for f in (jax.lax.psum, jax.lax.pmax))
 
     def look_up(index):
-        return total(points.at[own_rows(index, shard, n)].get(mode="fill", fill_value=0))
+        return total(points.at[local_rows(index, shard, n)].get(mode="fill", fill_value=0))
 
     def farthest_of(nearest):
-        """One point more than there are candidates; of equally far ones those with the lowest indices."""
+        """The candidates and one point more; among equally far points those with the lowest indices."""
         value, index = jax.lax.top_k(nearest, min(candidates + 1, n))
         if devices == 1:
             return value, index
@@ -113,12 +122,12 @@ def _greedy(
         return value, gather(index + shard * n)[position]
 
     def distances_between(pool):
-        """The squared distances within the pool, of which every device computes some rows."""
+        """The squared distances within the pool; every device computes some rows."""
         part = pad_rows(pool, devices).reshape(devices, -1, d)[shard]
         return gather(squared_distances(part, pool))[:candidates]
 
     def shrink(nearest, centers, count):
-        """The squared distances after `count` of these centers have joined."""
+        """The squared distances after the first `count` of these centers are added."""
 
         def block(args):
             p, near = args
@@ -135,25 +144,25 @@ def _greedy(
         pool = look_up(index)
         between = distances_between(pool)
 
-        def more(inner):
+        def goes_on(inner):
             near, _, new = inner
-            wanted = (new == 0) | (near.max() >= farthest[-1])
-            return wanted & (new < accepted) & (count + new < goal)
+            farther = (new == 0) | (near.max() >= farthest[-1])
+            return farther & (new < accepted) & (count + new < goal)
 
         def accept(inner):
             near, chosen, new = inner
             best = jnp.argmax(near).astype(jnp.int32)
             return jnp.minimum(near, between[best]).at[best].set(-1.0), chosen.at[new].set(best), new + 1
 
-        _, chosen, new = jax.lax.while_loop(more, accept, (start, jnp.zeros(accepted, jnp.int32), jnp.int32(0)))
+        _, chosen, new = jax.lax.while_loop(goes_on, accept, (start, jnp.zeros(accepted, jnp.int32), jnp.int32(0)))
         nearest = shrink(nearest, pool[chosen], new)
-        taken = jnp.where(jnp.arange(accepted) < new, index[chosen], devices * n)
-        nearest = nearest.at[own_rows(taken, shard, n)].set(-1.0, mode="drop")
-        order = jax.lax.dynamic_update_slice(order, taken, (count,))
+        centers = jnp.where(jnp.arange(accepted) < new, index[chosen], devices * n)
+        nearest = nearest.at[local_rows(centers, shard, n)].set(-1.0, mode="drop")
+        order = jax.lax.dynamic_update_slice(order, centers, (count,))
         return nearest, order, count + new, passes + 1
 
     nearest = jnp.where(valid, squared_distances(points, look_up(first[None]))[:, 0], -1.0)
-    nearest = nearest.at[own_rows(first, shard, n)].set(-1.0, mode="drop")
+    nearest = nearest.at[local_rows(first, shard, n)].set(-1.0, mode="drop")
     order = jnp.zeros(k + accepted, jnp.int32).at[0].set(first)
     carry = (nearest, order, jnp.int32(1), jnp.int32(1))
     if k > 1:
@@ -163,36 +172,58 @@ def _greedy(
     return Coreset(index, count, jnp.sqrt(jnp.maximum(largest(nearest.max()), 0)), passes)
 
 
-def _same(x: Array) -> Array:
+def _identity(x: Array) -> Array:
     return x
+
+
+def coreset_centers(
+    points: Float[Array, "n d"],
+    k: int,
+    first: Int[Array, ""] | int = 0,
+    valid: Bool[Array, "n"] | None = None,
+    size: Int[Array, ""] | None = None,
+    project: Float[Array, "d e"] | None = None,
+) -> Centers:
+    """The points that `greedy_coreset` chooses; on a mesh, devices share them, and no device ever holds all points.
+
+    Args:
+        points: Vectors to choose from.
+        k: Centers wanted, within 1..n.
+        first: Row of the first center; a valid one.
+        valid: Points that may be chosen and must be covered; all if None.
+        size: Stop at this number of centers, at most k; k if None.
+        project: Distances, and so the radius, are those of `points @ project`; of the points themselves if None.
+    """
+    coreset = greedy_coreset(_projected(points, project), k, first, valid, size)
+    return Centers(take_rows(points, coreset.index), coreset.size, coreset.radius)
 
 
 class CoresetStream(NamedTuple):
     """A stream of points, thinned as they come: see `stream_init`."""
 
     rows: Float[Array, "k f l d"]
-    """Every level l is filled column by column, `FAN` of them: level 0 with points as they come, level i + 1 with what
-    is left of full levels i. Every row is a point of the stream. Devices may share the first axis."""
+    """Every level is filled column by column, of which it has `FAN`: level 0 with points as they come, level i + 1 with
+    what full levels i are reduced to. Every row is a point of the stream. Devices may share the first axis."""
     count: Int[Array, "l"]
-    """The first rows of every level, so many, count."""
+    """Rows of every level that are filled."""
     radius: Float[Array, "l"]
-    """Bound of the distance from any point that a level has taken the place of to the rows of that level."""
+    """For every level a bound of the distance from a point that its rows stand for to these rows."""
     project: Float[Array, "d e"] | None
-    """Where given, distances are those of `points @ project`."""
+    """Distances are those of `points @ project`; of the points themselves if None."""
 
 
 def stream_init(n: int, k: int, d: int, project: Float[Array, "d e"] | None = None) -> CoresetStream:
     """An empty stream, thinned to k centers as its points come, by merge and reduce.
 
-    Every level has room for `FAN` * k rows. A level that is full when it has to take more is thinned to k rows by
-    `greedy_coreset`, which go to the level above, as digits are carried by a counter in base `FAN`; at the end
+    Every level has room for `FAN` * k rows. A full level that has to take more is reduced to k rows by
+    `greedy_coreset`, which go to the level above, as a counter in base `FAN` carries digits; at the end
     `stream_finish` thins what all levels hold. For n points that makes L levels, the fewest with
-    k (`FAN` + `FAN`^2 + ... + `FAN`^L) >= n, and about 1 / (`FAN` - 1) more work than thinning every buffer once. A
-    stream that fits into level 0 gives the very centers of `greedy_coreset`. More than n points are taken as well: the
-    last level is then thinned in its place, again and again.
+    k (`FAN` + `FAN`^2 + ... + `FAN`^L) >= n, and about 1 / (`FAN` - 1) more work than thinning every buffer once. For a
+    stream that fits into level 0 the centers are exactly those of `greedy_coreset`. More than n points are possible,
+    too: the last level is then reduced in place, again and again.
 
-    A row stands for points within the sum of the radii of the reductions that led to it (triangle inequality), which
-    `radius` keeps: what comes out is a proven bound for the points seen.
+    A row stands for points within the sum of the radii of the reductions that led to it (triangle inequality). `radius`
+    keeps that sum, so that the final radius is a proven bound for the points seen.
 
     A priori, the covering radius of the centers is at most 2 L times that of the centers that `greedy_coreset` chooses
     among all points at once. Proof: let a reduction have the radius r. Its k centers and the point farthest from them
@@ -204,10 +235,10 @@ def stream_init(n: int, k: int, d: int, project: Float[Array, "d e"] | None = No
     Decomposable searching problems, 1980); Gonzalez, 1985.
 
     Args:
-        n: Points that the levels make room for.
+        n: Points that the levels have room for.
         k: Centers wanted.
         d: Length of a point.
-        project: Where given, distances are taken after this linear map, while the rows are kept whole.
+        project: Linear map before distances are taken; the rows stay whole. None for none.
     """
     levels = 1
     while k * sum(FAN ** (i + 1) for i in range(levels)) < n:
@@ -221,7 +252,7 @@ def stream_update(
     """The stream after more points, in their order; how they are cut into batches makes no difference.
 
     Args:
-        stream: What has been seen.
+        stream: The stream so far.
         points: Any number of points.
         valid: Points that count; all if None.
     """
@@ -236,41 +267,36 @@ def stream_update(
         stream = jax.lax.while_loop(lambda s: s.count[0] == room, _reduce, stream)
         start = stream.count[0]
         place = jnp.where(valid & (rank >= done), start + rank - done, room)
-        taken = jnp.minimum(total - done, room - start)
+        appended = jnp.minimum(total - done, room - start)
         rows = stream.rows.at[place % k, place // k, 0].set(points, mode="drop")
-        return stream._replace(rows=rows, count=stream.count.at[0].add(taken)), done + taken
+        return stream._replace(rows=rows, count=stream.count.at[0].add(appended)), done + appended
 
     return jax.lax.while_loop(lambda carry: carry[1] < total, append, (stream, jnp.int32(0)))[0]
 
 
 def _reduce(stream: CoresetStream) -> CoresetStream:
-    """Thins the lowest full level with room above it, or the last if there is none; level 0 is full."""
+    """Reduces the lowest full level with room above it, or the last if there is none; level 0 is full."""
     k, _, levels, d = stream.rows.shape
     source = jnp.argmin(jnp.append(stream.count == FAN * k, False)) - 1
     target = jnp.minimum(source + 1, levels - 1)
     points = stream.rows[:, :, source].reshape(-1, d)
-    found = greedy_coreset(_projected(points, stream.project), k)
+    coreset = greedy_coreset(_projected(points, stream.project), k)
     count, radius = stream.count.at[source].set(0), stream.radius.at[source].set(0)
-    column = split(points[found.index], 0)[:, None, None]  # no ring: other classes may go round this loop more often
+    # Not `take_rows`, whose ring would wait forever for classes on other devices that leave the loop earlier.
+    column = split(points[coreset.index], 0)[:, None, None]
     return stream._replace(
         rows=jax.lax.dynamic_update_slice(stream.rows, column, (0, count[target] // k, target, 0)),
         count=count.at[target].add(k),
-        radius=radius.at[target].max(stream.radius[source] + found.radius),
+        radius=radius.at[target].max(stream.radius[source] + coreset.radius),
     )
 
 
-def stream_finish(
-    stream: CoresetStream, first: Int[Array, ""] | int = 0
-) -> tuple[Float[Array, "k d"], Int[Array, ""], Float[Array, ""]]:
-    """The centers of the points seen.
+def stream_finish(stream: CoresetStream, first: Int[Array, ""] | int = 0) -> Centers:
+    """The centers of the points seen: k, or all points where there are fewer.
 
     Args:
-        stream: What has been seen.
-        first: Which of the `count.sum()` rows held is the first center.
-
-    Returns:
-        The centers, how many of them count (k, or the number of points where that is smaller), and a bound of the
-        distance of any point of the stream to its nearest center.
+        stream: The stream at its end.
+        first: Which of the `count.sum()` rows that it holds is the first center.
     """
     k, _, levels, d = stream.rows.shape
     valid = jnp.arange(k)[:, None, None] + k * jnp.arange(FAN)[:, None] < stream.count
@@ -278,9 +304,8 @@ def stream_finish(
     level = jnp.searchsorted(before, jnp.asarray(first, jnp.int32), side="right") - 1
     place = first - before[level]
     start = (place % k * FAN + place // k) * levels + level
-    rows = stream.rows.reshape(-1, d)
-    found = greedy_coreset(_projected(rows, stream.project), k, start, valid.reshape(-1))
-    return take_rows(rows, found.index), found.size, stream.radius.max() + found.radius
+    centers = coreset_centers(stream.rows.reshape(-1, d), k, start, valid.reshape(-1), project=stream.project)
+    return centers._replace(radius=stream.radius.max() + centers.radius)
 
 
 def _projected(points: Float[Array, "n d"], project: Float[Array, "d e"] | None) -> Float[Array, "n _"]:

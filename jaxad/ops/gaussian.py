@@ -10,11 +10,11 @@ from jaxad.ops.sharding import exchange
 
 HIGHEST = jax.lax.Precision.HIGHEST
 LEAST_SHRINKAGE = 1e-5
-"""What keeps the covariance of two vectors, whose optimal shrinkage is 0, positive definite in float32."""
+"""Keeps the covariance of two vectors, whose optimal shrinkage is 0, positive definite in float32."""
 
 
 class Moments(NamedTuple):
-    """Count, mean and scatter of the vectors seen, for every entry of the leading axes on its own."""
+    """Count, mean and scatter of the vectors seen, separately for every entry of the leading axes."""
 
     count: Float[Array, ""]
     mean: Float[Array, "*l d"]
@@ -32,7 +32,7 @@ def moments_update(moments: Moments, x: Float[Array, "b *l d"], valid: Bool[Arra
 
     Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
-    x = _split(x)
+    x = _share_positions(x)
     rows = valid.reshape(-1, *(1,) * (x.ndim - 1))
     count = jnp.sum(valid).astype(x.dtype)
     mean = jnp.where(rows, x, 0).sum(0) / jnp.maximum(count, 1)
@@ -42,19 +42,19 @@ def moments_update(moments: Moments, x: Float[Array, "b *l d"], valid: Bool[Arra
 
 
 def channels_update(moments: Moments, x: Float[Array, "b *s c"], valid: Bool[Array, "b"]) -> Moments:
-    """The moments of every channel on its own, begun by `moments_init((c, 1))`, after the positions of a batch."""
+    """The moments of every channel, from `moments_init((c, 1))` on, after all positions of a batch."""
     rows = x.reshape(-1, x.shape[-1], 1)
     return moments_update(moments, rows, jnp.repeat(valid, len(rows) // len(x)))
 
 
 def channels(moments: Moments) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-    """The mean and the deviation of every channel; of a constant one the deviation is 1."""
+    """The mean and the standard deviation of every channel; a constant channel has the deviation 1."""
     variance = moments.scatter[:, 0, 0] / jnp.maximum(moments.count, 1)
     return moments.mean[:, 0], jnp.sqrt(jnp.where(variance > 0, variance, 1))
 
 
 def moments_merge(a: Moments, b: Moments) -> Moments:
-    """The moments of two disjoint sets together (Chan et al., 1979, Eq. 2.1)."""
+    """The moments of the union of two disjoint sets (Chan et al., 1979, Eq. 2.1)."""
     count = a.count + b.count
     total = jnp.maximum(count, 1)
     delta = b.mean - a.mean
@@ -67,14 +67,14 @@ def moments_merge(a: Moments, b: Moments) -> Moments:
 def ledoit_wolf(
     x: Float[Array, "n d"], valid: Bool[Array, "n"], kept: Bool[Array, "d"] | None = None
 ) -> tuple[Float[Array, "d"], Float[Array, "d d"]]:
-    """Mean and covariance shrunk towards a multiple of the identity, by the optimal analytic amount.
+    """Mean and covariance, shrunk toward a multiple of the identity by the analytically optimal amount.
 
     Source: Ledoit, Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004, lemmas 3.2-3.4.
 
     Args:
         x: Samples in rows.
         valid: Rows that count.
-        kept: Columns that count; the others must be zero and get variance 1.
+        kept: Columns that count; the others must be zero and get variance 1. All if None.
 
     Returns:
         The mean and the covariance. Where all samples are the same, the covariance is the identity.
@@ -99,12 +99,12 @@ def ledoit_wolf(
 def mahalanobis(
     x: Float[Array, "b *l d"], mean: Float[Array, "*l d"], factor: Float[Array, "*l d d"]
 ) -> Float[Array, "b *l"]:
-    """Mahalanobis distances, from the lower Cholesky factor of the covariance; no inverse is formed."""
-    centered = jnp.moveaxis(_split(x) - mean, 0, -1)
+    """Mahalanobis distances from the lower Cholesky factor of the covariance, without its inverse."""
+    centered = jnp.moveaxis(_share_positions(x) - mean, 0, -1)
     white = jax.lax.linalg.triangular_solve(factor, centered, left_side=True, lower=True)
     return jnp.moveaxis(jnp.linalg.norm(white, axis=-2), -1, 0)
 
 
-def _split(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
-    """Shares the locations among devices, as the Gaussians are; the batch shared, each would add up all scatters."""
+def _share_positions(x: Float[Array, "b *l d"]) -> Float[Array, "b *l d"]:
+    """Shards positions, as the Gaussians are. With a sharded batch every device would hold and add up all scatters."""
     return x if x.ndim == 2 else exchange(x)

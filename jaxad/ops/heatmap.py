@@ -32,12 +32,12 @@ def stack_maps(maps: Sequence[Float[Array, "b _ _ _"]], method: str = "linear") 
 
 
 def patch_features(x: dict[str, Array], layers: Sequence[str], size: int = 3) -> Float[Array, "b h w c"]:
-    """Means of the neighborhoods of every position of some stages, side by side on the grid of the first."""
+    """Neighborhood means of some stages, their channels side by side on the grid of the first."""
     return stack_maps([neighborhood_mean(x[layer], size) for layer in layers])
 
 
 def blur_matrix(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
-    """The matrix of a Gaussian filter along one axis: mirrored at the border, cut at 4 sigma (scipy's default)."""
+    """The matrix of a Gaussian filter along one axis: mirrored at the border, cut off at 4 sigma, as in scipy."""
     if sigma == 0:
         return np.eye(size)
     radius = int(4 * sigma + 0.5)
@@ -52,7 +52,7 @@ def blur_matrix(size: int, sigma: float) -> Float[np.ndarray, "size size"]:
 
 
 def resize_matrix(size: int, out: int) -> Float[np.ndarray, "out size"]:
-    """The matrix of bilinear upsampling along one axis (pixel centers aligned, edges repeated)."""
+    """The matrix of bilinear upsampling along one axis: pixel centers aligned, edges repeated."""
     position = np.clip((np.arange(out) + 0.5) * size / out - 0.5, 0, size - 1)
     low = np.minimum(np.floor(position).astype(int), max(size - 2, 0))
     matrix = np.zeros((out, size))
@@ -62,7 +62,7 @@ def resize_matrix(size: int, out: int) -> Float[np.ndarray, "out size"]:
 
 
 def upsample_blur(scores: Float[Array, "b h w"], size: tuple[int, int], sigma: float) -> Float[Array, "b H W"]:
-    """Bilinear upsampling and Gaussian smoothing of patch scores, as one matrix product an axis.
+    """Bilinear upsampling and Gaussian smoothing of patch scores: one matrix product for each axis.
 
     Args:
         scores: A score for every patch.

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors: brute force as one matrix product in blocks, with a cheaper first pass for large banks."""
+"""Exact nearest neighbors: brute force by matrix products in blocks, after a cheaper first pass for large banks."""
 
 import functools
 import math
@@ -10,22 +10,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxad.ops.sharding import DATA, by_rows, pad_rows, shards
+from jaxad.ops.sharding import DATA, map_shards, pad_rows, shards
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK_ELEMENTS = 1 << 22
 """Distances held at a time (16 MiB in float32, which stays in a processor cache)."""
 SKETCH_DIM = 384
 SKETCH_SAMPLE = 4096
-"""Rows of a bank that the basis of its sketch is fitted to."""
+"""Rows of a bank to which the basis of its sketch is fitted."""
 RETRY = 32
-"""Queries looked up by brute force at a time where the first pass proves nothing."""
+"""Queries that brute force takes at a time where the first pass proves nothing."""
 SPARE = 3
-"""Rows beyond k among which brute force, whose matrix product rounds, looks for the k nearest."""
+"""Rows beyond k that brute force compares again without the rounding of a matrix product."""
 
 
 class Sketch(NamedTuple):
-    """A bank in few dimensions, for the first pass of `knn`: see `sketch`."""
+    """A bank in few dimensions for the first pass of `knn`: see `sketch`."""
 
     mean: Float[Array, "d"]
     basis: Float[Array, "d h"]
@@ -64,7 +64,7 @@ def smallest_k(x: Float[Array, "n m"], k: int) -> tuple[Float[Array, "n k"], Int
 
 
 def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
-    """Prepares the first pass of `knn` on a bank.
+    """Makes what the first pass of `knn` on a bank needs.
 
     A vector's sketch is its projection onto the directions in which the bank varies most, followed by the length of
     what the projection leaves. The distance of two sketches is at most that of the vectors (the triangle inequality
@@ -75,7 +75,7 @@ def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
         valid: Rows that count.
 
     Returns:
-        None where the bank is too small, or its vectors too short, for a first pass to pay.
+        The sketch; None where the bank is too small, or its vectors are too short, for a first pass to pay off.
     """
     m, d = bank.shape
     dim = min(SKETCH_DIM, d // 4) - 1
@@ -86,7 +86,7 @@ def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
     centered = jnp.where(rows, bank - mean, 0)
     sample = centered[:: -(-m // SKETCH_SAMPLE)]
     basis = sample[:dim].T
-    for _ in range(2):  # subspace iteration; any orthonormal basis is correct, a good one is fast
+    for _ in range(2):  # subspace iteration; every orthonormal basis is correct, a good one is fast
         basis = jnp.linalg.qr(jnp.matmul(sample.T, jnp.matmul(sample, basis, precision=HIGHEST), precision=HIGHEST))[0]
     short = _sketch_rows(centered, basis)
     sizes, norms = (jnp.where(valid, jnp.sum(x * x, 1), jnp.inf) for x in (short, bank))
@@ -94,7 +94,7 @@ def sketch(bank: Float[Array, "m d"], valid: Bool[Array, "m"]) -> Sketch | None:
 
 
 def _sketch_rows(centered: Float[Array, "n d"], basis: Float[Array, "d h"]) -> Float[Array, "n h1"]:
-    """The remainder's length errs on the large side, so that inner products do as well, and distances on the small."""
+    """The length of the remainder is rounded up: then inner products are too large, and distances too small."""
     head = jnp.matmul(centered, basis, precision=HIGHEST)
     squared = jnp.sum(centered * centered, 1)
     rounding = centered.shape[1] * jnp.finfo(centered.dtype).eps * squared
@@ -111,23 +111,23 @@ def knn(
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k nearest rows of a bank to every query; equal distances are ordered by index.
 
-    With a sketch, a first pass over the sketches picks a few candidates for each query. Their distances are computed
-    in full, and where the k-th of them is less than any other sketch's distance, beyond rounding, no other row can be
-    nearer. The queries for which that does not hold are looked up by brute force: one matrix product, and the distances
-    of the k + `SPARE` rows that it finds nearest in full.
+    With a sketch, a first pass over the sketches picks a few candidates for each query and computes their distances in
+    full. Where the k-th distance is below those of all other sketches, by more than rounding, no other row can be
+    nearer. All other queries go through brute force: one matrix product, then the full distances of the k + `SPARE`
+    rows that it finds nearest.
 
     Args:
-        query: Vectors to look up.
+        query: Vectors whose neighbors are wanted.
         bank: Vectors to find.
         k: Neighbors wanted, at most m.
-        valid: Rows of the bank that count. Where fewer than k do, the rest have distance infinity.
-        sketch: What the function of that name returned for this bank.
+        valid: Rows of the bank that count; all if None. Where fewer than k do, the other distances are infinite.
+        sketch: The result of `sketch` for this bank, with the same `valid`.
 
     Returns:
-        Euclidean distances, ascending, and indices into the bank. The distances are those of the differences of the
-        vectors, without cancellation. Brute force may take one row for another where more than `SPARE` rows are as near
-        to about 1e-6 of the squared norms, so center vectors that lie far from the origin. At no time are more than
-        `BLOCK_ELEMENTS` distances (or those of one query) in memory.
+        Euclidean distances, ascending, and indices into the bank. Distances come from differences of vectors, without
+        cancellation. Where more than `SPARE` rows are equally near, to about 1e-6 of the squared norms, brute force may
+        confuse them, so center vectors that lie far from the origin. Memory never holds more than `BLOCK_ELEMENTS`
+        distances, or those of one query.
 
     Raises:
         ValueError: k is not within 1..m.
@@ -140,7 +140,7 @@ def knn(
         norms = norms if valid is None else jnp.where(valid, norms, jnp.inf)
     else:
         norms = sketch.norms
-    nearest = _nearest if shards() == 1 else _nearest_of_shards
+    nearest = _nearest if shards() == 1 else _nearest_on_mesh
     squared, index = nearest(query, bank, norms, k, sketch)
     return jnp.sqrt(squared), index
 
@@ -152,35 +152,38 @@ def _nearest(
     k: int,
     sketch: Sketch | None,
     devices: int = 1,
-    least: Callable[[Array], Array] = lambda x: x,
+    minimum: Callable[[Array], Array] = lambda x: x,
     gather: Callable[[Callable[[Array], Array], Array], Array] = lambda f, rows: f(rows),
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """Squared distances and indices; those beyond `least` of the k-th may be wrong."""
+    """Squared distances and indices. Distances above `minimum` of the k-th may be wrong.
+
+    On a mesh, `minimum` is the one over the devices, and `gather` applies a function to rows that devices share.
+    """
     n, m, candidates = query.shape[0], bank.shape[0], _candidates(k, devices)
     if sketch is None or 8 * candidates > m:
         squared, index = _in_blocks(lambda q: _brute_force(q, bank, norms, k), (query,), m)
         return squared, index
-    describe = lambda q: (_sketch_rows(q - sketch.mean, sketch.basis),)  # noqa: E731
-    short = gather(lambda q: _in_blocks(describe, (q,), m)[0], query)
-    look_up = functools.partial(_two_passes, bank=bank, k=k, candidates=candidates, sketch=sketch)
-    squared, index, bound = _in_blocks(look_up, (query, short), m)
-    unproven = ~(least(squared[:, -1]) < bound)
+    project = lambda q: (_sketch_rows(q - sketch.mean, sketch.basis),)  # noqa: E731
+    short = gather(lambda q: _in_blocks(project, (q,), m)[0], query)
+    two_passes = functools.partial(_two_passes, bank=bank, k=k, candidates=candidates, sketch=sketch)
+    squared, index, bound = _in_blocks(two_passes, (query, short), m)
+    unproven = ~(minimum(squared[:, -1]) < bound)
 
     def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         squared, index, unproven = carry
         rows = jnp.nonzero(unproven, size=min(RETRY, n), fill_value=n)[0]
-        found = _brute_force(query.at[rows].get(mode="clip"), bank, norms, k)
-        updates = zip(carry, (*found, jnp.zeros(rows.shape, bool)), strict=True)
+        nearest = _brute_force(query.at[rows].get(mode="clip"), bank, norms, k)
+        updates = zip(carry, (*nearest, jnp.zeros(rows.shape, bool)), strict=True)
         squared, index, unproven = (old.at[rows].set(new, mode="drop") for old, new in updates)
         return squared, index, unproven
 
     return jax.lax.while_loop(lambda carry: carry[2].any(), retry, (squared, index, unproven))[:2]
 
 
-def _nearest_of_shards(
+def _nearest_on_mesh(
     query: Float[Array, "n d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int, sketch: Sketch | None
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """As `_nearest`: every device finds the neighbors of all queries among its rows, of which the nearest remain."""
+    """As `_nearest`: every device finds the neighbors of all queries among its rows; the nearest of all remain."""
     devices = shards()
     bank, norms = pad_rows(bank, devices), pad_rows(norms, devices, jnp.inf)
     rows, parts = bank.shape[0] // devices, ()
@@ -192,45 +195,45 @@ def _nearest_of_shards(
         shard = jax.lax.axis_index(DATA)
 
         def gather(f: Callable[[Array], Array], rows: Array) -> Array:
-            """`f` of all rows, of which every device computes some."""
-            own = pad_rows(rows, devices).reshape(devices, -1, rows.shape[1])[shard]
-            return jax.lax.all_gather(f(own), DATA, tiled=True)[: rows.shape[0]]
+            """`f` of all rows; every device computes some."""
+            part = pad_rows(rows, devices).reshape(devices, -1, rows.shape[1])[shard]
+            return jax.lax.all_gather(f(part), DATA, tiled=True)[: rows.shape[0]]
 
-        least = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
+        minimum = functools.partial(jax.lax.pmin, axis_name=DATA)  # no shard proves more than the result needs
         local = Sketch(*parts) if parts else None
-        squared, index = _nearest(query, bank, norms, min(k, rows), local, devices, least, gather)
+        squared, index = _nearest(query, bank, norms, min(k, rows), local, devices, minimum, gather)
         index = index + shard * rows
         squared, index = (jax.lax.all_gather(x, DATA, axis=1, tiled=True) for x in (squared, index))
         value, position = jax.lax.top_k(-squared, k)  # equal distances stay in the order of their indices
         return -value, jnp.take_along_axis(index, position, 1)
 
     specs = (P(), P(DATA), P(DATA), (P(), P(), P(DATA), P(DATA), P(DATA))[: len(parts)])
-    return by_rows(one_shard, specs, P())(query, bank, norms, parts)
+    return map_shards(one_shard, specs, P())(query, bank, norms, parts)
 
 
 def _in_blocks(
-    look_up: Callable[..., tuple[Array, ...]], queries: tuple[Float[Array, "n _"], ...], m: int
+    f: Callable[..., tuple[Array, ...]], queries: tuple[Float[Array, "n _"], ...], m: int
 ) -> tuple[Array, ...]:
-    """`look_up` of all queries, of so many at a time that their distances to m rows fit into `BLOCK_ELEMENTS`."""
+    """`f` of all queries, in blocks whose distances to m rows fit into `BLOCK_ELEMENTS`."""
     n = queries[0].shape[0]
     rows = max(1, BLOCK_ELEMENTS // m)
     if n <= rows:
-        return look_up(*queries)
+        return f(*queries)
     blocks = -(-n // rows)
     blocked = tuple(pad_rows(part, blocks).reshape(blocks, -(-n // blocks), -1) for part in queries)
-    return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(lambda q: look_up(*q), blocked))
+    return tuple(part.reshape(-1, *part.shape[2:])[:n] for part in jax.lax.map(lambda q: f(*q), blocked))
 
 
 def _candidates(k: int, devices: int) -> int:
-    """Rows (on each device) that get a second look; few enough to be cheap, many enough that most queries are settled.
+    """Rows on each device whose distances are computed in full: few enough to be cheap, enough for most queries.
 
-    The nearest rows spread over the devices by chance, by about the root of what each holds of them.
+    Chance spreads the nearest rows over the devices, with a deviation of about the root of the number on each.
     """
     return round(29 / math.sqrt(devices)) + 3 * k
 
 
-def _less_own(norms: Float[Array, "m"], product: Float[Array, "*r m"]) -> Float[Array, "*r m"]:
-    """Squared distances less the query's squared norm; rows that do not count have an infinite norm."""
+def _relative_distances(norms: Float[Array, "m"], product: Float[Array, "*r m"]) -> Float[Array, "*r m"]:
+    """Squared distances minus the squared norm of the query; rows that do not count have an infinite norm."""
     return jnp.where(jnp.isfinite(norms), norms - 2 * product, jnp.inf)
 
 
@@ -238,7 +241,7 @@ def _brute_force(
     q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
     product = jnp.matmul(bank, q.T, precision=HIGHEST).T  # in this order faster for few queries
-    index = smallest_k(_less_own(norms, product), min(k + SPARE, bank.shape[0]))[1]
+    index = smallest_k(_relative_distances(norms, product), min(k + SPARE, bank.shape[0]))[1]
     return _nearest_among(index, q, bank, norms, k)
 
 
@@ -250,9 +253,9 @@ def _two_passes(
     candidates: int,
     sketch: Sketch,
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"], Float[Array, "r"]]:
-    """As `_brute_force` among the candidates, and what the squared distance of every other row is at least."""
+    """As `_brute_force` among the candidates, and a lower bound of the squared distance of every other row."""
     product = jnp.matmul(short, sketch.rows.T, precision=HIGHEST)
-    bound, index = smallest_k(_less_own(sketch.sizes, product), candidates + 1)
+    bound, index = smallest_k(_relative_distances(sketch.sizes, product), candidates + 1)
     squared, index = _nearest_among(index[:, :-1], q, bank, sketch.norms, k)
     largest = jnp.where(jnp.isfinite(sketch.norms), sketch.norms, 0).max()
     rounding = 2 * q.shape[1] * jnp.finfo(q.dtype).eps * (jnp.sum(q * q, 1) + largest)
@@ -262,13 +265,13 @@ def _two_passes(
 def _nearest_among(
     index: Int[Array, "r c"], q: Float[Array, "r d"], bank: Float[Array, "m d"], norms: Float[Array, "m"], k: int
 ) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
-    """The k nearest of these rows of the bank, by the differences of the vectors."""
+    """The k nearest of these rows of the bank, by differences of vectors."""
     index = jnp.sort(index, 1)
 
-    def look(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
-        one, rows = args
-        return jnp.where(jnp.isfinite(norms[rows]), jnp.sum((bank[rows] - one) ** 2, 1), jnp.inf)
+    def distances(args: tuple[Float[Array, "d"], Int[Array, "c"]]) -> Float[Array, "c"]:
+        vector, rows = args
+        return jnp.where(jnp.isfinite(norms[rows]), jnp.sum((bank[rows] - vector) ** 2, 1), jnp.inf)
 
-    together = max(1, BLOCK_ELEMENTS // 8 // (index.shape[1] * q.shape[1]))
-    squared, position = smallest_k(jax.lax.map(look, (q, index), batch_size=together), k)
+    queries_per_step = max(1, BLOCK_ELEMENTS // 8 // (index.shape[1] * q.shape[1]))
+    squared, position = smallest_k(jax.lax.map(distances, (q, index), batch_size=queries_per_step), k)
     return squared, jnp.take_along_axis(index, position, 1)

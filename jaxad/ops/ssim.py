@@ -9,19 +9,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 WINDOW, SIGMA = 11, 1.5
-"""Of the Gaussian, in pixels."""
+"""Width and standard deviation of the Gaussian window in pixels."""
 
 
 def window_matrix(n: int) -> Float[Array, "n n"]:
-    """The matrix of that Gaussian along an axis; zeros lie beyond the image."""
+    """The matrix of the Gaussian window along an axis; the image is padded with zeros."""
     position = jnp.arange(n, dtype=jnp.float32)
-    apart = jnp.abs(position[:, None] - position)
+    offset = jnp.abs(position[:, None] - position)
     weights = np.exp(-(np.arange(-(WINDOW // 2), WINDOW // 2 + 1) ** 2) / (2 * SIGMA**2))
-    return jnp.where(apart <= WINDOW // 2, jnp.exp(-(apart**2) / (2 * SIGMA**2)), 0) / float(weights.sum())
+    return jnp.where(offset <= WINDOW // 2, jnp.exp(-(offset**2) / (2 * SIGMA**2)), 0) / float(weights.sum())
 
 
 def ssim(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """The mean structural similarity of images in [0, 1], in windows around every pixel.
+    """The mean structural similarity of images in [0, 1], in a window around every pixel.
 
     Source: Wang et al., Image quality assessment, IEEE Transactions on Image Processing 13 (2004).
     """
@@ -30,5 +30,5 @@ def ssim(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array,
     def smooth(x: Any) -> Any:
         return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
 
-    found: Any = dm_pix.ssim(a, b, filter_fn=smooth)
-    return found
+    similarity: Any = dm_pix.ssim(a, b, filter_fn=smooth)
+    return similarity

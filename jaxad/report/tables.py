@@ -74,7 +74,7 @@ def _mean(rows: Sequence[Row]) -> Row:
     metrics, reasons = {}, {}
     for name in metric_names(rows):
         column = [row.metrics.get(name, math.nan) for row in rows]
-        metrics[name] = sum(column) / len(column)
+        metrics[name] = statistics.fmean(column)
         if math.isnan(metrics[name]):
             missing = [row.category for row, value in zip(rows, column, strict=True) if math.isnan(value)]
             reasons[name] = f"no value for {', '.join(missing)}"

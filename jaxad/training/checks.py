@@ -1,4 +1,4 @@
-"""Rules that hyper-parameters of several methods share."""
+"""Range checks of hyperparameters."""
 
 import math
 
@@ -25,7 +25,7 @@ def zero_or_more(**values: float) -> None:
 
 
 def multiples_of(step: int, **sizes: tuple[int, int]) -> None:
-    """Raises ValueError for the first size (height, width) that is not multiples of a step."""
+    """Raises ValueError for the first size (height, width) with a side that is no positive multiple of `step`."""
     for name, size in sizes.items():
         if any(side < 1 or side % step for side in size):
             raise ValueError(f"{name} must be multiples of {step}, got {size}")

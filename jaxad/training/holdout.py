@@ -1,18 +1,18 @@
-"""Normal images that a method keeps from learning, to set its scales by."""
+"""Normal images that a method holds out of training to calibrate its scores."""
 
 import numpy as np
 from jaxtyping import Int
 
-ONE_OF = 10
-"""One image of so many is held out: the i-th of them is the image i * ONE_OF."""
+HOLDOUT_STEP = 10
+"""Every tenth image is held out, from the first one on: the i-th of them is the image i * HOLDOUT_STEP."""
 
 
-def held_out(n: int) -> Int[np.ndarray, "k"]:
-    """Those of n images, the `rows` of a stage that sets scales."""
-    return np.arange(0, n, ONE_OF)
+def holdout_rows(n: int) -> Int[np.ndarray, "k"]:
+    """The held-out ones of n images: the `rows` of a stage that calibrates."""
+    return np.arange(0, n, HOLDOUT_STEP)
 
 
-def learned_from(n: int) -> Int[np.ndarray, "k"]:
-    """The others, the `rows` of a stage that learns; a single image is both."""
-    rest = np.flatnonzero(np.arange(n) % ONE_OF)
+def training_rows(n: int) -> Int[np.ndarray, "k"]:
+    """The others: the `rows` of a stage that trains. A single image serves for both."""
+    rest = np.flatnonzero(np.arange(n) % HOLDOUT_STEP)
     return rest if len(rest) else np.arange(n)

@@ -1,9 +1,9 @@
-"""Writes golden/*.npz: what the PyTorch originals make of random weights, for `test_parity.py`.
+"""Writes golden/*.npz: the feature maps of the PyTorch originals with random weights, for `test_parity.py`.
 
     python tests/backbones/make_golden.py [NAME ...]
 
-needs torch, torchvision and timm, which the project does not; the files are committed. Weights, batch norm statistics
-and images are drawn by `synthetic` from the tensors' names, so neither they nor whole feature maps need be stored.
+It needs torch, torchvision and timm, which the project does not need; the files are committed. `synthetic` draws weights
+and batch-norm statistics from the names of the tensors, so the files hold only a few entries of every feature map.
 """
 
 # pyright: reportMissingImports=false
@@ -15,11 +15,11 @@ import numpy as np
 
 GOLDEN = Path(__file__).with_name("golden")
 SIZES = ((64, 64), (65, 97), (78, 51))
-"""Heights and widths of the images: even, odd, and neither a multiple of anything."""
+"""Heights and widths of the images: even, odd, and multiples of no stride."""
 PATCHED = ((32, 48), (224, 224), (256, 240))
-"""Those for transformers: fewer patches than in training, as many, and more."""
+"""Heights and widths for transformers: fewer patches than in training, as many, and more."""
 KEPT = 192
-"""Entries of a feature map that are stored."""
+"""Number of entries of a feature map that are stored."""
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
 VGGS = tuple(f"vgg{depth}{norm}" for norm in ("", "_bn") for depth in (11, 13, 16, 19))
@@ -28,7 +28,7 @@ TRANSFORMERS = ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "cai
 
 
 def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 tensor of that name in a checkpoint: random, but of a size that keeps activations in range."""
+    """A random float32 tensor for that name in a checkpoint, scaled so that activations stay in range."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) == 3:  # a transformer's tokens and their positions
         return rng.standard_normal(shape, np.float32) / 2
@@ -39,7 +39,7 @@ def synthetic(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def image(size: tuple[int, int]) -> np.ndarray:
-    """A random RGB image b h w 3, normalized already."""
+    """A random RGB image b h w 3, already normalized."""
     return np.random.default_rng(size).standard_normal((1, *size, 3), np.float32)
 
 
@@ -49,13 +49,13 @@ def sizes(name: str) -> tuple[tuple[int, int], ...]:
 
 
 def kept(maps: np.ndarray) -> np.ndarray:
-    """The entries of a feature map (b h w c) that are stored: evenly spread, the first and the last among them."""
+    """The entries of a feature map (b h w c) that are stored: evenly spread, including the first and the last."""
     flat = maps.reshape(-1)
     return flat[np.linspace(0, flat.size - 1, KEPT).astype(int)]
 
 
 def original(name: str):
-    """The PyTorch module of a golden file's name, and its submodules whose outputs are our stages."""
+    """The PyTorch module for the name of a golden file, and its submodules whose outputs are our stages."""
     import torch
     import torchvision
 
@@ -104,21 +104,21 @@ def patch_network(name: str):
 
 
 def convolutional(name: str):
-    """The function from an image b 3 h w to the feature maps of all stages."""
+    """A function from an image b 3 h w to the feature maps of all stages."""
     module, stages = original(name)
-    found = {}
+    outputs = {}
     for stage, submodule in stages.items():
-        submodule.register_forward_hook(lambda _module, _inputs, out, stage=stage: found.update({stage: out}))
+        submodule.register_forward_hook(lambda _module, _inputs, out, stage=stage: outputs.update({stage: out}))
 
     def stages_of(x):
         module(x)
-        return [found[stage] for stage in stages]
+        return [outputs[stage] for stage in stages]
 
     return stages_of
 
 
 def transformer(name: str):
-    """The same for a transformer, built for the size of the image, its position embedding resampled to that."""
+    """The same for a transformer, built for the size of the image, with its position embedding resampled to it."""
     import timm
     import torch
     from timm.layers import resample_abs_pos_embed
@@ -145,8 +145,8 @@ def make(name: str) -> None:
     arrays = {}
     for size in sizes(name):
         with torch.no_grad():
-            found = stages_of(torch.from_numpy(image(size)).permute(0, 3, 1, 2))
-        maps = [m.permute(0, 2, 3, 1).contiguous().numpy() for m in found]
+            outputs = stages_of(torch.from_numpy(image(size)).permute(0, 3, 1, 2))
+        maps = [output.permute(0, 2, 3, 1).contiguous().numpy() for output in outputs]
         prefix = f"{size[0]}x{size[1]}"
         arrays[f"{prefix}/shape"] = np.array([m.shape for m in maps])
         arrays[f"{prefix}/peak"] = np.array([np.abs(m).max() for m in maps])

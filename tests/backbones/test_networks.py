@@ -1,4 +1,4 @@
-"""What the backbones promise besides parity: stages, sizes, precision, partial weights, parameter counts."""
+"""What backbones promise besides parity: families, stages, precision, partial weights, parameter counts."""
 
 import functools
 import math
@@ -8,7 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, convolution, efficientnet, features, load, networks, registry, resnet
+from jaxad.backbones import (
+    FAMILIES,
+    Backbone,
+    ResidualBlocks,
+    backbone,
+    convolution,
+    efficientnet,
+    features,
+    load,
+    normalize,
+    patchnet,
+    pdn,
+    registry,
+    residual_blocks,
+    resnet,
+    stride,
+    student,
+    transformer,
+    vgg,
+)
+from tests.tiny import PATCH9, TINY_PDN, TINY_RESNET
+
+from .shapes import shapes_of
 
 # with the classifier, as the torchvision documentation gives them
 PARAMETERS = {
@@ -69,31 +91,31 @@ def convolutions(name, layers, dtype=jnp.float32):
     frozen = in_type(jax.eval_shape(network.init, jax.random.key(0)), dtype)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     program = jax.make_jaxpr(network.apply, static_argnums=2)(frozen, image, layers)
-    found = (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
-    return [e for e in program.jaxpr.eqns if e.primitive in found]
+    primitives = (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
+    return [e for e in program.jaxpr.eqns if e.primitive in primitives]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count_is_the_published_one(name):
     source = resnet.source
     if "efficientnet" in name:
-        source = functools.partial(efficientnet.source, name, keys=())
-    modules = networks.shapes(name)
+        source = functools.partial(efficientnet.source, efficientnet.LAYOUTS[name], keys=())
+    modules = shapes_of(name)
     tensors = [source(module).shapes(leaves["kernel"]) for module, leaves in modules.items()]
-    learned = {key: shape for group in tensors for key, shape in group.items() if ".running_" not in key}
+    params = {key: shape for group in tensors for key, shape in group.items() if ".running_" not in key}
     width = modules["head"]["bias"][0] if "head" in modules else 512 if name in ("resnet18", "resnet34") else 2048
-    assert sum(map(math.prod, learned.values())) + 1000 * width + 1000 == PARAMETERS[name]
+    assert sum(map(math.prod, params.values())) + 1000 * width + 1000 == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_parameter_count_of_a_transformer_is_the_published_one(name):
-    shapes = networks.shapes(name)
-    width, heads = shapes["norm"]["bias"][0], 2 if "distilled" in name else 1
-    beyond = heads * 1000 * (width + 1)
+    shapes = shapes_of(name)
+    width, classifiers = shapes["norm"]["bias"][0], 2 if "distilled" in name else 1
+    head = classifiers * 1000 * (width + 1)
     if name.startswith("cait"):
-        beyond += 2 * (12 * width**2 + 15 * width) + width
-    own = sum(math.prod(shape) for leaves in shapes.values() for shape in leaves.values())
-    assert own + beyond == TRANSFORMERS[name]
+        head += 2 * (12 * width**2 + 15 * width) + width
+    body = sum(math.prod(shape) for leaves in shapes.values() for shape in leaves.values())
+    assert body + head == TRANSFORMERS[name]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +131,7 @@ def test_parameter_count_of_a_transformer_is_the_published_one(name):
         ("cait_xxs24_224", ("blocks.0", "blocks.2"), 1 + 3 * 8),
     ],
 )
-def test_nothing_past_the_last_wanted_stage_is_computed(name, layers, count):
+def test_nothing_past_the_deepest_requested_stage_is_computed(name, layers, count):
     assert len(convolutions(name, layers)) == count
 
 
@@ -138,11 +160,11 @@ def test_bfloat16_features_are_near_the_float32_ones(frozen):
 def test_uint8_and_float_images_give_the_same_features(frozen):
     image = picture(33, 47)
     embed = jax.jit(features("resnet18", ("layer1", "layer3")))
-    whole, unit = embed(frozen, image), embed(frozen, image.astype(jnp.float32) / 255)
-    assert whole["layer1"].shape == (2, 9, 12, 64)
-    assert whole["layer3"].shape == (2, 3, 3, 256)
-    for layer, values in whole.items():
-        np.testing.assert_allclose(values, unit[layer], rtol=1e-4, atol=1e-4 * np.abs(values).max())
+    of_uint8, of_float = embed(frozen, image), embed(frozen, image.astype(jnp.float32) / 255)
+    assert of_uint8["layer1"].shape == (2, 9, 12, 64)
+    assert of_uint8["layer3"].shape == (2, 3, 3, 256)
+    for layer, values in of_uint8.items():
+        np.testing.assert_allclose(values, of_float[layer], rtol=1e-4, atol=1e-4 * np.abs(values).max())
 
 
 def test_images_are_normalized_as_the_weights_were_trained():
@@ -153,7 +175,7 @@ def test_images_are_normalized_as_the_weights_were_trained():
         entry = registry.lookup(name)
         frozen = dict(zip(("mean", "std"), np.asarray(entry.normalization, np.float32), strict=True))
         expected = (np.asarray(image) / 255 - mean) / stds[name]
-        np.testing.assert_allclose(networks.normalize(frozen, image, jnp.float32), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(normalize(frozen, image, jnp.float32), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pool_averages_over_positions(frozen):
@@ -163,16 +185,101 @@ def test_pool_averages_over_positions(frozen):
     np.testing.assert_allclose(pooled["layer2"], maps["layer2"].mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_arguments_give_the_same_function():
+def test_equal_arguments_give_the_same_function():
     assert features("resnet18", ("layer2",)) is features("resnet18", ("layer2",))
+    assert features("resnet18", ("layer2",)) is features(backbone("resnet18"), ("layer2",))
+    equal = resnet.make(TINY_RESNET.name, ResidualBlocks((1, 1, 1, 1), 1.0, 16))
+    assert equal == TINY_RESNET and hash(equal) == hash(TINY_RESNET)
+    assert features(equal, ("layer2",)) is features(TINY_RESNET, ("layer2",))
+
+
+def test_every_registered_name_has_exactly_one_family():
+    for name, entry in registry.ENTRIES.items():
+        families = [key for key, family in FAMILIES.items() if entry.architecture in family.architectures]
+        assert [backbone(name).family] == families
+
+
+CUSTOM = {
+    "resnet": resnet.make("bottlenecks", ResidualBlocks((1, 2, 1, 1), 0.5, 8), stride_in_1x1=True),
+    "vgg": vgg.make("vgg_of_ones", (1, 1, 1, 1, 1), batch_norm=True),
+    "efficientnet": efficientnet.make("narrow", efficientnet.Layout(0.25, 0.5)),
+    "transformer": transformer.make("shallow", transformer.Layout(32, 2, 2, 32, ("cls_token",))),
+    "pdn": TINY_PDN,
+    "patchnet": PATCH9,
+}
+"""By family a backbone that is not registered."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_of_ones_own_has_features(family):
+    network = CUSTOM[family]
+    assert network.family == family and network.name not in registry.PLAIN
+    frozen = network.init(jax.random.key(0))
+    maps = jax.jit(features(network, network.patch_layers, image=True))(frozen, picture(64, 64))
+    assert set(maps) == {"image", *network.patch_layers}
+    for layer in network.patch_layers:
+        border = 0 if network.pads else 3
+        assert maps[layer].shape[1] == 64 // stride(network, layer) - border
+        assert jnp.isfinite(maps[layer]).all() and maps[layer].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"), [(TINY_RESNET, ("layer1", "layer2")), (TINY_PDN, ("head",)), (PATCH9, ("stride8",))]
+)
+def test_a_backbone_of_ones_own_has_students(network, layers):
+    """Frozen, with batch norm folded in, a student is a set of weights of the backbone."""
+    learner, frozen = student(network, layers), network.init(jax.random.key(0))
+    params, stats = learner.init(jax.random.key(1))
+    maps, new = jax.jit(learner.apply, static_argnums=4)(params, stats, frozen, picture(32, 40), True)
+    assert set(maps) == set(layers) and jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, stats)
+    if network.family == "resnet":
+        assert not jnp.allclose(new["conv1"]["norm"]["mean"], stats["conv1"]["norm"]["mean"])
+    else:
+        assert stats == new == {}
+    scored, unchanged = learner.apply(params, new, frozen, picture(32, 40), train=False)
+    assert unchanged is new
+    folded = network.apply(frozen | {"params": learner.freeze(params, new)}, picture(32, 40), layers)
+    for layer, values in folded.items():
+        np.testing.assert_allclose(values, scored[layer], rtol=1e-3, atol=1e-4 * float(jnp.abs(values).max()))
+
+
+def test_a_description_can_have_several_times_the_channels():
+    for network, layer in ((TINY_PDN, "head"), ("pdn_small", "layer3")):
+        learner = student(network, (layer,), copies=2)
+        params, _ = jax.eval_shape(learner.init, jax.random.key(0))
+        assert max(leaves["bias"].shape[0] for leaves in params.values()) == 2 * pdn.OUT
+
+
+def test_students_that_a_family_does_not_make_are_refused():
+    with pytest.raises(ValueError, match=r"must be pdn_small, .* or wide_resnet101_2, got vgg11"):
+        student("vgg11", ("pool1",))
+    with pytest.raises(ValueError, match="must be pdn_small, efficientad_small or efficientad_medium, got tiny_resnet"):
+        student(TINY_RESNET, ("layer1",), copies=2)
+    with pytest.raises(ValueError, match="tiny_resnet has the stages"):
+        student(TINY_RESNET, ("pool1",))
+
+
+def test_residual_blocks_are_those_of_a_resnet():
+    assert residual_blocks(TINY_RESNET) == ResidualBlocks((1, 1, 1, 1), 1.0, 16)
+    assert residual_blocks("resnet50.caffe_in1k") == residual_blocks("resnet50") == resnet.BLOCKS["resnet50"]
+    with pytest.raises(ValueError, match="the backbone must be a ResNet, got pdn_small"):
+        residual_blocks("pdn_small")
+
+
+def test_methods_can_tell_what_a_backbone_is_like():
+    assert [network.pads for network in map(backbone, ("pdn_small", "efficientad_small"))] == [True, False]
+    assert [network.patch_size for network in map(backbone, ("patch33", "resnet18"))] == [33, None]
+    assert isinstance(backbone(PATCH9), Backbone) and backbone(PATCH9) is PATCH9
+    with pytest.raises(ValueError, match="the convolutions of other must reduce 10 px to 1 position, got 2"):
+        patchnet.make("other", patchnet.Layout(10, ((4, 8, False), (6, 8, False))))
 
 
 def test_init_is_random_and_of_the_right_scale(frozen):
-    again = backbone("resnet18").init(jax.random.key(1))
+    other = backbone("resnet18").init(jax.random.key(1))
     kernel = frozen["params"]["layer2.1.conv2"]["kernel"]
     assert jnp.std(kernel) == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
-    assert not jnp.allclose(kernel, again["params"]["layer2.1.conv2"]["kernel"])
-    assert jax.tree.map(jnp.shape, frozen["params"]) == networks.shapes("resnet18")
+    assert not jnp.allclose(kernel, other["params"]["layer2.1.conv2"]["kernel"])
+    assert jax.tree.map(jnp.shape, frozen["params"]) == shapes_of("resnet18")
 
 
 @pytest.mark.parametrize("layers", [(), ("layer9",), ("layer1", "stem")])
@@ -220,11 +327,10 @@ def test_shifted_products_are_the_convolution(kernel, stride, dilation, pad):
 
     pads = [(pad, pad)] * 2
     shifted = values(lambda x, k: convolution.convolve(x, k, stride, pads, dilation))
-    order = ("NHWC", "HWIO", "NHWC")
-    apart = (dilation, dilation)
+    layout = ("NHWC", "HWIO", "NHWC")
     native = values(
         lambda x, k: jax.lax.conv_general_dilated(
-            x, k, (stride, stride), pads, rhs_dilation=apart, dimension_numbers=order
+            x, k, (stride, stride), pads, rhs_dilation=(dilation, dilation), dimension_numbers=layout
         )
     )
     for a, b in zip(shifted, native, strict=True):

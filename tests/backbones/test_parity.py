@@ -1,6 +1,6 @@
-"""Every stage equals the PyTorch original's on the same random weights (`make_golden.py` wrote what that gave).
+"""Every stage equals that of the PyTorch original with the same random weights, whose outputs `make_golden.py` wrote.
 
-`PYTHONPATH=. python -m tests.backbones.test_parity` compares all golden files, the deep networks' too.
+`PYTHONPATH=. python -m tests.backbones.test_parity` compares all golden files, those of deep networks too.
 """
 
 import functools
@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, efficientnet, networks, pdn, registry, resnet, transformer, vgg
-from tests.cases import TINY
+from jaxad.backbones import backbone, efficientnet, pdn, registry, resnet, transformer, vgg
 
 from .make_golden import GOLDEN, PATCHED, SIZES, TRANSFORMERS, image, kept, sizes, synthetic
+from .shapes import shapes_of
 
 TOLERANCE = 1e-4
 SMALL = (
@@ -41,39 +41,40 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
     """The random checkpoint that `make_golden` gave the original of that name."""
     plain = name.removesuffix(".torchvision")
     if name in TRANSFORMERS:
-        groups = transformer.wanted(networks.shapes(name)).values()
+        groups = transformer.torch_shapes(shapes_of(name)).values()
         return {key: synthetic(key, shape) for group in groups for key, shape in group.items()}
     source = resnet.source
     if name in vgg.ARCHITECTURES:
-        source = functools.partial(vgg.source, name)
+        source = functools.partial(vgg.source, vgg.CONVOLUTIONS[name.removesuffix("_bn")], name.endswith("_bn"))
     elif name in pdn.PUBLISHED:
-        source = functools.partial(pdn.source, name, keys=())
+        source = functools.partial(pdn.source, keys=())
     elif "efficientnet" in name:
         keys = ("features.0.0.weight",) if plain != name else ()
-        source = functools.partial(efficientnet.source, plain, keys=keys)
-    kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(plain).items()}
-    wanted = {key: shape for module, kernel in kernels.items() for key, shape in source(module).shapes(kernel).items()}
+        source = functools.partial(efficientnet.source, efficientnet.LAYOUTS[plain], keys=keys)
+    groups = [source(module).shapes(leaves["kernel"]) for module, leaves in shapes_of(plain).items()]
+    shapes = {key: shape for group in groups for key, shape in group.items()}
     if name in vgg.ARCHITECTURES:
-        wanted["pre_logits.fc1.weight"] = (4, 512, 7, 7)  # timm keeps the classifier as convolutions
-    return {key: synthetic(key, shape) for key, shape in wanted.items()}
+        shapes["pre_logits.fc1.weight"] = (4, 512, 7, 7)  # timm keeps the classifier as convolutions
+    return {key: synthetic(key, shape) for key, shape in shapes.items()}
 
 
 def differences(name: str, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[tuple[int, int], str], float]:
     """For every size and stage the largest difference from the original, relative to the stage's largest value."""
     network = backbone(name.removesuffix(".torchvision"))
     frozen = network.fold(checkpoint(name))
-    own = frozen["std"] / np.float32(registry.lookup(network.name).normalization[1])  # the first convolution has it
-    frozen = frozen | {"mean": np.zeros(3, np.float32), "std": 255 * own}
+    # the factor by which the first kernel was multiplied, 1 unless the weights are Caffe's
+    factor = frozen["std"] / np.float32(registry.lookup(network.name).normalization[1])
+    frozen = frozen | {"mean": np.zeros(3, np.float32), "std": 255 * factor}
     apply = jax.jit(lambda frozen, image: network.apply(frozen, image, network.stages))
     golden = np.load(GOLDEN / f"{name}.npz")
-    found = {}
+    errors = {}
     for size in sizes:
         maps = apply(frozen, image(size))
         shapes, peaks, values = (golden[f"{size[0]}x{size[1]}/{key}"] for key in ("shape", "peak", "kept"))
         for i, stage in enumerate(network.stages):
             assert maps[stage].shape == tuple(shapes[i])
-            found[size, stage] = float(np.abs(kept(np.asarray(maps[stage])) - values[i]).max() / peaks[i])
-    return found
+            errors[size, stage] = float(np.abs(kept(np.asarray(maps[stage])) - values[i]).max() / peaks[i])
+    return errors
 
 
 @pytest.mark.parametrize(("name", "sizes"), SMALL, ids=[name for name, _ in SMALL])
@@ -84,9 +85,9 @@ def test_every_stage_equals_the_original(name, sizes):
 def test_golden_files_are_small_and_complete():
     files = list(GOLDEN.glob("*.npz"))
     assert {file.stem.removesuffix(".torchvision") for file in files} >= {
-        *set(resnet.BLOCKS).difference(TINY),
+        *resnet.BLOCKS,
         *vgg.ARCHITECTURES,
-        *set(pdn.PUBLISHED).difference(TINY),
+        *pdn.PUBLISHED,
         "resnet50.caffe_in1k",
     } | {f"{prefix}efficientnet_b{i}" for prefix in ("", "tf_") for i in range(8)} | {*TRANSFORMERS}
     assert sum(file.stat().st_size for file in files) < 1.5e6

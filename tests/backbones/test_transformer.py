@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxad.backbones import backbone, load, networks, transformer
+from jaxad.backbones import backbone, load, transformer
 
 from .make_golden import synthetic
+from .shapes import shapes_of
 
 DEIT, PLAIN, CAIT = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "cait_xxs24_224"
 LAYERS = ("blocks.0", "blocks.1")
@@ -17,10 +18,10 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
 
 def checkpoint(name, blocks=2):
     """A random checkpoint of the first blocks."""
-    groups = transformer.wanted(networks.shapes(name)).items()
-    held = {f"blocks.{i}" for i in range(blocks)}
-    kept = [group for m, group in groups if not m.startswith("blocks.") or ".".join(m.split(".")[:2]) in held]
-    return {key: synthetic(key, shape) for group in kept for key, shape in group.items()}
+    groups = transformer.torch_shapes(shapes_of(name)).items()
+    first = {f"blocks.{i}" for i in range(blocks)}
+    selected = [group for m, group in groups if not m.startswith("blocks.") or ".".join(m.split(".")[:2]) in first]
+    return {key: synthetic(key, shape) for group in selected for key, shape in group.items()}
 
 
 def maps(name, tensors, image=IMAGE, layers=LAYERS):
@@ -38,8 +39,8 @@ def whole():
 
 
 def test_maps_are_normalized_patch_tokens(whole):
-    for name, (tensors, found) in whole.items():
-        for values in found.values():
+    for name, (tensors, features) in whole.items():
+        for values in features.values():
             assert values.shape == (2, 2, 3, 192) and values.dtype == jnp.float32
             plain = (values - tensors["norm.bias"]) / tensors["norm.weight"]
             np.testing.assert_allclose(plain.mean(-1), 0, atol=1e-5)
@@ -50,31 +51,31 @@ def test_maps_are_normalized_patch_tokens(whole):
 
 def test_deit_has_its_tokens_in_attention_and_cait_has_none(whole):
     for name, tokens in ((DEIT, {"cls_token", "dist_token"}), (PLAIN, {"cls_token"}), (CAIT, set())):
-        shapes = networks.shapes(name)
+        shapes = shapes_of(name)
         assert {key for key in shapes if key.endswith("token")} == tokens
         assert shapes["pos_embed"]["value"] == (1, 14 * 14 + len(tokens), 192)
-    tensors, found = whole[DEIT]
+    tensors, features = whole[DEIT]
     for token in ("cls_token", "dist_token"):
-        assert largest_change(found, maps(DEIT, tensors | {token: -tensors[token]})) > 1e-2
+        assert largest_change(features, maps(DEIT, tensors | {token: -tensors[token]})) > 1e-2
 
 
-def test_every_image_is_on_its_own(whole):
-    for name, (tensors, found) in whole.items():
+def test_an_image_does_not_depend_on_the_others_in_the_batch(whole):
+    for name, (tensors, features) in whole.items():
         network = backbone(name)
-        alone = jax.vmap(lambda image, apply=network.apply, frozen=network.fold(tensors): apply(frozen, image, LAYERS))
-        assert largest_change(found, {k: v[:, 0] for k, v in jax.jit(alone)(IMAGE[:, None]).items()}) < 1e-4
+        single = jax.vmap(lambda image, apply=network.apply, frozen=network.fold(tensors): apply(frozen, image, LAYERS))
+        assert largest_change(features, {k: v[:, 0] for k, v in jax.jit(single)(IMAGE[:, None]).items()}) < 1e-4
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 5), (14, 14), (20, 17)])
 def test_positions_are_interpolated_linearly_where_they_are_linear(rows, columns):
     y, x = np.meshgrid(np.arange(14) + 0.5, np.arange(14) + 0.5, indexing="ij")
     table = np.concatenate([[[7.0, 8.0]], np.stack([y, x], -1).reshape(-1, 2)]).astype(np.float32)[None]
-    found = np.asarray(transformer.resample(jnp.asarray(table), 1, (rows, columns)))[0]
-    np.testing.assert_array_equal(found[0], [7, 8])
-    found = found[1:].reshape(rows, columns, 2)
+    resampled = np.asarray(transformer.resample(jnp.asarray(table), 1, (rows, columns)))[0]
+    np.testing.assert_array_equal(resampled[0], [7, 8])
+    grid = resampled[1:].reshape(rows, columns, 2)
     middle, column = rows // 2, columns // 2
-    np.testing.assert_allclose(found[middle, column, 0], (middle + 0.5) * 14 / rows, rtol=1e-4)
-    np.testing.assert_allclose(found[middle, column, 1], (column + 0.5) * 14 / columns, rtol=1e-4)
+    np.testing.assert_allclose(grid[middle, column, 0], (middle + 0.5) * 14 / rows, rtol=1e-4)
+    np.testing.assert_allclose(grid[middle, column, 1], (column + 0.5) * 14 / columns, rtol=1e-4)
 
 
 def test_image_sizes_must_be_multiples_of_the_patch(whole):
@@ -85,19 +86,19 @@ def test_image_sizes_must_be_multiples_of_the_patch(whole):
 
 
 def test_bfloat16_is_near_float32(whole, tmp_path):
-    for name, (tensors, found) in whole.items():
+    for name, (tensors, features) in whole.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
         frozen = load(name, tmp_path / f"{name}.safetensors", jnp.bfloat16)
         half = jax.jit(backbone(name).apply, static_argnums=2)(frozen, IMAGE, LAYERS)
-        for layer, exact in found.items():
+        for layer, exact in features.items():
             assert half[layer].dtype == jnp.float32
             assert 1e-5 < jnp.sqrt(jnp.mean((exact - half[layer]) ** 2) / jnp.mean(exact**2)) < 0.05
 
 
 def test_the_deepest_blocks_may_be_missing(whole):
-    beyond = {"head.weight": np.ones((1000, 192)), "blocks_token_only.0.attn.q.weight": np.ones((192, 192))}
-    for name, (tensors, found) in whole.items():
-        assert largest_change(found, maps(name, tensors | beyond)) == 0
+    ignored = {"head.weight": np.ones((1000, 192)), "blocks_token_only.0.attn.q.weight": np.ones((192, 192))}
+    for name, (tensors, features) in whole.items():
+        assert largest_change(features, maps(name, tensors | ignored)) == 0
         with pytest.raises(ValueError, match=rf"{name} hold only the stages blocks.0, blocks.1, got .*blocks.2"):
             maps(name, tensors, layers=("blocks.2",))
 
@@ -129,8 +130,8 @@ def test_weights_of_another_architecture_are_refused(whole, name, change, messag
 
 
 def test_default_layers_are_those_of_fastflow():
-    wanted = {DEIT: 7, "deit_base_distilled_patch16_384": 7, CAIT: 20, "cait_s36_384": 30, "cait_m48_448": 40}
-    for name, block in wanted.items():
+    expected = {DEIT: 7, "deit_base_distilled_patch16_384": 7, CAIT: 20, "cait_s36_384": 30, "cait_m48_448": 40}
+    for name, block in expected.items():
         network = backbone(name)
         assert network.pyramid_layers == network.patch_layers == (f"blocks.{block}",)
 
@@ -138,7 +139,7 @@ def test_default_layers_are_those_of_fastflow():
 def test_random_weights_are_of_the_right_shapes_and_scales():
     network = backbone(DEIT)
     params = jax.eval_shape(network.init, jax.random.key(0))["params"]
-    assert jax.tree.map(lambda leaf: leaf.shape, params) == networks.shapes(DEIT)
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes_of(DEIT)
     some = jax.jit(lambda key: [network.init(key)["params"][m] for m in ("norm", "blocks.0.mlp.fc1")])
     norm, dense = some(jax.random.key(0))
     assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()

@@ -1,4 +1,4 @@
-"""Weight files: fetching from a server on loopback, importing, finding, reading, and every refusal."""
+"""Weight files: fetching from a server on loopback, importing, finding, reading, and all errors."""
 
 import hashlib
 import http.server
@@ -13,17 +13,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxad import backbones
-from jaxad.backbones import networks, registry, resnet, weights
+from jaxad.backbones import registry, resnet, weights
 
 from .make_golden import synthetic
+from .shapes import shapes_of
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()
-NAME = "resnet34.tv_in1k"  # no sha256 in the registry: the server's is verified
+NAME = "resnet34.tv_in1k"  # the registry has no sha256 of it, so that of the server is verified
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Redirects to its files and states their sha256 as the model hub does; breaks off as often as it is told to."""
+    """Redirects to its files and states their sha256 like the model hub; truncates as many answers as `truncations`."""
 
     daemon_threads = True
 
@@ -91,19 +92,19 @@ def names(folder):
 
 
 def test_fetch_downloads_once_and_checks_the_sha256_of_the_hub(hub, cache):
-    seen = []
-    path = backbones.fetch("resnet34", lambda done, total: seen.append((done, total)))
+    reports = []
+    path = backbones.fetch("resnet34", lambda done, total: reports.append((done, total)))
     assert path == cache / f"{NAME}.safetensors"
     assert path.read_bytes() == BODY
     assert (cache / f"{NAME}.sha256").read_text() == f"{DIGEST}  {NAME}.safetensors\n"
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert seen[-1] == (len(BODY), len(BODY))
+    assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+    assert reports[-1] == (len(BODY), len(BODY))
     assert backbones.fetch(NAME) == path
     assert hub.ranges == [None]
     assert names(cache) == [f"{NAME}.safetensors", f"{NAME}.sha256"]
 
 
-def test_the_sha256_of_the_registry_comes_before_the_servers(hub, cache, monkeypatch):
+def test_the_sha256_of_the_registry_takes_precedence(hub, cache, monkeypatch):
     entry = registry.ENTRIES[NAME]._replace(sha256=DIGEST)
     monkeypatch.setitem(registry.ENTRIES, NAME, entry)
     hub.digest = "0" * 64
@@ -116,7 +117,7 @@ def test_a_truncated_body_is_resumed(hub, cache):
     assert hub.ranges == [None, "bytes=1000001-"]
 
 
-def test_a_server_that_keeps_breaking_off_leaves_what_the_next_run_resumes(hub, cache):
+def test_the_next_run_resumes_what_a_failing_server_has_sent(hub, cache):
     hub.truncations = [1_000, 1_000, 1_000]
     with pytest.raises(ConnectionError, match=r"broke off after 3000 of 3000000 bytes.*run again to resume"):
         backbones.fetch(NAME)
@@ -131,7 +132,7 @@ def test_a_server_without_ranges_starts_over(hub, cache):
     assert backbones.fetch(NAME).read_bytes() == BODY
 
 
-def test_a_partial_file_that_is_whole_already_is_only_checked(hub, cache):
+def test_a_complete_partial_file_is_only_checked(hub, cache):
     cache.mkdir()
     (cache / f"{NAME}.safetensors.part").write_bytes(BODY)
     assert backbones.fetch(NAME).read_bytes() == BODY
@@ -150,16 +151,16 @@ def test_an_abandoned_partial_file_is_taken_over_and_a_live_one_is_not(hub, cach
     assert not abandoned.exists()
 
 
-def test_several_at_once_do_not_disturb_each_other(hub, cache):
+def test_concurrent_fetches_do_not_interfere(hub, cache):
     hub.pause = 0.2
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(backbones.fetch(NAME))) for _ in range(3)]
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(backbones.fetch(NAME))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(hub.ranges) > 1
-    assert [path.read_bytes() == BODY for path in found] == [True] * 3
+    assert [path.read_bytes() == BODY for path in paths] == [True] * 3
     assert names(cache) == [f"{NAME}.safetensors", f"{NAME}.sha256"]
 
 
@@ -178,7 +179,7 @@ def test_a_wrong_or_unknown_sha256_leaves_nothing(hub, cache, name, digest, mess
     assert names(cache) == []
 
 
-def test_a_file_that_the_server_lacks(hub, cache):
+def test_a_file_that_the_server_does_not_have(hub, cache):
     with pytest.raises(FileNotFoundError, match=r"HTTP 404.*jaxad weights import FILE"):
         backbones.fetch("resnet50")
     assert names(cache) == []
@@ -218,12 +219,11 @@ def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
 
 def partial(architecture="resnet18", deepest="layer1", dtype=np.float32):
     """A random checkpoint up to that stage."""
-    kernels = {module: leaves["kernel"] for module, leaves in networks.shapes(architecture).items()}
-    wanted = {}
-    for module, kernel in kernels.items():
+    shapes = {}
+    for module, leaves in shapes_of(architecture).items():
         if module == "conv1" or module.split(".")[0] <= deepest:
-            wanted |= resnet.source(module).shapes(kernel)
-    return {key: synthetic(key, shape).astype(dtype) for key, shape in wanted.items()}
+            shapes |= resnet.source(module).shapes(leaves["kernel"])
+    return {key: synthetic(key, shape).astype(dtype) for key, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -270,8 +270,8 @@ def test_load_prefers_the_file_then_the_cache_then_the_package(cache, tmp_path, 
         save_file(
             partial() | {"bn1.bias": np.full(64, value + 100, np.float32)}, place / "resnet18.tv_in1k.safetensors"
         )
-    for value, given in ((102, tmp_path / "resnet18.tv_in1k.safetensors"), (101, None)):
-        assert backbones.load("resnet18", given)["params"]["conv1"]["bias"].mean() == pytest.approx(value, abs=1)
+    for value, file in ((102, tmp_path / "resnet18.tv_in1k.safetensors"), (101, None)):
+        assert backbones.load("resnet18", file)["params"]["conv1"]["bias"].mean() == pytest.approx(value, abs=1)
     (cache / "resnet18.tv_in1k.safetensors").unlink()
     assert backbones.load("resnet18")["params"]["conv1"]["bias"].mean() == pytest.approx(100, abs=1)
     row = next(row for row in backbones.available() if row.name == "resnet18.tv_in1k")
@@ -291,12 +291,12 @@ def test_available_lists_every_set_once(cache):
     assert (row.state, row.path) == ("cached", cache / "resnet50.tv_in1k.safetensors")
 
 
-def test_the_embedded_network_reads_its_own_half_precision_file(tmp_path):
+def test_the_embedded_network_reads_its_half_precision_file(tmp_path):
     params = jax.tree.map(np.asarray, backbones.backbone("pdn_small").init(jax.random.key(0))["params"])
     flat = {f"{m}.{leaf}": v.astype(np.float16) for m, leaves in params.items() for leaf, v in leaves.items()}
     save_file(flat, tmp_path / "pdn_small.safetensors")
     frozen = backbones.load("pdn_small", tmp_path / "pdn_small.safetensors")
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-3), frozen["params"], params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), frozen["params"], params)
     save_file(flat | {"head.bias": np.ones(3, np.float16)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"needs the tensor head.bias of shape \(384,\), got \(3,\)"):
         backbones.load("pdn_small", tmp_path / "other.safetensors")
@@ -333,9 +333,9 @@ def test_weights_of_another_architecture_are_refused(cache, tmp_path, change, me
     tensors = {key: value for key, value in (partial() | change).items() if value is not None}
     file = tmp_path / "other.safetensors"
     save_file(tensors, file)
-    for use in (backbones.load, lambda name, path: backbones.import_file(path, name)):
+    for read in (backbones.load, lambda name, path: backbones.import_file(path, name)):
         with pytest.raises(ValueError, match=f"{file.name} does not fit: resnet18.* {message}"):
-            use("resnet18", file)
+            read("resnet18", file)
     assert not cache.exists()
 
 
@@ -375,7 +375,7 @@ def test_a_file_of_another_variant_is_refused(tmp_path):
 
 
 def test_levels_are_divided_whatever_the_weights_were_trained_with():
-    """Caffe's were not: its first convolution takes the factor, which leaves what it gives as it is."""
+    """Caffe's levels were not divided: the first kernel is multiplied instead, so its outputs stay the same."""
     caffe, plain = (backbones.backbone(name).fold(partial("resnet50")) for name in ("resnet50.caffe_in1k", "resnet50"))
     np.testing.assert_array_equal(caffe["std"], plain["std"])
     kernel, expected = (frozen["params"]["conv1"]["kernel"] for frozen in (caffe, plain))

@@ -1,4 +1,4 @@
-"""The repeated block against its formula, written out in numpy (FrEIA's AllInOneBlock)."""
+"""The affine block against its formula in numpy (FrEIA's AllInOneBlock)."""
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,17 @@ def test_the_formula():
 
     raw = 0.1 * (x[:, :3] @ weight)
     log_scale = clamp * np.tanh(raw[:, :2] / clamp)
-    moved = np.concatenate([x[:, :3], x[:, 3:] * np.exp(log_scale) + raw[:, 2:]], 1)
+    transformed = np.concatenate([x[:, :3], x[:, 3:] * np.exp(log_scale) + raw[:, 2:]], 1)
     softplus = 2 * np.log1p(np.exp((8 + scale) / 2))
-    np.testing.assert_allclose(y, (moved * 0.1 * softplus + shift)[:, index], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, (transformed * 0.1 * softplus + shift)[:, index], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(log_det, log_scale.sum(1) + np.log(0.1 * softplus).sum(), rtol=1e-4, atol=1e-5)
 
 
-def test_it_begins_with_scale_1_and_shift_0():
+def test_a_block_starts_with_scale_1_and_shift_0():
     params = block_params(None, 4)
-    mix = Invertible1x1(jnp.eye(4), 1, orthogonal=True)
+    identity = Invertible1x1(jnp.eye(4), 1, orthogonal=True)
     x = jax.random.normal(jax.random.key(0), (3, 4))
-    block = affine_block(params, lambda half: jnp.zeros((3, 4)), mix, clamp=1.0, event_ndims=1)
+    block = affine_block(params, lambda half: jnp.zeros((3, 4)), identity, clamp=1.0, event_ndims=1)
     y, log_det = block.forward_and_log_det(x)
     np.testing.assert_allclose(y, x, rtol=1e-5)
     np.testing.assert_allclose(log_det, 0, atol=1e-5)

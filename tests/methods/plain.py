@@ -1,4 +1,4 @@
-"""The layers of networks as loops and products of numpy, in float64: what networks of flax are compared with."""
+"""The layers of networks in plain numpy and float64, to compare flax networks with."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from jaxad.ops.heatmap import resize_matrix
 
 
 def randomized(variables: Any, seed: int) -> Any:
-    """Parameters and statistics that differ everywhere, variances above 0."""
+    """Random parameters and statistics of the same shapes; variances and scales are above 0."""
     random = np.random.default_rng(seed)
 
-    def drawn(path: Any, leaf: jax.Array) -> np.ndarray:
+    def draw(path: Any, leaf: jax.Array) -> np.ndarray:
         x = random.normal(0, max(leaf.size, 2) ** -0.25, leaf.shape)
         return (np.abs(x) + 0.5 if path[-1].key in ("var", "scale") else x).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(drawn, variables)
+    return jax.tree_util.tree_map_with_path(draw, variables)
 
 
 def relu(x: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def conv(x: np.ndarray, params: Any, stride: int = 1) -> np.ndarray:
-    """A convolution whose zeros around the image are half of its kernel."""
+    """A convolution padded with zeros by half of its kernel."""
     kernel = np.asarray(params["kernel"], np.float64)
     half = kernel.shape[0] // 2
     padded = np.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
@@ -37,27 +37,27 @@ def conv(x: np.ndarray, params: Any, stride: int = 1) -> np.ndarray:
 
 
 def transposed(x: np.ndarray, params: Any) -> np.ndarray:
-    """Its kernel added at every second pixel: torch's of stride 2, padding of half the kernel, output padding of 1."""
+    """Torch's transposed convolution with stride 2, padding of half the kernel and output padding of 1."""
     kernel = np.asarray(params["kernel"], np.float64)
     (b, h, w, _), k = x.shape, kernel.shape[0]
-    found = np.zeros((b, 2 * h + 2 * k, 2 * w + 2 * k, kernel.shape[-1]))
+    output = np.zeros((b, 2 * h + 2 * k, 2 * w + 2 * k, kernel.shape[-1]))
     for i, j in np.ndindex(h, w):
-        top, left = (k + 2 * at - k // 2 for at in (i, j))
-        found[:, top : top + k, left : left + k] += np.einsum("bc,ijcf->bijf", x[:, i, j], kernel[::-1, ::-1])
-    return found[:, k:-k, k:-k]
+        top, left = (k + 2 * index - k // 2 for index in (i, j))
+        output[:, top : top + k, left : left + k] += np.einsum("bc,ijcf->bijf", x[:, i, j], kernel[::-1, ::-1])
+    return output[:, k:-k, k:-k]
 
 
-def norm(x: np.ndarray, params: Any, running: Any) -> np.ndarray:
-    """Batch norm by running statistics."""
-    p, r = ({k: np.asarray(v, np.float64) for k, v in part["norm"].items()} for part in (params, running))
-    return (x - r["mean"]) / np.sqrt(r["var"] + 1e-5) * p["scale"] + p["bias"]
+def norm(x: np.ndarray, params: Any, stats: Any) -> np.ndarray:
+    """Batch norm with running statistics."""
+    p, s = ({k: np.asarray(v, np.float64) for k, v in part["norm"].items()} for part in (params, stats))
+    return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
 
 
-def conv_norm(x: np.ndarray, params: Any, running: Any, stride: int = 1) -> np.ndarray:
-    return norm(conv(x, params["conv"], stride), params, running)
+def conv_norm(x: np.ndarray, params: Any, stats: Any, stride: int = 1) -> np.ndarray:
+    return norm(conv(x, params["conv"], stride), params, stats)
 
 
 def doubled(x: np.ndarray) -> np.ndarray:
-    """Bilinear upsampling."""
+    """Bilinear upsampling to twice the size."""
     rows, columns = (resize_matrix(n, 2 * n) for n in x.shape[1:3])
     return np.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns)

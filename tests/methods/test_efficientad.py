@@ -1,4 +1,4 @@
-"""EfficientAD: hard loss, autoencoder, what is held out, the scale of the maps, and the penalty."""
+"""EfficientAD: the loss and its parts, the autoencoder, held-out images, the scale of the maps, and the penalty."""
 
 import shutil
 
@@ -16,21 +16,30 @@ from jaxad import Detector
 from jaxad.backbones import backbone, features, normalize, stride, student
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.driver.fit import fit, score_all
-from jaxad.methods.efficientad import Autoencoder, described, draw_photographs, efficientad, hard_mean, jitter, mixing
+from jaxad.driver.fit import fit
+from jaxad.driver.scoring import score_all
+from jaxad.methods.efficientad import (
+    Autoencoder,
+    draw_photographs,
+    efficientad,
+    hard_mean,
+    jitter,
+    rotation,
+    teacher_features,
+)
 from jaxad.ops.heatmap import upsample_blur
-from jaxad.training.holdout import held_out, learned_from
-from tests.cases import TINY
+from jaxad.training.holdout import holdout_rows, training_rows
+from tests.tiny import TINY_PDN
 
 KEY = jax.random.key(0)
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
-NAME = TINY[1]
-SMALL = dict(backbone=NAME, image_size=(64, 64), epochs=2, train_batch_size=4, learning_rate=1e-3)
+PHOTOGRAPHS = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
+SMALL = dict(backbone=TINY_PDN, image_size=(64, 64), epochs=2, train_batch_size=4, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    return backbone(NAME).init(jax.random.key(1))
+    return TINY_PDN.init(jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
@@ -39,96 +48,102 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def alone(frozen, data):
+def fitted(frozen, data):
     """A fit without photographs."""
     return fit(efficientad(**SMALL, penalty=False), frozen, data, KEY)
 
 
 @given(st.integers(1, 3), st.integers(1, 400), st.sampled_from([0.0, 0.5, 0.9, 0.999]))
 @settings(deadline=None)
-def test_hard_loss_is_the_mean_above_the_quantile(b, n, share):
+def test_hard_loss_is_the_mean_above_the_quantile(b, n, quantile):
     errors = np.random.default_rng(n).random((b, n, 1, 1), np.float32)
     flat = errors.reshape(b, n)
-    threshold = np.quantile(flat, share, axis=1, keepdims=True)
+    threshold = np.quantile(flat, quantile, axis=1, keepdims=True)
     expected = [row[row >= t].mean() for row, t in zip(flat, threshold, strict=True)]
-    np.testing.assert_allclose(hard_mean(jnp.asarray(errors), share), expected, rtol=1e-4)
+    np.testing.assert_allclose(hard_mean(jnp.asarray(errors), quantile), expected, rtol=1e-4)
 
 
 def test_autoencoder_has_the_published_kernels_at_256_px():
-    made = jax.eval_shape(Autoencoder((56, 56), 384, 4).init, KEY, jnp.zeros((1, 256, 256, 3)), None)
-    kernels = [made["params"][f"Conv_{i}"]["kernel"].shape for i in range(len(made["params"]))]
+    params = jax.eval_shape(Autoencoder((56, 56), 384, 4).init, KEY, jnp.zeros((1, 256, 256, 3)), None)["params"]
+    kernels = [params[f"Conv_{i}"]["kernel"].shape for i in range(len(params))]
     encoder = [(4, 4, 3, 32), (4, 4, 32, 32), (4, 4, 32, 64), (4, 4, 64, 64), (4, 4, 64, 64), (8, 8, 64, 64)]
     assert kernels == [*encoder, *[(4, 4, 64, 64)] * 6, (3, 3, 64, 64), (3, 3, 64, 384)]
 
 
 @pytest.mark.parametrize(("name", "pixels"), [("efficientad_small", 4), ("efficientad_medium", 4), ("pdn_small", 8)])
-def test_strides_are_told_without_padding(name, pixels):
-    network = backbone(name)
-    assert stride(network, network.stages[-1]) == pixels
+def test_stride_does_not_depend_on_padding(name, pixels):
+    assert stride(name, backbone(name).stages[-1]) == pixels
 
 
-def test_the_student_of_the_medium_network_is_twice_as_wide_where_it_describes():
-    made = jax.eval_shape(student("efficientad_medium", ("head",), copies=2).init, KEY)
-    assert [made["params"][f"conv{i}"]["kernel"].shape[-1] for i in range(1, 7)] == [256, 512, 512, 512, 768, 768]
+def test_the_student_of_the_medium_network_has_twice_the_channels_at_its_end():
+    params, _ = jax.eval_shape(student("efficientad_medium", ("head",), copies=2).init, KEY)
+    assert [params[f"conv{i}"]["kernel"].shape[-1] for i in range(1, 7)] == [256, 512, 512, 512, 768, 768]
 
 
-def test_other_backbones_are_refused():
+def test_other_backbones_are_rejected():
     with pytest.raises(ValueError, match=r"must be pdn_small, efficientad_small .* got resnet18"):
         efficientad(backbone="resnet18")
 
 
-@pytest.mark.parametrize(("grid", "apart"), [((56, 56), 4), ((32, 32), 8)])
-def test_autoencoder_gives_the_teachers_grid(grid, apart):
+@pytest.mark.parametrize(("grid", "step"), [((56, 56), 4), ((32, 32), 8)])
+def test_autoencoder_has_the_grid_of_the_teacher(grid, step):
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    found, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8, apart).init_with_output(KEY, image, KEY), image)
-    assert found.shape == (2, *grid, 8)
+    maps, _ = jax.eval_shape(lambda image: Autoencoder(grid, 8, step).init_with_output(KEY, image, KEY), image)
+    assert maps.shape == (2, *grid, 8)
 
 
 def test_jitter_changes_one_property_by_a_fifth_at_most():
     image = jnp.asarray(IMAGES, jnp.float32) / 255
-    found = jax.jit(jitter)(KEY, image)
-    assert float(found.min()) >= 0 and float(found.max()) <= 1
-    change = np.abs(np.asarray(found - image)).max((1, 2, 3))
+    jittered = jax.jit(jitter)(KEY, image)
+    assert float(jittered.min()) >= 0 and float(jittered.max()) <= 1
+    change = np.abs(np.asarray(jittered - image)).max((1, 2, 3))
     assert (change > 0).all() and (change <= 0.2 + 1e-6).all()
-    gray = np.asarray(image * 0 + 0.5)
-    kept = np.asarray(jax.jit(jitter)(KEY, jnp.asarray(gray)))
-    scaled = np.abs(kept - gray).max((1, 2, 3)) > 1e-6  # only brightness changes a plain gray image
-    assert scaled.any() and not scaled.all()
+    gray = np.full(image.shape, 0.5, np.float32)
+    changed = np.abs(np.asarray(jax.jit(jitter)(KEY, gray)) - gray).max((1, 2, 3)) > 1e-6
+    assert changed.any() and not changed.all()  # only brightness changes a plain gray image
 
 
 @given(st.integers(1, 300))
-def test_images_are_held_out_or_learned_from(n):
-    out, rest = held_out(n), learned_from(n)
-    assert len(out) and len(rest)
+def test_images_are_held_out_or_trained_on(n):
+    held_out, rest = holdout_rows(n), training_rows(n)
+    assert len(held_out) and len(rest)
     if n > 1:
-        assert sorted([*out, *rest]) == list(range(n))
+        assert sorted([*held_out, *rest]) == list(range(n))
 
 
-def test_channels_are_standardized_by_the_images_that_teach(frozen, alone):
-    found = jax.jit(features(NAME, ("head",)))(frozen, IMAGES[learned_from(12)])["head"]
-    found = np.asarray(found, np.float64)
-    np.testing.assert_allclose(alone.state.mean, found.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(alone.state.deviation, found.std((0, 1, 2)), rtol=1e-4)
+def test_channels_are_standardized_by_the_training_images(frozen, fitted):
+    maps = jax.jit(features(TINY_PDN, ("head",)))(frozen, IMAGES[training_rows(12)])["head"]
+    maps = np.asarray(maps, np.float64)
+    np.testing.assert_allclose(fitted.state.mean, maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fitted.state.deviation, maps.std((0, 1, 2)), rtol=1e-4)
 
 
-def maps_of(frozen, state, images):
-    """Both maps of squared errors, in numpy from the networks' outputs."""
-    x = jax.jit(features(NAME, ("head",)))(frozen, images)["head"]
+def student_maps(frozen, params, images):
+    learner = student(TINY_PDN, ("head",), copies=2)
+    maps, _ = jax.jit(learner.apply, static_argnums=4)(params["student"], {}, frozen, images, False)
+    return maps["head"]
+
+
+def decoded(frozen, params, images, dropout=None):
+    images, variables = normalize(frozen, jnp.asarray(images), jnp.float32), {"params": params["autoencoder"]}
+    return np.asarray(jax.jit(Autoencoder((8, 8), 384, 4).apply)(variables, images, dropout))
+
+
+def errors_of(frozen, state, images):
+    """Both maps of squared errors, in numpy from the outputs of the networks."""
+    x = jax.jit(features(TINY_PDN, ("head",)))(frozen, images)["head"]
     teacher = (np.asarray(x) - np.asarray(state.mean)) / np.asarray(state.deviation)
-    learner = student(NAME, ("head",), copies=2)
-    found = np.asarray(jax.jit(learner.apply)(state.params["student"], frozen, images, None)[0]["head"])
-    decoder, normalized = Autoencoder((8, 8), 384, 4), normalize(frozen, jnp.asarray(images), jnp.float32)
-    decoded = np.asarray(jax.jit(decoder.apply, static_argnums=2)(state.params["autoencoder"], normalized, None))
-    own, second = np.split(found, 2, axis=-1)
-    return np.stack([((teacher - own) ** 2).mean(-1), ((decoded - second) ** 2).mean(-1)], -1)
+    first, second = np.split(np.asarray(student_maps(frozen, state.params, images)), 2, axis=-1)
+    reconstruction = decoded(frozen, state.params, images)
+    return np.stack([((teacher - first) ** 2).mean(-1), ((reconstruction - second) ** 2).mean(-1)], -1)
 
 
-def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen, data, alone):
-    state = alone.state
-    normal = maps_of(frozen, state, IMAGES[held_out(12)])
+def test_quantiles_of_held_out_images_scale_the_heat_map(frozen, data, fitted):
+    state = fitted.state
+    normal = errors_of(frozen, state, IMAGES[holdout_rows(12)])
     np.testing.assert_allclose(state.low, np.quantile(normal, 0.9, (0, 1, 2)), rtol=1e-3)
     np.testing.assert_allclose(state.high, np.quantile(normal, 0.995, (0, 1, 2)), rtol=1e-3)
-    scaled = (0.1 * (maps_of(frozen, state, IMAGES) - state.low) / (state.high - state.low)).mean(-1)
+    scaled = (0.1 * (errors_of(frozen, state, IMAGES) - state.low) / (state.high - state.low)).mean(-1)
     expected = np.asarray(upsample_blur(jnp.pad(scaled, ((0, 0), (4, 4), (4, 4))), (64, 64), 0.0))
     scores = score_all(efficientad(**SMALL, penalty=False), state, frozen, data)
     np.testing.assert_allclose(scores.pixel, expected, rtol=1e-2, atol=1e-3)
@@ -136,109 +151,107 @@ def test_quantiles_are_those_of_held_out_images_and_scale_the_heat_map(frozen, d
 
 
 def test_training_step(frozen):
-    """The loss, in which all four terms are, and the rate that drops in the last twentieth of the steps."""
-    method, photographs = efficientad(**SMALL), np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    frozen = frozen | {"auxiliary": photographs}
-    x, valid = jax.jit(method.embed)(frozen, IMAGES[:4]), np.array([True, True, False, True])
-
-    def batch(progress):
-        return Batch(x, jnp.asarray(valid), jnp.zeros(4, jnp.int32), None, jnp.arange(4), jnp.float32(progress))
-
-    measured, _ = jax.jit(method.stages[0].update)(KEY, method.init(KEY, frozen, x), frozen, batch(0))
-    state = method.stages[0].finalize(KEY, measured, frozen)
-    update = jax.jit(method.stages[1].update)
-    (early, metrics), (late, _) = (update(KEY, state, frozen, batch(progress)) for progress in (0.94, 0.96))
-    before, early, late = (ravel_pytree(s.trained.params)[0] for s in (state, early, late))
+    """The loss with all four terms, and the learning rate that drops in the last twentieth of the steps."""
+    method, images = efficientad(**SMALL), IMAGES[:4]
+    x = jax.jit(method.embed)(frozen, images)
+    photographs = jnp.asarray(PHOTOGRAPHS)
+    batch = Batch(x, jnp.ones(4, bool), jnp.zeros(4, jnp.int32), None, jnp.arange(4), auxiliary=photographs)
+    measure, train, _ = method.stages
+    moments, _ = jax.jit(measure.update)(KEY, measure.init(KEY, None, frozen, x), frozen, batch)
+    training = jax.jit(lambda m: train.init(KEY, measure.finalize(KEY, m, frozen), frozen, x))(moments)
+    update = jax.jit(train.update)
+    (early, metrics), (late, _) = (
+        update(KEY, training, frozen, batch._replace(progress=jnp.float32(progress))) for progress in (0.94, 0.96)
+    )
+    before, early, late = (ravel_pytree(t.model.params)[0] for t in (training, early, late))
     np.testing.assert_allclose(late - before, 0.1 * (early - before), atol=1e-6)
 
-    keys, image = jax.random.split(KEY, 3), jnp.asarray(IMAGES[:4] * valid[:, None, None, None], jnp.float32) / 255
-    seen = [image, jitter(keys[0], image), draw_photographs(keys[1], jnp.asarray(photographs), 4)]
-    teacher = jax.jit(lambda image: backbone(NAME).apply(frozen, image, ("head",))["head"])
-    learner, shown = student(NAME, ("head",), copies=2), jnp.concatenate(seen)
-    found = learner.apply(state.trained.params["student"], frozen, shown, None)
-    own, changed, foreign = np.split(np.asarray(found[0]["head"], np.float64), 3)
-    decoder = Autoencoder((8, 8), 384, 4)
-    decoded = decoder.apply(state.trained.params["autoencoder"], normalize(frozen, seen[1], jnp.float32), keys[2])
-    first, second = (
-        (np.asarray(teacher(image)) - np.asarray(state.mean)) / np.asarray(state.deviation) for image in seen[:2]
+    model, keys, image = training.model, jax.random.split(KEY, 3), jnp.asarray(images, jnp.float32) / 255
+    jittered = jitter(keys[0], image)
+    shown = jnp.concatenate([image, jittered, draw_photographs(keys[1], photographs, 4)])
+    outputs = np.asarray(student_maps(frozen, model.params, shown), np.float64)
+    of_image, of_jittered, of_photograph = np.split(outputs, 3)
+    reconstruction = decoded(frozen, model.params, jittered, keys[2])
+    teacher = jax.jit(lambda image: TINY_PDN.apply(frozen, image, ("head",))["head"])
+    target, target_of_jittered = (
+        (np.asarray(teacher(image)) - np.asarray(model.mean)) / np.asarray(model.deviation)
+        for image in (image, jittered)
     )
     losses = []
-    for i in np.flatnonzero(valid):
-        errors = (first[i] - own[i, ..., :384]) ** 2
+    for i in range(4):
+        errors = (target[i] - of_image[i, ..., :384]) ** 2
         hard = errors[errors >= np.quantile(errors, 0.999)].mean()
-        branch = ((second[i] - decoded[i]) ** 2).mean() + ((decoded[i] - changed[i, ..., 384:]) ** 2).mean()
-        losses.append(hard + branch + (foreign[i, ..., :384] ** 2).mean())
+        autoencoder = ((target_of_jittered[i] - reconstruction[i]) ** 2).mean()
+        second = ((reconstruction[i] - of_jittered[i, ..., 384:]) ** 2).mean()
+        losses.append(hard + autoencoder + second + (of_photograph[i, ..., :384] ** 2).mean())
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-3)
 
 
-def test_mixed_principal_components_are_of_one_scale_and_as_far_apart():
-    turn = mixing(384)
-    np.testing.assert_allclose(turn @ turn.T, np.eye(384), atol=1e-5)
+def test_rotated_principal_components_have_one_scale_and_the_same_distances():
+    matrix = rotation(384)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(384), atol=1e-5)
     variance = 0.95 ** np.arange(384)
-    mixed = turn.T**2 @ variance
-    assert variance.max() > 1e8 * variance.min() and mixed.max() < 6 * mixed.min()
+    rotated = matrix.T**2 @ variance
+    assert variance.max() > 1e8 * variance.min() and rotated.max() < 6 * rotated.min()
 
 
-def test_borders_of_the_embedded_network_are_described_like_the_middle():
-    """A pattern that repeats, and so continues in its mirror image, is described everywhere as in a larger image."""
-    frozen = backbone("pdn_small").init(KEY)
+def test_the_embedded_network_describes_borders_like_the_middle():
+    """A periodic pattern, continued by its mirror image, has the same features everywhere as in a larger image."""
+    network = backbone("pdn_small")
+    frozen = network.init(KEY)
     tile = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     tile = np.concatenate([tile, tile[::-1]])
     tile = np.concatenate([tile, tile[:, ::-1]], 1)
     image = jnp.asarray(np.tile(tile, (8, 8, 1))[None])
-    teacher = jax.jit(features("pdn_small", ("layer3",)))
-    found = np.asarray(jax.jit(described("pdn_small", "layer3"))(frozen, image)["layer3"]) @ mixing(384).T
-    assert found.shape == (1, 4, 4, 384)
+    teacher = jax.jit(features(network, ("layer3",)))
+    maps = np.asarray(jax.jit(teacher_features(network, "layer3"))(frozen, image)["layer3"]) @ rotation(384).T
+    assert maps.shape == (1, 4, 4, 384)
     middle = np.asarray(teacher(frozen, jnp.tile(image, (1, 3, 3, 1)))["layer3"])[:, 10:14, 10:14]
-    np.testing.assert_allclose(found, middle, rtol=1e-3, atol=1e-4)
-    raw = np.asarray(teacher(frozen, image)["layer3"])
-    assert np.abs(raw[:, 0] - raw[:, 4]).max() > 0.1 * np.abs(raw).max()
+    np.testing.assert_allclose(maps, middle, rtol=1e-3, atol=1e-4)
+    padded = np.asarray(teacher(frozen, image)["layer3"])
+    assert np.abs(padded[:, 0] - padded[:, 4]).max() > 0.1 * np.abs(padded).max()
 
 
 @pytest.mark.parametrize("name", ["efficientad_small", "pdn_small"])
-def test_a_border_of_16_px_is_not_described(name):
-    frozen, image = jax.eval_shape(backbone(name).init, KEY), jax.ShapeDtypeStruct((1, 256, 128, 3), jnp.uint8)
-    network = backbone(name)
-    found = jax.eval_shape(described(name, network.stages[-1]), frozen, image)[network.stages[-1]]
-    apart = stride(network, network.stages[-1])
-    assert found.shape[1:3] == ((256 - 32) // apart, (128 - 32) // apart)
+def test_a_border_of_16_px_has_no_features(name):
+    network, image = backbone(name), jax.ShapeDtypeStruct((1, 256, 128, 3), jnp.uint8)
+    layer, frozen = network.stages[-1], jax.eval_shape(network.init, KEY)
+    maps = jax.eval_shape(teacher_features(network, layer), frozen, image)[layer]
+    step = stride(network, layer)
+    assert maps.shape[1:3] == ((256 - 32) // step, (128 - 32) // step)
 
 
-def test_images_smaller_than_two_patches_are_refused():
-    with pytest.raises(ValueError, match=r"image_size must be 64 or more, .* got \(64, 32\)"):
+def test_images_smaller_than_two_patches_are_rejected():
+    with pytest.raises(ValueError, match=r"image_size must be 64 or more to have patches, got \(64, 32\)"):
         efficientad(image_size=(64, 32))
 
 
 def test_penalty_needs_photographs(frozen, data):
-    with pytest.raises(ValueError, match="penalty needs photographs of other things: give auxiliary"):
+    with pytest.raises(ValueError, match="learns from photographs of other things too: give them as auxiliary"):
         fit(efficientad(**SMALL), frozen, data, KEY)
 
 
-def test_a_detector_takes_photographs_from_a_folder_to_learn_but_not_to_score(tmp_path):
+def test_a_detector_needs_photographs_to_fit_but_not_to_predict(tmp_path):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for i, pixels in enumerate(IMAGES[:3]):
         Image.fromarray(pixels).save(photographs / f"{i}.png")
-    few = dict(image_size=64, holdout=0.5, epochs=1, train_batch_size=4)
-    with pytest.raises(ValueError, match="efficientad learns from photographs of other things too: give auxiliary"):
-        Detector("efficientad", **few).fit(IMAGES)
-    detector = Detector("efficientad", auxiliary=photographs, **few).fit(IMAGES)
-    assert detector.frozen["auxiliary"].shape == (3, 64, 64, 3)
+    options = dict(image_size=64, holdout=0.5, epochs=1, train_batch_size=4)
+    with pytest.raises(ValueError, match="learns from photographs of other things too: give"):
+        Detector("efficientad", **options).fit(IMAGES)
+    detector = Detector("efficientad", auxiliary=photographs, **options).fit(IMAGES)
     detector.save(tmp_path / "model")
     shutil.rmtree(photographs)
-    found = jaxad.load(tmp_path / "model").predict(IMAGES)
-    np.testing.assert_array_equal(found.pred_score, detector.predict(IMAGES).pred_score)
+    prediction = jaxad.load(tmp_path / "model").predict(IMAGES)
+    np.testing.assert_array_equal(prediction.pred_score, detector.predict(IMAGES).pred_score)
 
 
-def test_penalty_keeps_the_student_from_what_the_photographs_show(frozen, data, alone):
-    photographs = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    fitted = fit(efficientad(**SMALL), frozen | {"auxiliary": photographs}, data, KEY)
-    assert np.isfinite(fitted.metrics["loss"]).all()
-    assert fitted.metrics["loss"][0] > alone.metrics["loss"][0]
-    learner = student(NAME, ("head",), copies=2)
-
-    def shown(state):
-        maps = jax.jit(learner.apply)(state.params["student"], frozen, photographs, None)[0]["head"]
-        return float((maps[..., :384] ** 2).mean())
-
-    assert shown(fitted.state) < 0.95 * shown(alone.state)
+def test_penalty_lowers_the_student_on_photographs(frozen, data, fitted):
+    with_penalty = fit(efficientad(**SMALL), frozen, data, KEY, auxiliary=PHOTOGRAPHS)
+    assert np.isfinite(with_penalty.metrics["loss"]).all()
+    assert with_penalty.metrics["loss"][0] > fitted.metrics["loss"][0]
+    with_penalty, without = (
+        float((student_maps(frozen, state.params, PHOTOGRAPHS)[..., :384] ** 2).mean())
+        for state in (with_penalty.state, fitted.state)
+    )
+    assert with_penalty < 0.95 * without

@@ -1,4 +1,4 @@
-"""The flow methods: what their scores are made of, against numpy and scipy."""
+"""The methods of the family of flows: losses, scores and heat maps against numpy and scipy."""
 
 import inspect
 import re
@@ -15,10 +15,12 @@ from scipy.special import expit
 from jaxad.backbones import backbone
 from jaxad.base import Batch
 from jaxad.data import Preprocess, open_data
-from jaxad.driver.fit import NonFiniteLoss, fit
-from jaxad.methods.cflow import cflow, position_code, schedule
-from jaxad.methods.csflow import csflow, scales_of
-from jaxad.methods.differnet import DiffernetFlow, Embedded, angles, differnet, rotate
+from jaxad.driver.execution import Checkpoint, Execution
+from jaxad.driver.fit import fit
+from jaxad.driver.record import NonFiniteLoss
+from jaxad.methods.cflow import CflowState, cflow, position_encoding, warm_up_cosine
+from jaxad.methods.csflow import csflow, features_of_scales
+from jaxad.methods.differnet import DiffernetFlow, RotatedFeatures, angles, differnet, rotate
 from jaxad.methods.fastflow import fastflow
 
 KEY = jax.random.key(0)
@@ -37,32 +39,41 @@ def batch_of(x: Any, n: int, progress: float = 0.5) -> Batch:
     return Batch(x, jnp.ones(n, bool), zeros, None, jnp.arange(n, dtype=jnp.int32), jnp.float32(progress))
 
 
+def begin(method: Any, x: Any) -> Any:
+    """The training state before the first step."""
+    return method.stages[0].init(KEY, None, None, spec_of(x))
+
+
+def without_networks(training: Any) -> Any:
+    """The training state with networks whose output is zero."""
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if "subnet" in jax.tree_util.keystr(path) else leaf, training.model.params
+    )
+    return training._replace(model=training.model._replace(params=params))
+
+
 def train(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
-    """The state after some steps of the first stage, with their losses."""
-    state = method.init(KEY, None, spec_of(x))
+    """The model after some steps, and their losses."""
+    state = begin(method, x)
     update, losses = jax.jit(method.stages[0].update), []
     for step in range(steps):
         state, metrics = update(jax.random.fold_in(KEY, step), state, None, batch_of(x, n, step / steps))
         losses.append(float(metrics["loss"]))
-    return state, losses
+    return state.model, losses
 
 
 def test_fastflow_before_training():
     """A flow near the identity: the loss and the likelihoods are those of the normalized features."""
     method = fastflow(backbone="pdn_small", layers=("layer1",), image_size=(8, 8), flow_steps=2, epochs=1)
     x = {"layer1": 3 * normal(0, 4, 4, 4, 6) + 1}
-    state = method.init(KEY, None, spec_of(x))
-    quiet = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: 0 * leaf if "subnet" in jax.tree_util.keystr(path) else leaf, state.trained.params
-    )
-    state = state._replace(trained=state.trained._replace(params=quiet))
-    found = np.asarray(x["layer1"], np.float64)
-    mean, std = (f(found, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.std))
-    found = (found - mean) / np.sqrt(std**2 + 1e-5)
+    state = without_networks(begin(method, x))
+    features = np.asarray(x["layer1"], np.float64)
+    mean, std = (f(features, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.std))
+    features = (features - mean) / np.sqrt(std**2 + 1e-5)
     _, metrics = jax.jit(method.stages[0].update)(KEY, state, None, batch_of(x, 4))
-    np.testing.assert_allclose(metrics["loss"], 0.5 * (found**2).sum((1, 2, 3)).mean(), rtol=1e-4)
-    scores = jax.jit(method.score)(method.stages[0].finalize(KEY, state, None), None, x)
-    likelihood = np.exp(-0.5 * (found**2).mean(-1))
+    np.testing.assert_allclose(metrics["loss"], 0.5 * (features**2).sum((1, 2, 3)).mean(), rtol=1e-4)
+    scores = jax.jit(method.score)(state.model, None, x)
+    likelihood = np.exp(-0.5 * (features**2).mean(-1))
     corner = scores.pixel[:, 0, 0]  # bilinear upsampling repeats the border
     np.testing.assert_allclose(corner, 1 - likelihood[:, 0, 0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(scores.image, scores.pixel.max((1, 2)))
@@ -100,35 +111,38 @@ def test_training_raises_the_likelihood(method, x):
     assert losses[-1] < losses[0] - 0.01 * abs(losses[0])
 
 
-def test_position_code_is_that_of_the_paper():
+def test_position_encoding_is_that_of_the_paper():
     h, w, size = 3, 5, 8
-    code = np.asarray(position_code(h, w, size))
+    encoding = np.asarray(position_encoding(h, w, size))
     for y in range(h):
         for x in range(w):
             for i in range(size // 4):
                 rate = 10_000 ** (-2 * i / (size // 2))
-                own = [np.sin(x * rate), np.cos(x * rate)]
-                np.testing.assert_allclose(code[y, x, 2 * i : 2 * i + 2], own, atol=1e-5)
-                own = [np.sin(y * rate), np.cos(y * rate)]
-                np.testing.assert_allclose(code[y, x, size // 2 + 2 * i : size // 2 + 2 * i + 2], own, atol=1e-5)
+                column, row = ([np.sin(n * rate), np.cos(n * rate)] for n in (x, y))
+                np.testing.assert_allclose(encoding[y, x, 2 * i : 2 * i + 2], column, atol=1e-5)
+                np.testing.assert_allclose(encoding[y, x, size // 2 + 2 * i : size // 2 + 2 * i + 2], row, atol=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rates = np.array([float(schedule(jnp.float32(p))) for p in np.linspace(0, 1, 101)])
+    rates = np.array([float(warm_up_cosine(jnp.float32(p))) for p in np.linspace(0, 1, 101)])
     assert rates[0] == pytest.approx(0.1) and rates.argmax() in (8, 9) and rates[-1] == pytest.approx(1e-3, rel=1e-3)
     assert (np.diff(rates[9:]) < 0).all() and (np.diff(rates[:8]) > 0).all()
 
 
-def test_cflow_takes_the_largest_likelihood_from_the_training_images():
-    """So no training position is more likely than 1, and one of each level is."""
+def test_cflow_calibrates_on_the_training_images():
+    """No training position has a likelihood above 1, and one at each level has exactly 1."""
     method = cflow(
         backbone="pdn_small", layers=("layer1",), image_size=(4, 4), coupling_blocks=2, condition_size=8, epochs=1
     )
     x = {"layer1": normal(2, 6, 4, 4, 6)}
-    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
-    half = jax.tree.map(lambda leaf: leaf[:3], x), jax.tree.map(lambda leaf: leaf[3:], x)
-    for part in half:
-        state, _ = method.stages[1].update(KEY, state, None, batch_of(part, 3))
+    stage = method.stages[1]
+    state = stage.init(KEY, begin(method, x).model, None, spec_of(x))
+    assert isinstance(state, CflowState) and state.largest["layer1"] == -jnp.inf
+    for rows in (slice(3), slice(3, 6)):
+        batch = batch_of(jax.tree.map(lambda leaf, rows=rows: leaf[rows], x), 3)
+        state, _ = stage.update(KEY, state, None, batch)
+    outlier = batch_of({"layer1": jnp.full((3, 4, 4, 6), jnp.nan)}, 3)._replace(valid=jnp.zeros(3, bool))
+    state, _ = stage.update(KEY, state, None, outlier)
     scores = method.score(state, None, x)
     np.testing.assert_allclose(scores.pixel.min(), 0, atol=1e-5)
     far = method.score(state, None, jax.tree.map(lambda leaf: leaf + 30, x))
@@ -136,69 +150,78 @@ def test_cflow_takes_the_largest_likelihood_from_the_training_images():
 
 
 def test_cflow_loss_is_the_log_sigmoid_of_the_likelihood():
-    """With networks that say nothing the flow is a rotation."""
+    """With networks whose output is zero the flow is a rotation."""
     method = cflow(
         backbone="pdn_small", layers=("layer1",), image_size=(4, 4), coupling_blocks=1, condition_size=8, epochs=1
     )
     x = {"layer1": normal(3, 2, 4, 4, 6)}
-    state = method.init(KEY, None, spec_of(x))
-    trained = state.trained["layer1"]
-    quiet = trained.params._replace(subnet=jax.tree.map(jnp.zeros_like, trained.params.subnet))
-    state = state._replace(trained={"layer1": trained._replace(params=quiet)})
-    _, metrics = method.stages[0].update(KEY, state, None, batch_of(x, 2))
+    _, metrics = method.stages[0].update(KEY, without_networks(begin(method, x)), None, batch_of(x, 2))
     log_p = -0.5 * (np.asarray(x["layer1"]) ** 2).mean(-1) - 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(metrics["loss"], -np.log(expit(log_p)).mean(), rtol=1e-4)
 
 
+def test_cflow_steps_once_per_batch_of_fibers():
+    """Every level has its own Adam; an incomplete last batch of fibers is dropped."""
+    method = cflow(
+        backbone="pdn_small",
+        layers=("layer1", "layer2"),
+        image_size=(8, 8),
+        coupling_blocks=1,
+        condition_size=4,
+        fiber_batch_size=10,
+    )
+    x = {"layer1": normal(4, 2, 4, 4, 4), "layer2": normal(5, 2, 2, 2, 6)}
+    state, metrics = method.stages[0].update(KEY, begin(method, x), None, batch_of(x, 2))
+    counts = [[int(leaf) for leaf in jax.tree.leaves(adam) if leaf.ndim == 0] for adam in state.optimizer]
+    assert counts == [[3], [1]]  # of 32 and 8 positions
+    np.testing.assert_allclose(metrics["loss"], (metrics["layer1_loss"] + metrics["layer2_loss"]) / 2, rtol=1e-6)
+
+
 def test_csflow_before_training():
-    """The networks begin with gain 0, so z is a permutation of x."""
+    """The networks start with a gain of 0, so z is a permutation of x."""
     method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=5, hidden=4)
     x = tuple(normal(i, 3, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
-    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
-    scores = jax.jit(method.score)(state, None, x)
-    whole = np.concatenate([np.asarray(scale).reshape(3, -1) for scale in x], 1)
-    np.testing.assert_allclose(scores.image, (whole**2).mean(1) / 2, rtol=1e-5)
+    scores = jax.jit(method.score)(begin(method, x).model, None, x)
+    entries = np.concatenate([np.asarray(scale).reshape(3, -1) for scale in x], 1)
+    np.testing.assert_allclose(scores.image, (entries**2).mean(1) / 2, rtol=1e-5)
     corner = (np.asarray(x[0][:, 0, 0]) ** 2).mean(-1) / 2
     np.testing.assert_allclose(scores.pixel[:, 0, 0], corner, rtol=1e-4)
 
 
-def test_csflow_scales_tell_each_other():
-    """After training what changes in one scale moves the latents of the next."""
+def test_csflow_scales_exchange_information():
+    """After training, a change in one scale moves the latents of the next."""
     method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=1, hidden=4, learning_rate=0.1)
     x = tuple(normal(i, 4, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
-    state, _ = train(method, x, 4, 3)
-    state = method.stages[0].finalize(KEY, state, None)
-    pixel = method.score(state, None, x).pixel
-    other = method.score(state, None, (x[0], x[1] + 1, x[2])).pixel
-    assert np.abs(pixel - other).max() > 1e-4
+    flow, _ = train(method, x, 4, 3)
+    pixel = method.score(flow, None, x).pixel
+    changed = method.score(flow, None, (x[0], x[1] + 1, x[2])).pixel
+    assert np.abs(pixel - changed).max() > 1e-4
 
 
-def test_csflow_wants_scales_that_halve():
+def test_csflow_needs_scales_that_halve():
+    method = csflow(backbone="pdn_small", image_size=(20, 20))
+    maps = tuple(jax.ShapeDtypeStruct((4, n, n, 6), jnp.float32) for n in (5, 3, 2))
     with pytest.raises(ValueError, match="multiple of four times the stride of layer3"):
-        csflow(backbone="pdn_small", image_size=(20, 20)).init(
-            KEY, None, tuple(jax.ShapeDtypeStruct((4, n, n, 6), jnp.float32) for n in (5, 3, 2))
-        )
+        method.stages[0].init(KEY, None, None, maps)
 
 
 @pytest.mark.parametrize("degrees", [0.0, 30.0, 90.0, 217.0])
 def test_rotation_is_that_of_scipy(degrees):
     image = np.random.default_rng(0).random((1, 12, 12, 3)).astype(np.float32)
-    wanted = scipy.ndimage.rotate(image[0], degrees, reshape=False, order=1, mode="constant")
+    expected = scipy.ndimage.rotate(image[0], degrees, reshape=False, order=1, mode="constant")
     inside = scipy.ndimage.rotate(np.ones((12, 12)), degrees, reshape=False, order=1, mode="constant") > 0.999
-    got = np.asarray(rotate(jnp.asarray(image), jnp.float32(degrees)))[0]
-    np.testing.assert_allclose(got[inside], wanted[inside], atol=1e-3)
+    rotated = np.asarray(rotate(jnp.asarray(image), jnp.float32(degrees)))[0]
+    np.testing.assert_allclose(rotated[inside], expected[inside], atol=1e-3)
 
 
 def test_differnet_scores_the_mean_over_rotations():
     method = differnet(
         backbone="pdn_small", image_size=(8, 8), coupling_blocks=2, hidden=4, rotations=3, train_rotations=2, epochs=1
     )
-    x = Embedded(normal(0, 4, 3, 6), None)
-    state, _ = train(method, x, 4, 2)
-    state = method.stages[0].finalize(KEY, state, None)
-    whole = method.score(state, None, x).image
-    each = [method.score(state, None, Embedded(x.feature[:, i : i + 1], None)).image for i in range(3)]
-    np.testing.assert_allclose(whole, np.mean(each, 0), rtol=1e-4)
+    x = RotatedFeatures(normal(0, 4, 3, 6), None)
+    flow, _ = train(method, x, 4, 2)
+    single = [method.score(flow, None, RotatedFeatures(x.feature[:, i : i + 1], None)).image for i in range(3)]
+    np.testing.assert_allclose(method.score(flow, None, x).image, np.mean(single, 0), rtol=1e-4)
     assert angles(4) == [0, 90, 180, 270]
 
 
@@ -208,13 +231,13 @@ def localizing(**options: Any) -> Any:
 
 
 def test_differnet_heat_maps_are_gradients():
-    """Of the loss with respect to the pixels; by finite differences in a direction, for the image as it is."""
+    """Of the loss with respect to the pixels: where they are largest, a changed pixel changes the score more."""
     method = localizing(rotations=1, sigma=0.0)
     frozen = backbone("pdn_small").init(KEY)
     image = jnp.asarray(np.random.default_rng(0).random((1, 32, 32, 3)), jnp.float32)
     x = jax.jit(method.embed)(frozen, image)
-    state = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
-    flow = DiffernetFlow(jax.tree.map(lambda leaf: 2 * leaf, state.params), state.permutations)
+    params, permutations = begin(method, x).model
+    flow = DiffernetFlow(jax.tree.map(lambda leaf: 2 * leaf, params), permutations)
     gradient = np.sqrt(np.asarray(jax.jit(method.score)(flow, frozen, x).pixel))
     assert gradient.shape == (1, 32, 32)
 
@@ -222,32 +245,31 @@ def test_differnet_heat_maps_are_gradients():
     def score(image: Any) -> Any:
         return method.score(flow, frozen, method.embed(frozen, image)).image[0]
 
-    outside = jnp.zeros((32, 32), bool).at[0, 0].set(True)
-    assert gradient[0][np.asarray(outside)] < gradient.max()
-    brightest = np.unravel_index(gradient[0].argmax(), (32, 32))
-    there, elsewhere = (abs(float(score(image.at[0, y, x].add(0.3)) - score(image))) for y, x in (brightest, (0, 0)))
-    assert there > elsewhere
+    assert gradient[0, 0, 0] < gradient.max()
+    peak = np.unravel_index(gradient[0].argmax(), (32, 32))
+    at_peak, in_corner = (abs(float(score(image.at[0, y, x].add(0.3)) - score(image))) for y, x in (peak, (0, 0)))
+    assert at_peak > in_corner
 
 
-def test_differnet_heat_maps_turn_with_the_image():
-    """Of a quarter: the four rotations are those of the image as it was, each turned back, smoothed and averaged."""
+def test_differnet_heat_maps_rotate_with_the_image():
+    """By 90 degrees: its four rotations are those of the original, each rotated back, smoothed and averaged."""
     method = localizing(rotations=4, sigma=1.0)
     frozen = backbone("pdn_small").init(KEY)
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     x = jax.jit(method.embed)(frozen, image)
-    assert x.image.dtype == jnp.uint8  # as small as it came
-    flow = method.stages[0].finalize(KEY, method.init(KEY, None, spec_of(x)), None)
+    assert x.image.dtype == jnp.uint8  # no larger than the input
+    flow = begin(method, x).model
     maps = jax.jit(lambda image: method.score(flow, frozen, method.embed(frozen, image)).pixel)
-    here, there = maps(image), maps(np.rot90(image, axes=(1, 2)))
-    np.testing.assert_allclose(there, np.rot90(here, axes=(1, 2)), atol=1e-3 * float(here.max()))
-    assert np.abs(there - here).max() > 0.1 * here.max()
+    upright, rotated = maps(image), maps(np.rot90(image, axes=(1, 2)))
+    np.testing.assert_allclose(rotated, np.rot90(upright, axes=(1, 2)), atol=1e-3 * float(upright.max()))
+    assert np.abs(rotated - upright).max() > 0.1 * upright.max()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_the_last_coupling_of_csflow_looks_farther(blocks):
+def test_the_last_coupling_of_csflow_has_larger_kernels(blocks):
     method = csflow(backbone="pdn_small", layer="layer1", image_size=(64, 64), coupling_blocks=blocks, hidden=2)
     maps = tuple(jax.ShapeDtypeStruct((2, n, n, 4), jnp.float32) for n in (8, 4, 2))
-    params = jax.eval_shape(lambda key: method.init(key, None, maps), KEY).trained.params
+    params = jax.eval_shape(lambda key: method.stages[0].init(key, None, None, maps), KEY).model.params
     kernels = [{leaf.shape[0] for leaf in jax.tree.leaves(block) if leaf.ndim == 4} for block in params]
     assert kernels == [{3}] * (blocks - 1) + [{5}]
 
@@ -255,11 +277,11 @@ def test_the_last_coupling_of_csflow_looks_farther(blocks):
 def test_csflow_takes_the_layer_of_the_paper():
     """Block 35 of EfficientNet-B5, the last of its sixth group."""
     method = inspect.unwrap(csflow)(backbone="tf_efficientnet_b5")
-    assert method.embed is scales_of("tf_efficientnet_b5", "blocks.5")
+    assert method.embed is features_of_scales(backbone("tf_efficientnet_b5"), "blocks.5")
 
 
 @pytest.mark.parametrize(
-    ("factory", "hyperparameter", "rule"),
+    ("factory", "hyperparameter", "message"),
     [
         (fastflow, {"flow_steps": 3}, "flow_steps must be even, or conv3x3_only be set, got 3"),
         (fastflow, {"clamp": 0.0}, "clamp must be above 0, got 0"),
@@ -272,36 +294,32 @@ def test_csflow_takes_the_layer_of_the_paper():
         (csflow, {"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
     ],
 )
-def test_bad_hyperparameters(factory, hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(factory, hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(factory)(**{"backbone": "pdn_small"} | hyperparameter)
 
 
 def test_fastflow_learns_no_norm_for_a_transformer():
-    """Its features have passed the network's own: before training the loss is that of the features as they are."""
+    """Its features have passed the network's own: before training the loss is that of the features themselves."""
     name, layer = "deit_tiny_distilled_patch16_224", "blocks.0"
     method = fastflow(backbone=name, layers=(layer,), image_size=(32, 32), flow_steps=2, hidden_ratio=0.16)
     image = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     frozen = jax.tree.map(lambda leaf: normal(1, *leaf.shape), jax.eval_shape(backbone(name).init, KEY))
     x = jax.jit(method.embed)(frozen, image)
-    state = method.init(KEY, None, spec_of(x))
-    assert set(state.trained.params[layer]) == {"blocks"}
-    quiet = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: 0 * leaf if "subnet" in jax.tree_util.keystr(path) else leaf, state.trained.params
-    )
-    state = state._replace(trained=state.trained._replace(params=quiet))
+    state = without_networks(begin(method, x))
+    assert set(state.model.params[layer]) == {"blocks"}
     _, metrics = jax.jit(method.stages[0].update)(KEY, state, None, batch_of(x, 4))
-    found = np.asarray(x[layer], np.float64)
-    np.testing.assert_allclose(metrics["loss"], 0.5 * (found**2).sum((1, 2, 3)).mean(), rtol=1e-4)
+    features = np.asarray(x[layer], np.float64)
+    np.testing.assert_allclose(metrics["loss"], 0.5 * (features**2).sum((1, 2, 3)).mean(), rtol=1e-4)
 
-    state, losses = train(method, x, 4, 8)
+    flows, losses = train(method, x, 4, 8)
     assert losses[-1] < losses[0]
-    scores = jax.jit(method.score)(method.stages[0].finalize(KEY, state, None), None, x)
+    scores = jax.jit(method.score)(flows, None, x)
     assert scores.pixel.shape == (4, 32, 32)
     assert jnp.isfinite(scores.image).all() and jnp.isfinite(scores.pixel).all()
 
 
-def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
+def test_a_diverging_flow_reports_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     data, frozen = open_data(images, preprocess=Preprocess(None))["arrays"].train, backbone("pdn_small").init(KEY)
     size: Any = dict(layers=("layer2",), image_size=(64, 64), conv3x3_only=True, epochs=4, train_batch_size=4)
@@ -309,23 +327,25 @@ def test_a_diverging_flow_names_its_step_and_keeps_the_checkpoint_before_it(tmp_
     with diverges:
         fit(fastflow(backbone="pdn_small", learning_rate=100 * 1e-3, **size), frozen, data, KEY)
 
-    def stopped_at(step: int, seen: list[int]) -> Callable:
-        def progress(what: str, done: int, total: int) -> None:
-            seen.append(done // 4)
+    def interrupt_at(step: int, steps: list[int]) -> Callable:
+        def progress(part: str, done: int, total: int) -> None:
+            steps.append(done // 4)
             if done // 4 >= step:
                 raise KeyboardInterrupt
 
         return progress
 
-    calm, wild = (fastflow(backbone="pdn_small", flow_steps=2, learning_rate=rate, **size) for rate in (1e-3, 1e6))
-    options: Any = dict(checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    def flow(learning_rate: float) -> Any:
+        return fastflow(backbone="pdn_small", flow_steps=2, learning_rate=learning_rate, **size)
+
+    execution = Execution(checkpoint=Checkpoint(tmp_path, seconds=0))
     with pytest.raises(KeyboardInterrupt):
-        fit(calm, frozen, data, KEY, progress=stopped_at(3, []), **options)
-    with diverges as raised:
-        fit(wild, frozen, data, KEY, **options)
-    good = int(re.search(r"step (\d+)", str(raised.value))[1]) - 2  # the last state whose own loss was finite
-    assert good >= 2 and max(int(path.name) for path in tmp_path.iterdir()) == good
+        fit(flow(1e-3), frozen, data, KEY, execution._replace(progress=interrupt_at(3, [])))
+    with diverges as error:
+        fit(flow(1e6), frozen, data, KEY, execution)
+    last = int(re.search(r"step (\d+)", str(error.value))[1]) - 2  # the last step with a finite loss after it
+    assert last >= 2 and max(int(path.name) for path in tmp_path.iterdir()) == last
     resumed: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        fit(calm, frozen, data, KEY, progress=stopped_at(good + 1, resumed), **options)
-    assert resumed == [good, good + 1]  # its own loss is finite, with a lower learning rate it goes on
+        fit(flow(1e-3), frozen, data, KEY, execution._replace(progress=interrupt_at(last + 1, resumed)))
+    assert resumed == [last, last + 1]  # with a lower learning rate it continues

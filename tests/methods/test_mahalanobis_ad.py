@@ -1,4 +1,4 @@
-"""Mahalanobis AD against scikit-learn's shrinkage and principal components, and scipy's distance."""
+"""Mahalanobis AD against scikit-learn (shrinkage, principal components) and scipy (distance)."""
 
 import inspect
 
@@ -34,14 +34,15 @@ def fit(method, x):
     @jax.jit
     def run(key, x):
         batch = Batch(x, ones, zeros, None, jnp.arange(n, dtype=jnp.int32))
-        state, _ = method.stages[0].update(key, method.init(key, None, x), None, batch)
-        return method.stages[0].finalize(key, state, None)
+        stage = method.stages[0]
+        state, _ = stage.update(key, stage.init(key, None, None, x), None, batch)
+        return stage.finalize(key, state, None)
 
     return run(jax.random.key(0), x)
 
 
 def reduce(train, test, reduction, threshold):
-    """The reference's rule: the components up to the one that passes the threshold, or those from the one before it."""
+    """As in the reference: components up to the one that passes the threshold, or from the one before it on."""
     if reduction is None:
         return train, test
     pca = PCA().fit(train)
@@ -67,19 +68,19 @@ def test_equals_scikit_learn(n, reduction, threshold):
     method = mahalanobis_ad(reduction=reduction, variance_threshold=threshold, **OPTIONS)
     train, test = features(0, n), features(1, 4)
     scores = jax.jit(method.score)(fit(method, train), None, test)
-    wanted = np.zeros(4)
+    expected = np.zeros(4)
     for layer in WIDTHS:
         x, y = reduce(train[layer].astype(np.float64), test[layer].astype(np.float64), reduction, threshold)
         gaussian = LedoitWolf().fit(x)
-        wanted += [mahalanobis(v, gaussian.location_, gaussian.precision_) for v in y]
-    np.testing.assert_allclose(scores.image, wanted, rtol=1e-3)
+        expected += [mahalanobis(v, gaussian.location_, gaussian.precision_) for v in y]
+    np.testing.assert_allclose(scores.image, expected, rtol=1e-3)
     assert scores.pixel is None
 
 
 def test_all_stages_by_default():
     method = mahalanobis_ad(backbone="pdn_small")
     spec = {layer: jax.ShapeDtypeStruct((3, 5), jnp.float32) for layer in ("layer1", "layer2", "layer3")}
-    assert set(method.init(jax.random.key(0), None, spec).features) == set(spec)
+    assert set(method.stages[0].init(jax.random.key(0), None, None, spec).features) == set(spec)
 
 
 def test_equal_images_give_finite_scores():
@@ -100,7 +101,7 @@ def test_equal_images_give_finite_scores_with_a_reduction(reduction):
 
 
 @pytest.mark.parametrize(
-    ("hyperparameter", "rule"),
+    ("hyperparameter", "message"),
     [
         ({"reduction": "ica"}, 'reduction must be "pca", "npca" or None, got "ica"'),
         ({"variance_threshold": 1.0}, r"variance_threshold must be in \(0, 1\), got 1.0"),
@@ -108,8 +109,8 @@ def test_equal_images_give_finite_scores_with_a_reduction(reduction):
         ({"backbone": "nothing"}, "nothing"),
     ],
 )
-def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(mahalanobis_ad)(**OPTIONS | hyperparameter)
 
 

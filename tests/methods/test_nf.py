@@ -1,4 +1,4 @@
-"""NF: its likelihoods against closed forms, and against what no density can do better than."""
+"""NF: its likelihoods against closed forms, and against the bound that no density beats."""
 
 import inspect
 from typing import Any
@@ -10,11 +10,10 @@ import pytest
 from scipy import stats
 
 from jaxad.base import Batch
-from jaxad.methods import nf
-from jaxad.methods.nf import Residual, dequantize, pixels, spatial_masks
+from jaxad.methods.nf import Residual, dequantize, nf, pixels, spatial_masks
 
 KEY = jax.random.key(0)
-TINY: dict[str, Any] = dict(backbone="pdn_small", on="pixels", hidden=4, blocks=1, learning_rate=3e-3)
+TINY: dict[str, Any] = dict(on="pixels", hidden=4, blocks=1, learning_rate=3e-3)
 KINDS = {
     "realnvp": dict(scales=2, couplings=2),
     "glow": dict(flow="glow", scales=2, couplings=2),
@@ -30,59 +29,60 @@ def batch_of(x: Any, n: int) -> Batch:
     return Batch(x, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.arange(n, dtype=jnp.int32), jnp.float32(0))
 
 
-def trained(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
-    state = method.init(KEY, None, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x))
-    state, _ = method.stages[0].update(KEY, state, None, batch_of(x, n))
-    state = method.stages[0].finalize(KEY, state, None)
+def train(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
+    """The flow after some steps, and their losses."""
+    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    measure, stage = method.stages
+    moments, _ = measure.update(KEY, measure.init(KEY, None, None, spec), None, batch_of(x, n))
+    state = stage.init(KEY, measure.finalize(KEY, moments, None), None, spec)
 
-    step, losses = jax.jit(method.stages[1].update), []
+    update, losses = jax.jit(stage.update), []
     for key in jax.random.split(KEY, steps):
-        state, metrics = step(key, state, None, batch_of(x, n))
+        state, metrics = update(key, state, None, batch_of(x, n))
         losses.append(float(metrics["loss"]))
-    return method.stages[1].finalize(KEY, state, None), losses
+    return stage.finalize(KEY, state, None), losses
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flow_compresses_noise(kind):
-    """Uniform noise of 256 levels has 8 bits a pixel: a log-determinant that is wrong would promise fewer."""
+    """Uniform noise of 256 levels has 8 bits per pixel; a wrong log-determinant would give fewer."""
     method = nf(**TINY | KINDS[kind])
-    flow, losses = trained(method, jnp.asarray(noise_images(0, 64)), 64, 20)
-    found = jax.jit(method.score)(flow, None, jnp.asarray(noise_images(1, 256))).image
+    flow, losses = train(method, jnp.asarray(noise_images(0, 64)), 64, 20)
+    scores = jax.jit(method.score)(flow, None, jnp.asarray(noise_images(1, 256))).image
     assert losses[-1] < losses[0] < 8.1
-    assert 7.99 < found.mean() < 8.5
+    assert 7.99 < scores.mean() < 8.5
 
 
 def test_before_training_pixels_are_independent_gaussians():
     method, images = nf(**TINY, scales=1), jnp.asarray(noise_images(2, 16) // 2)
-    flow, _ = trained(method, images, 16, 0)
+    flow, _ = train(method, images, 16, 0)
     noise = np.asarray(jax.random.uniform(KEY, (8, 8, 3)), np.float64)
     u = 0.05 + 0.9 * (np.asarray(images, np.float64) + noise) / 256
     middle = 0.05 + 0.9 * (np.asarray(images, np.float64) + 0.5) / 256
     logit, reference = np.log(u / (1 - u)), np.log(middle / (1 - middle))
     log_p = stats.norm.logpdf(logit, reference.mean((0, 1, 2)), reference.std((0, 1, 2)))
     log_p = log_p + np.log(0.9 / 256 / (u * (1 - u)))
-    wanted = -log_p.sum((1, 2, 3)) / (8 * 8 * 3 * np.log(2))
-    np.testing.assert_allclose(jax.jit(method.score)(flow, None, images).image, wanted, rtol=1e-4)
+    expected = -log_p.sum((1, 2, 3)) / (8 * 8 * 3 * np.log(2))
+    np.testing.assert_allclose(jax.jit(method.score)(flow, None, images).image, expected, rtol=1e-4)
 
 
 def test_before_training_an_embedding_has_independent_gaussian_channels():
     method = nf(backbone="pdn_small", layers=("layer1", "layer2"), couplings=2, hidden=4)
     x = {f"layer{i}": 3 * jax.random.normal(jax.random.key(i), (12, 4 + i)) + i for i in (1, 2)}
-    flow, _ = trained(method, x, 12, 0)
-    both = np.concatenate([x["layer1"], x["layer2"]], -1).astype(np.float64)
-    wanted = -stats.norm.logpdf(both, both.mean(0), both.std(0)).mean(-1) / np.log(2)
-    np.testing.assert_allclose(method.score(flow, None, x).image, wanted, rtol=1e-4)
+    flow, _ = train(method, x, 12, 0)
+    embedding = np.concatenate([x["layer1"], x["layer2"]], -1).astype(np.float64)
+    expected = -stats.norm.logpdf(embedding, embedding.mean(0), embedding.std(0)).mean(-1) / np.log(2)
+    np.testing.assert_allclose(method.score(flow, None, x).image, expected, rtol=1e-4)
 
 
-def test_training_finds_what_channels_have_in_common():
+def test_training_learns_the_correlation_of_channels():
     method = nf(backbone="pdn_small", layers=("layer1",), couplings=4, hidden=16, learning_rate=1e-2)
     common = jax.random.normal(jax.random.key(1), (64, 1))
     x = {"layer1": common * jnp.array([1.0, -2.0, 0.5, 1.0]) + 0.1 * jax.random.normal(KEY, (64, 4))}
-    flow, losses = trained(method, x, 64, 200)
+    flow, losses = train(method, x, 64, 200)
     assert losses[-1] < losses[0] - 1
-    broken = {"layer1": x["layer1"] * jnp.array([1.0, 1.0, -1.0, 1.0])}
-    own, foreign = (method.score(flow, None, one).image for one in (x, broken))
-    assert np.median(foreign) > own.max()
+    flipped = {"layer1": x["layer1"] * jnp.array([1.0, 1.0, -1.0, 1.0])}
+    assert np.median(method.score(flow, None, flipped).image) > method.score(flow, None, x).image.max()
 
 
 def test_dequantization_is_a_change_of_variables():
@@ -94,56 +94,61 @@ def test_dequantization_is_a_change_of_variables():
     np.testing.assert_array_equal(pixels(None, image.astype(jnp.float32) / 255), image)
 
 
-def test_masks_hide_what_is_transformed():
+def test_networks_never_see_what_is_transformed():
     for kind in ("checkerboard", "horizontal", "cycle"):
-        keep, seen = spatial_masks(kind, 4, (4, 6, 2))
-        assert keep.shape == seen.shape == (4, 4, 6, 2)
-        assert not (seen & ~keep).any() and (~keep).any(0).all()
-        neighbors = seen[:, :, :-1] & ~keep[:, :, 1:]  # seen beside what is transformed
+        unchanged, inputs = spatial_masks(kind, 4, (4, 6, 2))
+        assert unchanged.shape == inputs.shape == (4, 4, 6, 2)
+        assert not (inputs & ~unchanged).any() and (~unchanged).any(0).all()
+        neighbors = inputs[:, :, :-1] & ~unchanged[:, :, 1:]  # inputs beside a transformed entry
         assert neighbors.mean() > 0.4 if kind == "checkerboard" else neighbors.mean() < 0.2
-    keep, seen = spatial_masks("cycle", 4, (4, 6, 2))
-    np.testing.assert_array_equal(~keep[:-1], seen[1:])
-    assert (~keep).sum((1, 2, 3)).tolist() == [12] * 4
+    unchanged, inputs = spatial_masks("cycle", 4, (4, 6, 2))
+    np.testing.assert_array_equal(~unchanged[:-1], inputs[1:])
+    assert (~unchanged).sum((1, 2, 3)).tolist() == [12] * 4
 
 
 @pytest.mark.parametrize("kind", ["horizontal", "cycle"])
-def test_the_networks_of_the_remedies_see_something_for_every_pixel(kind):
-    """A network that sees 7 pixels far sees across half of an image of 14, and one of 3 does not."""
+def test_dilated_networks_have_inputs_for_every_pixel(kind):
+    """A receptive field of 7 pixels in each direction reaches across half an image of 14; one of 3 does not."""
     x = jax.random.normal(KEY, (32, 14, 14, 1))
-    for keep, seen in zip(*spatial_masks(kind, 4, (14, 14, 1)), strict=True):
+    for unchanged, inputs in zip(*spatial_masks(kind, 4, (14, 14, 1)), strict=True):
         for blocks, blind in ((2, False), (1, True)):
-            net = Residual(8, blocks, 1, True, True)
-            params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), net.init(KEY, x))
-            run = jax.jit(lambda x, net=net, params=params, seen=seen: net.apply(params, jnp.where(seen, x, 0)))
-            same = np.asarray(run(x) == run(-x)).all(0)
-            assert same[~keep].any() == blind
+            network = Residual(8, blocks, 1, True, True)
+            params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), network.init(KEY, x))
+            apply = jax.jit(lambda x, f=network.apply, p=params, inputs=inputs: f(p, jnp.where(inputs, x, 0)))
+            equal = np.asarray(apply(x) == apply(-x)).all(0)
+            assert equal[~unchanged].any() == blind
 
 
 @pytest.mark.parametrize(
-    ("hyperparameter", "rule"),
+    ("hyperparameter", "message"),
     [
-        ({"flow": "glow"}, "a flow on embeddings must be a realnvp with even couplings, got glow with 8"),
-        ({"couplings": 3}, "must be a realnvp with even couplings, got realnvp with 3"),
+        ({"flow": "glow"}, "a flow on embeddings must be a realnvp with an even number of couplings, got glow with 8"),
+        ({"couplings": 3}, "must be a realnvp with an even number of couplings, got realnvp with 3"),
         ({"mask": "stripes"}, "mask must be one of checkerboard, horizontal, cycle, got stripes"),
         (
             {"mask": "cycle"},
-            "the mask cycle is of a realnvp on pixels with 1 of scales, got realnvp on embedding with 3",
+            "the mask cycle needs a realnvp on pixels with scales of 1, got realnvp on embedding with scales of 3",
         ),
         ({"hidden": 0}, "hidden must be 1 or more, got 0"),
         ({"clamp": 0.0}, "clamp must be above 0, got 0"),
     ],
 )
-def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(nf)(**{"backbone": "pdn_small"} | hyperparameter)
 
 
 def test_networks_must_see_half_the_image():
     method = nf(**TINY | {"blocks": 3}, mask="horizontal", scales=1)
-    with pytest.raises(ValueError, match="half an image of 32 x 32, got 3, which see 15 pixels far"):
-        method.init(KEY, None, jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8))
+    with pytest.raises(ValueError, match="half an image of 32 x 32, got 3, which see 15 pixels in each direction"):
+        method.stages[0].init(KEY, None, None, jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8))
 
 
 def test_images_must_be_divisible():
     with pytest.raises(ValueError, match=r"height and width must be multiples of 8 \(2\^scales\), got 8 x 12"):
-        nf(**TINY, scales=3).init(KEY, None, jax.ShapeDtypeStruct((4, 8, 12, 3), jnp.uint8))
+        nf(**TINY, scales=3).stages[0].init(KEY, None, None, jax.ShapeDtypeStruct((4, 8, 12, 3), jnp.uint8))
+
+
+def test_flows_on_pixels_use_no_backbone():
+    assert not nf(**TINY, backbone="unknown").pretrained
+    assert nf(backbone="pdn_small").pretrained

@@ -1,4 +1,4 @@
-"""PaDiM against numpy: a covariance and an explicit inverse for every position."""
+"""PaDiM against numpy, with a covariance and an explicit inverse for every position."""
 
 import inspect
 
@@ -21,20 +21,25 @@ def feature_maps(seed, n):
 
 
 def embedding(x):
-    """Channels side by side, coarse stages repeated to the 4x4 grid."""
+    """The channels of all stages, coarse stages repeated to the 4x4 grid."""
     parts = [np.asarray(m, np.float64).repeat(4 // m.shape[1], 1).repeat(4 // m.shape[2], 2) for m in x.values()]
     return np.concatenate(parts, -1).reshape(len(parts[0]), 16, 9)
 
 
-def fit(method, x, size=4, key=0):
-    state = method.init(jax.random.key(key), None, x)
-    update = jax.jit(method.stages[0].update)
-    for start in range(0, N, size):
+def init(method, x, key=0):
+    return method.stages[0].init(jax.random.key(key), None, None, x)
+
+
+def fit(method, x, size=4):
+    """In batches of `size`, which divides the number of images."""
+    key, stage, state = jax.random.key(0), method.stages[0], init(method, x)
+    update = jax.jit(stage.update)
+    for start in range(0, len(x["layer1"]), size):
         index = jnp.arange(start, start + size, dtype=jnp.int32)
         part = {layer: m[index] for layer, m in x.items()}
         batch = Batch(part, jnp.ones(size, bool), jnp.zeros(size, jnp.int32), None, index)
-        state, _ = update(jax.random.key(0), state, None, batch)
-    return jax.jit(method.stages[0].finalize)(jax.random.key(0), state, None)
+        state, _ = update(key, state, None, batch)
+    return jax.jit(stage.finalize)(key, state, None)
 
 
 @pytest.mark.parametrize("n_features", ["all", 5])
@@ -45,52 +50,48 @@ def test_equals_explicit_inverses(n_features):
     channels = np.asarray(state.channels)
     assert len(set(channels)) == len(channels) == (9 if n_features == "all" else 5)
     x, y = embedding(train)[..., channels], embedding(test)[..., channels]
-    wanted = np.empty((3, 16))
+    distances = np.empty((3, 16))
     for p in range(16):
         inverse = np.linalg.inv(np.cov(x[:, p].T) + 0.05 * np.eye(len(channels)))
         centered = y[:, p] - x[:, p].mean(0)
-        wanted[:, p] = np.sqrt(np.einsum("bi,ij,bj->b", centered, inverse, centered))
+        distances[:, p] = np.sqrt(np.einsum("bi,ij,bj->b", centered, inverse, centered))
     scores = jax.jit(method.score)(state, None, test)
     np.testing.assert_allclose(state.mean, x.mean(0), atol=1e-5)
-    weight = np.zeros((8, 4))  # bilinear upsampling by two: 3/4 of the near and 1/4 of the far pixel
+    weight = np.zeros((8, 4))  # bilinear upsampling by two: 3/4 of the near pixel and 1/4 of the far one
     for i in range(8):
         weight[i, i // 2] += 0.75
         weight[i, np.clip(i // 2 + (1 if i % 2 else -1), 0, 3)] += 0.25
-    pixel = np.einsum("Hh,bhw,Ww->bHW", weight, wanted.reshape(3, 4, 4), weight)
+    pixel = np.einsum("Hh,bhw,Ww->bHW", weight, distances.reshape(3, 4, 4), weight)
     np.testing.assert_allclose(scores.pixel, pixel, rtol=1e-3)
     np.testing.assert_allclose(scores.image, pixel.max((1, 2)), rtol=1e-3)
 
 
 def test_the_key_draws_the_channels():
     method, x = padim(n_features=4, **OPTIONS), feature_maps(0, N)
-    drawn = {tuple(np.asarray(method.init(jax.random.key(i), None, x).channels)) for i in range(8)}
-    assert len(drawn) > 3 and all(list(d) == sorted(set(d)) for d in drawn)
+    draws = {tuple(np.asarray(init(method, x, key).channels)) for key in range(8)}
+    assert len(draws) > 3 and all(list(channels) == sorted(set(channels)) for channels in draws)
 
 
-@pytest.mark.parametrize(("channels", "drawn"), [((64, 128, 256), 100), ((256, 512, 1024), 550)])
-def test_the_papers_number_of_channels(channels, drawn):
+@pytest.mark.parametrize(("channels", "number"), [((64, 128, 256), 100), ((256, 512, 1024), 550)])
+def test_number_of_channels_in_the_paper(channels, number):
     """100 of a ResNet-18's 448, 550 of a Wide ResNet-50's 1,792."""
     spec = {
         layer: jax.ShapeDtypeStruct((2, *grid, c), jnp.float32)
         for layer, grid, c in zip(SHAPES, ((4, 4), (2, 2), (1, 1)), channels, strict=True)
     }
-    state = jax.eval_shape(lambda key: padim(**OPTIONS).init(key, None, spec), jax.random.key(0))
-    assert state.channels.shape == (drawn,) and state.moments.scatter.shape == (16, drawn, drawn)
+    state = jax.eval_shape(lambda: init(padim(**OPTIONS), spec))
+    assert state.channels.shape == (number,) and state.moments.scatter.shape == (16, number, number)
 
 
 def test_one_image_is_enough():
-    method = padim(n_features="all", **OPTIONS)
-    x = feature_maps(0, 1)
-    batch = Batch(x, jnp.ones(1, bool), jnp.zeros(1, jnp.int32), None, jnp.zeros(1, jnp.int32))
-    state, _ = jax.jit(method.stages[0].update)(jax.random.key(0), method.init(jax.random.key(0), None, x), None, batch)
-    state = jax.jit(method.stages[0].finalize)(jax.random.key(0), state, None)
-    scores = jax.jit(method.score)(state, None, feature_maps(1, 2))
-    wanted = np.linalg.norm(embedding(feature_maps(1, 2)) - embedding(x), axis=-1) / np.sqrt(0.01)
-    assert np.isfinite(scores.image).all() and (np.asarray(scores.image) <= wanted.max(1) * 1.001).all()
+    method, x = padim(n_features="all", **OPTIONS), feature_maps(0, 1)
+    scores = jax.jit(method.score)(fit(method, x, 1), None, feature_maps(1, 2))
+    expected = np.linalg.norm(embedding(feature_maps(1, 2)) - embedding(x), axis=-1) / np.sqrt(0.01)
+    assert np.isfinite(scores.image).all() and (np.asarray(scores.image) <= expected.max(1) * 1.001).all()
 
 
 @pytest.mark.parametrize(
-    ("hyperparameter", "rule"),
+    ("hyperparameter", "message"),
     [
         ({"n_features": 0}, 'n_features must be 1 or more, or "all", got 0'),
         ({"n_features": 2.5}, 'n_features must be 1 or more, or "all", got 2.5'),
@@ -98,11 +99,11 @@ def test_one_image_is_enough():
         ({"layers": ("layer9",)}, "layer9"),
     ],
 )
-def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(padim)(**OPTIONS | hyperparameter)
 
 
 def test_more_channels_than_there_are():
     with pytest.raises(ValueError, match=r"n_features must be at most 9 .* got 10"):
-        padim(n_features=10, **OPTIONS).init(jax.random.key(0), None, feature_maps(0, 1))
+        init(padim(n_features=10, **OPTIONS), feature_maps(0, 1))

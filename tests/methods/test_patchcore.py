@@ -1,4 +1,4 @@
-"""PatchCore against numpy, step by step from the paper."""
+"""PatchCore against numpy, step by step as in the paper."""
 
 import inspect
 
@@ -10,19 +10,17 @@ from scipy.spatial.distance import cdist
 
 from jaxad.base import Batch
 from jaxad.methods.patchcore import PatchcoreBank, patchcore, update
-from tests.cases import CASES, IMAGE_SIZE
-from tests.test_conformance import KEY, ROWS, B, N, fitted, learn, spec_of, stacked
 
-add = jax.jit(update, static_argnames=("size", "projection_dim"))
-GRID, COARSE, SIZE = (4, 4), (2, 2), (16, 16)
-OPTIONS = dict(backbone="pdn_small", layers=("layer1", "layer2"), image_size=SIZE, sigma=0.0)
+jit_update = jax.jit(update, static_argnames=("size", "projection_dim"))
+GRIDS = (4, 4), (2, 2)
+OPTIONS = dict(backbone="pdn_small", layers=("layer1", "layer2"), image_size=(16, 16), sigma=0.0)
 
 PATCHES_AND_NEIGHBORS = jnp.int32(8), jnp.int32(1)
 
 
 def feature_maps(seed, n, channels=(3, 4)):
     rng = np.random.default_rng(seed)
-    shapes = zip(("layer1", "layer2"), (GRID, COARSE), channels, strict=True)
+    shapes = zip(("layer1", "layer2"), GRIDS, channels, strict=True)
     return {layer: jnp.asarray(rng.normal(size=(n, *grid, c)), jnp.float32) for layer, grid, c in shapes}
 
 
@@ -32,8 +30,9 @@ def fit(method, x, key=0):
 
     @jax.jit
     def run(key, batch):
-        state, _ = method.stages[0].update(key, method.init(key, None, x), None, batch)
-        return method.stages[0].finalize(key, state, None)
+        stage = method.stages[0]
+        state, _ = stage.update(key, stage.init(key, None, None, x), None, batch)
+        return stage.finalize(key, state, None)
 
     return run(jax.random.key(key), batch)
 
@@ -75,13 +74,13 @@ def test_paper_scores_are_equation_7(b):
     method = patchcore(coreset_sampling_ratio=1.0, scoring="paper", reweight_neighbors=b, **OPTIONS)
     scores = jax.jit(method.score)(fit(method, TRAIN), None, TEST)
     bank = patches(TRAIN).reshape(96, -1)
-    for got, image in zip(scores.image, patches(TEST), strict=True):
+    for score, image in zip(scores.image, patches(TEST), strict=True):
         distance = cdist(image, bank)
         worst = distance.min(1).argmax()
         nearest = distance[worst].argmin()
         neighbors = np.argsort(cdist(bank[nearest][None], bank)[0])[:b]
         weight = 1 - np.exp(distance[worst, nearest]) / np.exp(distance[worst, neighbors]).sum()
-        np.testing.assert_allclose(got, weight * distance[worst, nearest], rtol=1e-4)
+        np.testing.assert_allclose(score, weight * distance[worst, nearest], rtol=1e-4)
 
 
 def test_paper_scores_do_not_overflow():
@@ -93,63 +92,59 @@ def test_paper_scores_do_not_overflow():
 def test_the_coreset_covers_all_patches_within_its_radius():
     method = patchcore(coreset_sampling_ratio=0.25, projection_dim=None, **OPTIONS)
     bank = fit(method, TRAIN)
-    everything, chosen = patches(TRAIN).reshape(96, -1), np.asarray(bank.bank)
-    assert chosen.shape == (24, 7) and bank.size == 24
-    assert cdist(chosen, everything).min(1).max() < 1e-5  # each is one of the patches
-    np.testing.assert_allclose(bank.radius, cdist(everything, chosen).min(1).max(), rtol=1e-4)
+    all_patches, selected = patches(TRAIN).reshape(96, -1), np.asarray(bank.bank)
+    assert selected.shape == (24, 7) and bank.size == 24
+    assert cdist(selected, all_patches).min(1).max() < 1e-5  # every row is a patch
+    np.testing.assert_allclose(bank.radius, cdist(all_patches, selected).min(1).max(), rtol=1e-4)
 
 
-def test_a_large_bank_divides_among_devices():
-    """It has room for a multiple of 128 rows, which are never more than the patches, and still holds its share."""
+def test_a_large_bank_has_room_for_a_multiple_of_128_rows():
+    """At most as many as there are patches; its size does not change."""
     for n, k, room in ((160, 2049, 2176), (130, 2050, 2080)):
         bank = fit(patchcore(coreset_sampling_ratio=k / (16 * n), **OPTIONS), feature_maps(2, n))
         assert bank.size == k and bank.bank.shape == (room, 7)
 
 
-def test_projection_keeps_the_features_whole():
+def test_the_bank_is_not_projected():
     bank = fit(patchcore(coreset_sampling_ratio=0.25, projection_dim=2, **OPTIONS), TRAIN)
     assert bank.bank.shape == (24, 7)
     assert cdist(np.asarray(bank.bank), patches(TRAIN).reshape(96, -1)).min(1).max() < 1e-5
 
 
-def test_a_streamed_bank_that_fits_is_the_bank():
+def test_a_streamed_bank_that_fits_is_the_collected_bank():
     options = OPTIONS | dict(projection_dim=None)
-    wanted = fit(patchcore(coreset_sampling_ratio=0.25, **options), TRAIN)
+    collected = fit(patchcore(coreset_sampling_ratio=0.25, **options), TRAIN)
     bank = fit(patchcore(coreset_size=24, **options), TRAIN)
-    np.testing.assert_array_equal(bank.bank, wanted.bank)
-    assert bank.size == 24 and bank.radius == wanted.radius
+    np.testing.assert_array_equal(bank.bank, collected.bank)
+    assert bank.size == 24 and bank.radius == collected.radius
 
 
 @pytest.mark.parametrize("size", [1, 3, 20, 1000])
 def test_a_streamed_bank_covers_all_patches_within_its_radius(size):
-    """So a score is at most the radius above that of all patches."""
+    """Hence scores are at most the radius above those of a bank of all patches."""
     method = patchcore(coreset_size=size, projection_dim=None, **OPTIONS)
-    bank, everything = fit(method, TRAIN), patches(TRAIN).reshape(96, -1)
+    bank, all_patches = fit(method, TRAIN), patches(TRAIN).reshape(96, -1)
     assert bank.bank.shape == (min(size, 96), 7) and bank.size == min(size, 96)
-    assert cdist(np.asarray(bank.bank), everything).min(1).max() < 1e-5  # each is one of the patches
-    assert cdist(everything, np.asarray(bank.bank)).min(1).max() <= float(bank.radius) + 1e-5
+    assert cdist(np.asarray(bank.bank), all_patches).min(1).max() < 1e-5  # every row is a patch
+    assert cdist(all_patches, np.asarray(bank.bank)).min(1).max() <= float(bank.radius) + 1e-5
     scores = jax.jit(method.score)(bank, None, TEST).image
-    least = cdist(patches(TEST).reshape(48, -1), everything).min(1).reshape(3, 16).max(1)
-    assert (scores >= least - 1e-5).all() and (scores <= least + bank.radius + 1e-5).all()
+    lowest = cdist(patches(TEST).reshape(48, -1), all_patches).min(1).reshape(3, 16).max(1)
+    assert (scores >= lowest - 1e-5).all() and (scores <= lowest + bank.radius + 1e-5).all()
 
 
-def test_a_streamed_bank_scores_about_as_one_chosen_at_once():
-    case, at_once = CASES["patchcore"], fitted("patchcore")
-    size = int(at_once.state.size)
-    method = patchcore(backbone=case.backbone, image_size=IMAGE_SIZE, coreset_size=size, **case.hyperparameters)
-    state = jax.jit(learn(method, ROWS))(KEY, at_once.frozen, stacked(at_once.train, N, B))
-    room = jax.eval_shape(method.init, KEY, at_once.frozen, spec_of(at_once.train, ROWS)).rows.shape
-    assert room[0] > 1  # it did not fit
-    wanted = at_once.score(at_once.state, at_once.frozen, at_once.test).image
-    np.testing.assert_allclose(jax.jit(method.score)(state, at_once.frozen, at_once.test).image, wanted, rtol=0.15)
+def test_a_streamed_bank_scores_about_as_the_collected_bank():
+    train = feature_maps(4, 48)  # 768 patches, of which a stream holds 4 * 48 before it selects
+    methods = [patchcore(**OPTIONS | size) for size in (dict(coreset_sampling_ratio=1 / 16), dict(coreset_size=48))]
+    collected, streamed = (jax.jit(method.score)(fit(method, train), None, TEST).image for method in methods)
+    np.testing.assert_allclose(streamed, collected, rtol=0.15)
 
 
 def test_update_adds_new_normal_images():
     method = patchcore(coreset_sampling_ratio=1.0, **OPTIONS)
     old, new = fit(method, TRAIN), fit(method, TEST)
-    both = add(jax.random.key(0), old, new)
-    everything = np.concatenate([old.bank, new.bank])
-    np.testing.assert_array_equal(both.bank, everything)
+    both = jit_update(jax.random.key(0), old, new)
+    all_patches = np.concatenate([old.bank, new.bank])
+    np.testing.assert_array_equal(both.bank, all_patches)
     assert both.size == 144 and both.radius == 0
     scores = jax.jit(method.score)(both, None, TEST)
     np.testing.assert_allclose(scores.image, 0, atol=1e-6)  # now that they are normal
@@ -158,17 +153,17 @@ def test_update_adds_new_normal_images():
 def test_update_thins_to_a_size():
     method = patchcore(coreset_sampling_ratio=0.5, projection_dim=None, **OPTIONS)
     old, new = fit(method, TRAIN), fit(method, TEST)
-    thinned = add(jax.random.key(0), old, new, size=30, projection_dim=None)
+    thinned = jit_update(jax.random.key(0), old, new, size=30, projection_dim=None)
     assert thinned.bank.shape == (30, 7) and thinned.size == 30
-    everything = np.concatenate([patches(TRAIN).reshape(96, -1), patches(TEST).reshape(48, -1)])
-    assert cdist(everything, np.asarray(thinned.bank)).min(1).max() <= float(thinned.radius) * 1.0001
+    all_patches = np.concatenate([patches(TRAIN).reshape(96, -1), patches(TEST).reshape(48, -1)])
+    assert cdist(all_patches, np.asarray(thinned.bank)).min(1).max() <= float(thinned.radius) * 1.0001
 
 
 def test_update_skips_the_empty_rows_of_a_bank():
     rows = jnp.arange(8.0).reshape(4, 2)
     old = PatchcoreBank(rows, jnp.int32(2), jnp.float32(1), None, *PATCHES_AND_NEIGHBORS)
     new = PatchcoreBank(rows + 100, jnp.int32(3), jnp.float32(2), None, *PATCHES_AND_NEIGHBORS)
-    both = add(jax.random.key(0), old, new)
+    both = jit_update(jax.random.key(0), old, new)
     assert both.size == 5
     np.testing.assert_array_equal(both.bank[:5], np.concatenate([rows[:2], rows[:3] + 100]))
 
@@ -176,7 +171,7 @@ def test_update_skips_the_empty_rows_of_a_bank():
 def test_update_of_an_ensemble_is_that_of_its_members():
     rows = jnp.arange(8.0).reshape(4, 2)
     banks = tuple(PatchcoreBank(rows + i, jnp.int32(4), jnp.float32(0), None, *PATCHES_AND_NEIGHBORS) for i in range(2))
-    both = add(jax.random.key(0), banks, banks)
+    both = jit_update(jax.random.key(0), banks, banks)
     assert [int(member.size) for member in both] == [8, 8]
     np.testing.assert_array_equal(both[1].bank, np.concatenate([rows + 1, rows + 1]))
 
@@ -204,19 +199,20 @@ def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank(coreset)
     n = 6
     batch = Batch(train, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, jnp.arange(n, dtype=jnp.int32))
     key, frozen = jax.random.key(0), (None, None)
-    state, _ = ensemble.stages[0].update(key, ensemble.init(key, frozen, train), frozen, batch)
-    state = jax.jit(lambda s: ensemble.stages[0].finalize(key, s, frozen))(state)
+    stage = ensemble.stages[0]
+    state, _ = stage.update(key, stage.init(key, None, frozen, train), frozen, batch)
+    state = jax.jit(lambda s: stage.finalize(key, s, frozen))(state)
     scores = jax.jit(ensemble.score)(state, frozen, test)
     parts = [jax.jit(m.score)(s, None, x) for m, s, x in zip(members, state, test, strict=True)]
     banks = [np.asarray(s.bank[: int(s.size)], np.float64) for s in state]
     spread = [np.sqrt(((bank - bank.mean(0)) ** 2).sum(1).mean()) for bank in banks]
     for field in ("image", "pixel"):
-        wanted = np.mean([getattr(p, field) / s for p, s in zip(parts, spread, strict=True)], 0)
-        np.testing.assert_allclose(getattr(scores, field), wanted, rtol=1e-5)
+        expected = np.mean([getattr(p, field) / s for p, s in zip(parts, spread, strict=True)], 0)
+        np.testing.assert_allclose(getattr(scores, field), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("hyperparameter", "rule"),
+    ("hyperparameter", "message"),
     [
         ({"coreset_sampling_ratio": 0.0}, r"coreset_sampling_ratio must be in \(0, 1\], got 0.0"),
         ({"coreset_sampling_ratio": 1.5}, r"coreset_sampling_ratio must be in \(0, 1\], got 1.5"),
@@ -231,6 +227,6 @@ def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank(coreset)
         ({"layers": ("layer9",)}, "layer9"),
     ],
 )
-def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(patchcore)(**OPTIONS | hyperparameter)

@@ -1,4 +1,4 @@
-"""SPADE against brute force on features that are really stacked."""
+"""SPADE against brute force on stacked features."""
 
 import inspect
 
@@ -29,14 +29,16 @@ def stack(x):
 
 
 def fit(method, x, order):
+    """A fit on these images of `x`, in this order."""
     n = len(order)
 
     @jax.jit
     def run(key, x):
         part, index = jax.tree.map(lambda m: m[order], x), jnp.asarray(order, jnp.int32)
         batch = Batch(part, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index)
-        state = method.stages[0].update(key, method.init(key, None, x), None, batch)[0]
-        return method.stages[0].finalize(key, state, None)
+        stage = method.stages[0]
+        state, _ = stage.update(key, stage.init(key, None, None, x), None, batch)
+        return stage.finalize(key, state, None)
 
     return run(jax.random.key(0), x)
 
@@ -51,23 +53,23 @@ def test_equals_brute_force(k, kappa):
     pooled = cdist(TEST["layer3"].mean((1, 2)), TRAIN["layer3"].mean((1, 2)), "sqeuclidean")
     nearest = np.argsort(pooled, 1)[:, :k]
     np.testing.assert_allclose(scores.image, np.sort(pooled, 1)[:, :k].mean(1), rtol=1e-4)
-    for got, image, chosen in zip(scores.pixel, stack(TEST), nearest, strict=True):
-        gallery = stack(TRAIN)[chosen].reshape(-1, 7)
-        wanted = np.sort(cdist(image, gallery, "sqeuclidean"), 1)[:, :kappa].mean(1)
-        np.testing.assert_allclose(got.reshape(-1), wanted, rtol=1e-4, atol=1e-4)
+    for pixel, image, neighbors in zip(scores.pixel, stack(TEST), nearest, strict=True):
+        gallery = stack(TRAIN)[neighbors].reshape(-1, 7)
+        expected = np.sort(cdist(image, gallery, "sqeuclidean"), 1)[:, :kappa].mean(1)
+        np.testing.assert_allclose(pixel.reshape(-1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_fewer_images_seen_than_neighbors_wanted():
+def test_fewer_images_than_neighbors():
     method = spade(num_neighbors=5, **OPTIONS)
     scores = jax.jit(method.score)(fit(method, TRAIN, np.array([2, 5])), None, TEST)
     pooled = cdist(TEST["layer3"].mean((1, 2)), TRAIN["layer3"].mean((1, 2))[np.array([2, 5])], "sqeuclidean")
     np.testing.assert_allclose(scores.image, pooled.mean(1), rtol=1e-4)
     gallery = stack(TRAIN)[[2, 5]].reshape(-1, 7)
-    wanted = [cdist(image, gallery, "sqeuclidean").min(1) for image in stack(TEST)]
-    np.testing.assert_allclose(scores.pixel.reshape(3, -1), wanted, rtol=1e-4, atol=1e-4)
+    expected = [cdist(image, gallery, "sqeuclidean").min(1) for image in stack(TEST)]
+    np.testing.assert_allclose(scores.pixel.reshape(3, -1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_training_image_scores_nothing():
+def test_a_training_image_scores_zero():
     method = spade(num_neighbors=1, **OPTIONS)
     scores = jax.jit(method.score)(fit(method, TRAIN, np.arange(N)), None, jax.tree.map(lambda m: m[:2], TRAIN))
     np.testing.assert_allclose(scores.image, 0, atol=1e-4)
@@ -93,13 +95,13 @@ def test_pyramid_distances_on_grids_that_do_not_divide():
 
 
 @pytest.mark.parametrize(
-    ("hyperparameter", "rule"),
+    ("hyperparameter", "message"),
     [
         ({"num_neighbors": 0}, "num_neighbors must be 1 or more, got 0"),
         ({"num_pixel_neighbors": -1}, "num_pixel_neighbors must be 1 or more, got -1"),
         ({"image_layer": "layer9"}, "layer9"),
     ],
 )
-def test_bad_hyperparameters(hyperparameter, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_bad_hyperparameters(hyperparameter, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(spade)(**OPTIONS | hyperparameter)

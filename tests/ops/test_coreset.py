@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial.distance import cdist
 
 from jaxad.ops import coreset as module
-from jaxad.ops.coreset import FAN, greedy_coreset, stream_finish, stream_init, stream_update
+from jaxad.ops.coreset import FAN, coreset_centers, greedy_coreset, stream_finish, stream_init, stream_update
 
 jitted = jax.jit(greedy_coreset, static_argnums=1)
 append = jax.jit(stream_update)
@@ -43,8 +43,8 @@ def radius_of(points, centers):
 def test_same_centers_in_the_same_order(n, d, k, first):
     points = np.random.default_rng(n).normal(size=(n, d)).astype(np.float32)
     result = jitted(jnp.asarray(points), k, first)
-    wanted, radius = plain_greedy(points, k, first)
-    np.testing.assert_array_equal(result.index, wanted)
+    index, radius = plain_greedy(points, k, first)
+    np.testing.assert_array_equal(result.index, index)
     np.testing.assert_allclose(result.radius, radius, rtol=1e-4, atol=1e-6)
     assert result.size == k
 
@@ -74,15 +74,15 @@ def test_clusters_far_from_the_origin():
 
 
 def test_exact_ties_take_the_lowest_index():
-    """On an integer grid all distances are exact, so ties are too."""
+    """On an integer grid all distances are exact, and so are ties."""
     grid = np.array(list(itertools.product(range(-4, 5), repeat=2)), np.float32)
     result = jitted(jnp.asarray(grid), 30, 40)
     nearest = ((grid - grid[40]) ** 2).sum(1)
-    wanted = [40]
-    while len(wanted) < 30:
-        wanted.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, ((grid - grid[wanted[-1]]) ** 2).sum(1))
-    np.testing.assert_array_equal(result.index, wanted)
+    expected = [40]
+    while len(expected) < 30:
+        expected.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, ((grid - grid[expected[-1]]) ** 2).sum(1))
+    np.testing.assert_array_equal(result.index, expected)
 
 
 def test_duplicates_come_last_and_never_twice():
@@ -112,14 +112,14 @@ def test_properties(points, valid, size):
     result = jitted(jnp.asarray(points), 12, jnp.int32(first), jnp.asarray(valid), jnp.int32(size))
     total = int(result.size)
     assert total == min(size, valid.sum())
-    chosen = np.asarray(result.index)[:total]
-    assert chosen[0] == first and len(set(chosen)) == total and valid[chosen].all()
+    centers = np.asarray(result.index)[:total]
+    assert centers[0] == first and len(set(centers)) == total and valid[centers].all()
     assert (np.asarray(result.index)[total:] == 0).all()
     between = distances(points)[valid]
-    np.testing.assert_allclose(result.radius, between[:, chosen].min(1).max(), atol=2e-3)
+    np.testing.assert_allclose(result.radius, between[:, centers].min(1).max(), atol=2e-3)
     inner = np.asarray(result.index)[: min(total, 3)]
     optimum = min(between[:, list(c)].min(1).max() for c in itertools.combinations(np.flatnonzero(valid), len(inner)))
-    assert between[:, inner].min(1).max() <= 2 * optimum + 1e-6  # the first centers are the greedy ones of their number
+    assert between[:, inner].min(1).max() <= 2 * optimum + 1e-6  # a head is greedy, too
 
 
 def test_invalid_points_may_hold_anything():
@@ -127,16 +127,31 @@ def test_invalid_points_may_hold_anything():
     valid = np.arange(60) % 3 != 0
     poisoned = np.where(valid[:, None], points, np.nan).astype(np.float32)
     result = jitted(jnp.asarray(poisoned), 20, 1, jnp.asarray(valid))
-    wanted, radius = plain_greedy(points[valid], 20)
-    np.testing.assert_array_equal(result.index, np.flatnonzero(valid)[wanted])
+    index, radius = plain_greedy(points[valid], 20)
+    np.testing.assert_array_equal(result.index, np.flatnonzero(valid)[index])
     np.testing.assert_allclose(result.radius, radius, rtol=1e-4)
 
 
 def test_vmap_equals_a_loop():
     points = jnp.asarray(np.random.default_rng(9).normal(size=(2, 50, 3)), jnp.float32)
-    together = jax.jit(jax.vmap(lambda p: greedy_coreset(p, 10)))(points)
+    stacked = jax.jit(jax.vmap(lambda p: greedy_coreset(p, 10)))(points)
     for i in range(2):
-        np.testing.assert_array_equal(together.index[i], jitted(points[i], 10).index)
+        np.testing.assert_array_equal(stacked.index[i], jitted(points[i], 10).index)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_centers_are_the_chosen_points(projected):
+    rng = np.random.default_rng(10)
+    points, valid = rng.normal(size=(80, 4)).astype(np.float32), rng.random(80) < 0.7
+    project = jnp.asarray(rng.normal(size=(4, 2)), jnp.float32) if projected else None
+    first, space = int(np.flatnonzero(valid)[0]), points if project is None else points @ np.asarray(project)
+    rows, size, radius = jax.jit(coreset_centers, static_argnums=1)(
+        points, 20, first, jnp.asarray(valid), jnp.int32(12), project
+    )
+    index, expected = plain_greedy(space[valid], 12)
+    np.testing.assert_array_equal(rows[:12], points[valid][index])
+    np.testing.assert_allclose(radius, expected, rtol=1e-3)
+    assert size == 12 and rows.shape == (20, 4)
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -146,15 +161,15 @@ def test_k_out_of_range(k):
 
 
 def test_copies_do_not_cost_a_pass_each():
-    """More centers than different points: the rest are equally far, and one of them is as good as another."""
+    """With more centers than distinct points, all others are equally far, and any of them will do."""
     points = np.tile(np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32), (20, 1))
-    found = jax.jit(lambda p: greedy_coreset(p, 600))(points)
-    assert len(set(np.asarray(found.index).tolist())) == 600 and found.size == 600
-    assert found.radius < 1e-2 and found.passes < 30
+    result = jax.jit(lambda p: greedy_coreset(p, 600))(points)
+    assert len(set(np.asarray(result.index).tolist())) == 600 and result.size == 600
+    assert result.radius < 1e-2 and result.passes < 30
 
 
 def streamed(points, k, batch, n=None, project=None, first=0):
-    """The centers of points that come in full batches, the last of them filled up with NaN; and the levels."""
+    """The centers of points in full batches, the last of which ends with NaN; and the number of levels."""
     stream = stream_init(n or len(points), k, points.shape[1], project)
     for i in range(0, len(points), batch):
         part = points[i : i + batch]
@@ -169,35 +184,35 @@ def cover(points, centers):
 
 
 def plain_stream(points, k):
-    """One point at a time, and a list of (rows, bound) a level: the centers and their bound."""
+    """The centers and their bound, one point at a time, with a list of (rows, bound) for every level."""
     levels = [[]]
 
     def thin(sets):
         rows = np.concatenate([rows for rows, _ in sets])
-        chosen, radius = plain_greedy(rows, min(k, len(rows)))
-        return rows[chosen], radius + max(bound for _, bound in sets)
+        index, radius = plain_greedy(rows, min(k, len(rows)))
+        return rows[index], radius + max(bound for _, bound in sets)
 
-    def push(i, one):
+    def push(i, rows_and_bound):
         if i == len(levels):
             levels.append([])
         if sum(len(rows) for rows, _ in levels[i]) == FAN * k:
             push(i + 1, thin(levels[i]))
             levels[i] = []
-        levels[i].append(one)
+        levels[i].append(rows_and_bound)
 
     for point in points:
         push(0, (point[None], 0.0))
-    return thin([one for level in levels for one in level])
+    return thin([part for level in levels for part in level])
 
 
 @pytest.mark.parametrize("n", [41, 160, 161, 800, 801, 1500])
-def test_a_stream_is_a_counter(n):
-    """Centers and bound of two, three and four levels (40 + 160 points, 840, 3,400), full and one point past full."""
+def test_a_stream_carries_like_a_counter(n):
+    """Two, three and four levels (200, 840 and 3,400 points), full and with one point more."""
     points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
     (rows, size, bound), levels = streamed(points, 10, 64)
-    wanted, radius = plain_stream(points, 10)
+    expected, radius = plain_stream(points, 10)
     assert size == 10 and levels == (2 if n <= 200 else 3 if n <= 840 else 4)
-    np.testing.assert_array_equal(rows, wanted)
+    np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(bound, radius, rtol=1e-4)
 
 
@@ -205,10 +220,10 @@ def test_a_stream_is_a_counter(n):
 def test_a_stream_that_fits_is_the_greedy_selection(n):
     points = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
     (rows, size, radius), levels = streamed(points, 10, 7, first=n - 1)
-    wanted, _ = plain_greedy(points, min(10, n), n - 1)
+    expected, _ = plain_greedy(points, min(10, n), n - 1)
     assert levels == 1 and size == min(10, n)
-    np.testing.assert_array_equal(rows[:size], points[wanted])
-    np.testing.assert_allclose(radius, cover(points, points[wanted]), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(rows[:size], points[expected])
+    np.testing.assert_allclose(radius, cover(points, points[expected]), rtol=1e-4, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -218,7 +233,7 @@ def test_a_stream_that_fits_is_the_greedy_selection(n):
     drift=st.integers(0, 2),
 )
 def test_the_radius_of_a_stream_is_bounded(points, n, drift):
-    """By what the state has kept, and by 2 L times that of all at once; the centers are points."""
+    """By the bound in the state, which is at most 2 L times the radius of all at once; centers are points."""
     points = (points + drift * np.arange(170, dtype=np.float32)[:, None] / 8)[:n]
     (rows, size, bound), levels = streamed(points, 2, 16, n=170)  # 2 * (4 + 16 + 64) = 168 < 170: four levels
     rows = np.asarray(rows)[:size]
@@ -241,17 +256,17 @@ def test_a_stream_covers_nearly_as_well_as_all_at_once(order):
 
 def test_batches_of_a_stream_do_not_matter():
     points = np.random.default_rng(1).normal(size=(500, 4)).astype(np.float32)
-    wanted, _ = streamed(points, 8, 500)
+    expected, _ = streamed(points, 8, 500)
     for batch in (1, 30, 32, 33, 499):
-        jax.tree.map(np.testing.assert_array_equal, streamed(points, 8, batch)[0], wanted)
+        jax.tree.map(np.testing.assert_array_equal, streamed(points, 8, batch)[0], expected)
 
 
-def test_room_for_more_points_does_not_matter():
+def test_more_room_does_not_matter():
     points = np.random.default_rng(2).normal(size=(500, 4)).astype(np.float32)
-    wanted, levels = streamed(points, 8, 100)
+    expected, levels = streamed(points, 8, 100)
     got, more = streamed(points, 8, 100, n=50_000)
     assert more > levels
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
 
 
 def test_a_stream_longer_than_its_room():
@@ -268,18 +283,18 @@ def test_a_stream_skips_invalid_points_anywhere():
     poisoned = np.where(valid[:, None], points, np.nan).astype(np.float32)
     stream = append(stream_init(300, 6, 3), jnp.asarray(poisoned), jnp.asarray(valid))
     empty = append(stream, jnp.full((5, 3), jnp.nan), jnp.zeros(5, bool))
-    wanted, _ = streamed(points[valid], 6, 300, n=300)
-    for one in (stream, empty):
-        jax.tree.map(np.testing.assert_array_equal, finish(one), wanted)
+    expected, _ = streamed(points[valid], 6, 300, n=300)
+    for state in (stream, empty):
+        jax.tree.map(np.testing.assert_array_equal, finish(state), expected)
 
 
 def test_a_projected_stream_keeps_whole_rows():
     points = np.random.default_rng(6).normal(size=(300, 5)).astype(np.float32)
     first_two = jnp.eye(5, 2)
     (rows, _, bound), _ = streamed(points, 6, 50, project=first_two)
-    (short, _, wanted), _ = streamed(points[:, :2], 6, 50)
+    (short, _, expected), _ = streamed(points[:, :2], 6, 50)
     np.testing.assert_array_equal(rows[:, :2], short)
-    assert cdist(rows, points).min(1).max() == 0 and bound == wanted
+    assert cdist(rows, points).min(1).max() == 0 and bound == expected
 
 
 def test_a_stream_under_scan_and_vmap_equals_a_loop():
@@ -288,16 +303,16 @@ def test_a_stream_under_scan_and_vmap_equals_a_loop():
 
     @jax.jit
     @jax.vmap
-    def together(points, valid):
+    def centers_of_classes(points, valid):
         return finish(jax.lax.scan(lambda s, b: (append(s, *b), None), stream_init(250, 6, 3), (points, valid))[0])
 
-    found = together(points, valid)
+    stacked = centers_of_classes(points, valid)
     for i, n in enumerate((250, 130)):
-        wanted, _ = streamed(np.asarray(points[i]).reshape(-1, 3)[:n], 6, 25, n=250)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), found, wanted)
+        expected, _ = streamed(np.asarray(points[i]).reshape(-1, 3)[:n], 6, 25, n=250)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), stacked, expected)
 
 
-def test_the_memory_of_a_stream_grows_with_the_logarithm():
+def test_the_memory_of_a_stream_grows_logarithmically():
     def size(n):
         stream = jax.eval_shape(lambda: stream_init(n, 1000, 64))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stream))

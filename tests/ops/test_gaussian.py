@@ -46,11 +46,11 @@ def test_any_split_padding_and_merge_order_gives_the_covariance(n, cuts, data):
     assert count == n
     for position in range(2):
         np.testing.assert_allclose(mean[position], x[:, position].astype(np.float64).mean(0), rtol=1e-4, atol=1e-4)
-        wanted = np.cov(x[:, position].astype(np.float64).T) * (n - 1)
-        np.testing.assert_allclose(scatter[position], wanted, atol=1e-4 * max(1, abs(wanted).max()))
+        expected = np.cov(x[:, position].astype(np.float64).T) * (n - 1)
+        np.testing.assert_allclose(scatter[position], expected, atol=1e-4 * max(1, abs(expected).max()))
 
 
-def test_one_batch_after_the_other_is_a_merge():
+def test_a_sequence_of_batches_is_a_merge():
     x = samples(0, 30, 6).reshape(30, 2, 3)
     streamed, merged = moments_init((2, 3)), moments_init((2, 3))
     for batch in batches(x, [7, 20]):
@@ -90,8 +90,8 @@ def test_ledoit_wolf_shrinks_isotropic_noise_fully():
 def test_ledoit_wolf_of_kept_columns(n):
     x = samples(4, n, 9)
     kept = np.array([1, 0, 1, 1, 0, 1, 1, 1, 0], bool)
-    given_zero = jnp.asarray(np.where(kept, x, 0).astype(np.float32))
-    mean, covariance = shrink(given_zero, jnp.ones(n, bool), jnp.asarray(kept))
+    zeros_elsewhere = jnp.asarray(np.where(kept, x, 0).astype(np.float32))
+    mean, covariance = shrink(zeros_elsewhere, jnp.ones(n, bool), jnp.asarray(kept))
     oracle = LedoitWolf().fit(x[:, kept].astype(np.float64))
     np.testing.assert_allclose(mean[kept], oracle.location_, rtol=1e-4, atol=1e-4)
     scale = abs(oracle.covariance_).max()
@@ -112,12 +112,12 @@ def test_mahalanobis_equals_scipy():
     factor = jnp.asarray(np.linalg.cholesky(covariance), jnp.float32)
     result = jax.jit(mahalanobis)(jnp.asarray(x), jnp.asarray(mean), factor)
     inverse = np.linalg.inv(covariance)
-    wanted = [[distance.mahalanobis(v, m, i) for v, m, i in zip(row, mean, inverse, strict=True)] for row in x]
-    np.testing.assert_allclose(result, wanted, rtol=1e-4)
+    expected = [[distance.mahalanobis(v, m, i) for v, m, i in zip(row, mean, inverse, strict=True)] for row in x]
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
 
 
 def test_mahalanobis_without_leading_axes():
     x, factor = samples(8, 5, 3), np.linalg.cholesky(np.cov(samples(9, 40, 3).T))
     result = jax.jit(mahalanobis)(jnp.asarray(x), jnp.zeros(3), jnp.asarray(factor, jnp.float32))
-    wanted = [distance.mahalanobis(v, np.zeros(3), np.linalg.inv(factor @ factor.T)) for v in x]
-    np.testing.assert_allclose(result, wanted, rtol=1e-4)
+    expected = [distance.mahalanobis(v, np.zeros(3), np.linalg.inv(factor @ factor.T)) for v in x]
+    np.testing.assert_allclose(result, expected, rtol=1e-4)

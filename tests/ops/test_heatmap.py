@@ -1,4 +1,4 @@
-"""Pooling, stacking and smoothing against loops in numpy and filters of scipy."""
+"""Pooling and stacking against loops in numpy, smoothing against scipy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +33,11 @@ def test_upsample_blur_is_bilinear_then_gaussian(grid, size, sigma):
     scores = maps(0, 2, *grid)
     result = upsample_blur(jnp.asarray(scores), size, sigma)
     assert result.shape == (2, *size) and result.dtype == jnp.float32
-    for got, score in zip(result, scores.astype(np.float64), strict=True):
-        wanted = bilinear(score, size)
+    for heatmap, score in zip(result, scores.astype(np.float64), strict=True):
+        expected = bilinear(score, size)
         if sigma:
-            wanted = ndimage.gaussian_filter(wanted, sigma, mode="reflect")
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+            expected = ndimage.gaussian_filter(expected, sigma, mode="reflect")
+        np.testing.assert_allclose(heatmap, expected, atol=1e-5)
 
 
 def test_upsample_blur_keeps_constants():
@@ -54,11 +54,11 @@ def test_sigma_out_of_range(sigma):
 def test_neighborhood_mean_with_zeros_beyond_the_border(size):
     x = maps(1, 2, 5, 6, 3)
     before = (size - 1) // 2
-    wanted = np.zeros(x.shape)
+    expected = np.zeros(x.shape)
     for i, j in np.ndindex(5, 6):
         window = x[:, max(i - before, 0) : i - before + size, max(j - before, 0) : j - before + size]
-        wanted[:, i, j] = window.astype(np.float64).sum((1, 2)) / size**2
-    np.testing.assert_allclose(neighborhood_mean(jnp.asarray(x), size), wanted, atol=1e-6)
+        expected[:, i, j] = window.astype(np.float64).sum((1, 2)) / size**2
+    np.testing.assert_allclose(neighborhood_mean(jnp.asarray(x), size), expected, atol=1e-6)
 
 
 def test_stack_maps_linear():
@@ -66,12 +66,12 @@ def test_stack_maps_linear():
     result = stack_maps([jnp.asarray(fine), jnp.asarray(coarse)])
     np.testing.assert_array_equal(result[..., :3], fine)
     for image, channel in np.ndindex(2, 2):
-        wanted = bilinear(coarse[image, ..., channel], (8, 6))
-        np.testing.assert_allclose(result[image, ..., 3 + channel], wanted, atol=1e-6)
+        expected = bilinear(coarse[image, ..., channel], (8, 6))
+        np.testing.assert_allclose(result[image, ..., 3 + channel], expected, atol=1e-6)
 
 
 def test_stack_maps_nearest_repeats():
     fine, middle, coarse = maps(4, 1, 8, 8, 1), maps(5, 1, 4, 4, 2), maps(6, 1, 2, 2, 1)
     result = stack_maps([jnp.asarray(m) for m in (fine, middle, coarse)], "nearest")
-    wanted = np.concatenate([fine, middle.repeat(2, 1).repeat(2, 2), coarse.repeat(4, 1).repeat(4, 2)], -1)
-    np.testing.assert_array_equal(result, wanted)
+    expected = np.concatenate([fine, middle.repeat(2, 1).repeat(2, 2), coarse.repeat(4, 1).repeat(4, 2)], -1)
+    np.testing.assert_array_equal(result, expected)

@@ -17,12 +17,12 @@ def points(n: int, d: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(200, 3, 7), (60, 8, 5), (20, 2, 20)])
-def test_kmeans_ends_where_scikit_learn_does(n, d, k):
+def test_kmeans_equals_scikit_learn(n, d, k):
     x = points(n, d)
     start = np.asarray(plus_plus(KEY, jnp.asarray(x), k))
-    theirs = KMeans(k, init=start, n_init=1, tol=0, algorithm="lloyd").fit(x)
-    ours = jax.jit(kmeans)(jnp.asarray(x), jnp.asarray(start))
-    np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-4)
+    expected = KMeans(k, init=start, n_init=1, tol=0, algorithm="lloyd").fit(x).cluster_centers_
+    centers = jax.jit(kmeans)(jnp.asarray(x), jnp.asarray(start))
+    np.testing.assert_allclose(centers, expected, atol=1e-4)
 
 
 def test_a_center_without_points_stays():

@@ -1,4 +1,4 @@
-"""Rules of hyper-parameters: what breaks one is named, with its value."""
+"""Range checks of hyperparameters: messages name the hyperparameter and its value."""
 
 import math
 

@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory, measured in one run on one machine."""

@@ -1,0 +1,1 @@
+"""Distillation of the networks whose weights are made here."""

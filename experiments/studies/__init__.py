@@ -1,0 +1,1 @@
+"""Studies of questions that no recipe answers."""

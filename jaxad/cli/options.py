@@ -1,0 +1,193 @@
+"""Options of the command line: what they are called, where they come from, how they are parsed."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import itertools
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from jaxad.data import PAPER
+from jaxad.methods import factory
+from jaxad.settings import GIVEN, Settings
+
+Source = Annotated[Positional[str], arg(metavar="SOURCE")]
+Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
+
+
+@dataclasses.dataclass
+class Data:
+    """What images to take, and where to write.
+
+    Args:
+        source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
+        category: One product class, or all of them: those of similar numbers of images, of one size, in one program.
+        mask_threshold: A mask pixel counts where it is above.
+        unified: One model for all classes: OUTPUT/METHOD/DATASET/unified.
+        classes_per_step: Classes in memory at the same time; None: as many as fit.
+        output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
+        preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
+        checkpoint_seconds: Least time between two checkpoints, from which a killed run resumes.
+        devices: How many devices share the work, classes first, then the images and patches of a class.
+        distributed: This is one of several processes that share the work on all of their devices; start each with the
+            same command. All of them must see the output folder.
+        coordinator: HOST:PORT of process 0; None: from the environment (as are the next two).
+        num_processes: Number of processes.
+        process_id: Number of this process, counted from 0.
+    """
+
+    source: Source
+    category: str = "all"
+    mask_threshold: int = 0
+    unified: bool = False
+    classes_per_step: int | None = None
+    output: Path = Path("runs")
+    preset: Literal["paper"] | None = None
+    checkpoint_seconds: float = 60.0
+    devices: int = 1
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass
+class FitData(Data):
+    """What to fit on what, and where to write.
+
+    Args:
+        method: A name in `jaxad list`; with --help, its own options are shown below.
+    """
+
+    method: str = "patchcore"
+
+
+@dataclasses.dataclass
+class BenchmarkData(Data):
+    """What to compare on what, and where to write.
+
+    Args:
+        methods: Names in `jaxad list`, each with its default hyperparameters; none means all that the backbone suits.
+        seeds: Repetitions, counted up from the seed; several go to OUTPUT/seedN/METHOD/DATASET/CATEGORY.
+        sweep: NAME=VALUE,VALUE,... compares values of a hyperparameter from one fit with the largest, for those that a
+            fitted model can change (PatchCore's coreset_sampling_ratio and num_neighbors).
+        report: Also write an HTML report to this file.
+    """
+
+    methods: tuple[str, ...] = ()
+    seeds: int = 1
+    sweep: str | None = None
+    report: Path | None = None
+
+
+@dataclasses.dataclass
+class EstimateData:
+    """What would be fitted on what.
+
+    Args:
+        method: A name in `jaxad list`, before all options; its own are shown below.
+        data: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
+        category: One product class, or all of them: those of similar numbers of images, of one size, in one program.
+        unified: One model for all classes.
+        classes_per_step: Classes in memory at the same time; None: all.
+        preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
+        devices: How many devices share the work; they need not be there.
+    """
+
+    method: Annotated[Positional[str], arg(metavar="METHOD")]
+    data: str
+    category: str = "all"
+    unified: bool = False
+    classes_per_step: int | None = None
+    preset: Literal["paper"] | None = None
+    devices: int = 1
+
+
+def option_before(argv: Sequence[str], name: str, default: str) -> str:
+    """The value of an option before the others are known."""
+    for word, following in itertools.pairwise([*argv, ""]):
+        option, _, value = word.partition("=")
+        if option == f"--{name}":
+            return value or following
+    return default
+
+
+def parse(command: str, description: str, argv: Sequence[str], groups: dict[str, type]) -> list[Any]:
+    """Parses options by group; all but the first come back as dictionaries."""
+    options = dataclasses.make_dataclass("Options", groups.items())
+    config = (tyro.conf.OmitArgPrefixes,)
+    parsed = call(options, prog=f"jaxad {command}", description=description, args=argv, config=config)
+    first, *others = (getattr(parsed, group) for group in groups)
+    return [first, *map(vars, others)]
+
+
+def call(run: Callable[..., Any], *, prog: str, **options: Any) -> Any:
+    """`tyro.cli`, whose framed error messages become one line."""
+
+    @functools.wraps(run)
+    def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return lambda: run(*args, **kwargs)
+
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            bound = tyro.cli(later, prog=prog, **options)
+    except SystemExit as done:
+        if not done.code:
+            raise
+        words = [line.strip(" │|") for line in message.getvalue().splitlines()[1:-1]]  # the frame has a title
+        parts = [list(part) for text, part in itertools.groupby(words, lambda word: word.strip("─-") != "") if text]
+        hints = [f"did you mean {part[1]}?" for part in parts if part[0].startswith("Perhaps")]
+        raise ValueError("; ".join([" ".join(parts[0]).rstrip("."), *hints, f"see {prog} --help"])) from None
+    return bound()
+
+
+def settings_options() -> type:
+    """Options for the fields of `Settings`; several backbones are given one by one."""
+    several = {"backbone": UseAppendAction[tuple[str, ...]], "weights": UseAppendAction[tuple[Path, ...]]}
+    fields = [
+        (field.name, several.get(field.name, field.type), field.default)
+        for field in dataclasses.fields(Settings)
+        if field.name not in ("method", "hyperparameters")
+    ]
+    return _dataclass("Settings", fields, Settings.__doc__)
+
+
+def method_options(name: str) -> type:
+    """Options for the hyperparameters of a method."""
+    make = factory(name)
+    hints = typing.get_type_hints(make)
+    parameters = [p for p in inspect.signature(make).parameters.values() if p.name not in GIVEN]
+    return _dataclass("Hyperparameters", [(p.name, hints[p.name], p.default) for p in parameters], make.__doc__)
+
+
+def _dataclass(name: str, fields: list[tuple[str, Any, Any]], doc: str | None) -> type:
+    options = dataclasses.make_dataclass(name, fields)
+    options.__doc__ = doc
+    return options
+
+
+def settings_of(name: str, preset: str | None, options: dict[str, Any]) -> Settings:
+    """The settings of a method from parsed options."""
+    if preset == "paper":
+        options = options | {"image_size": PAPER.resize, "center_crop": PAPER.center_crop}
+    return Settings.of(name, **options)
+
+
+def sweep_of(text: str) -> tuple[str, tuple[float | int, ...]]:
+    """The name and the values of --sweep."""
+    name, _, values = text.partition("=")
+    try:
+        numbers = [float(value) if "." in value or "e" in value else int(value) for value in values.split(",")]
+    except ValueError:
+        raise ValueError(f"sweep must be NAME=VALUE,VALUE,... with numbers, got {text}") from None
+    if len(set(numbers)) < 2:
+        raise ValueError(f"a sweep needs two different values or more, got {text}")
+    return name.replace("-", "_"), tuple(numbers)

@@ -1,0 +1,126 @@
+"""Scoring: batch by batch, so that memory does not grow with the number of images."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxad.base import Frozen, Method, Scores, State
+from jaxad.data import Dataset
+from jaxad.driver.embedding import Block, Reader, embeddings, place
+from jaxad.driver.execution import Execution
+from jaxad.driver.mesh import Layout, fetch
+from jaxad.driver.programs import score_program
+from jaxad.driver.schedule import next_multiple
+
+
+def score(
+    method: Method, state: State, frozen: Frozen, data: Dataset, execution: Execution = Execution()
+) -> Iterator[tuple[np.ndarray, Scores]]:
+    """Scores a data set batch by batch, in order.
+
+    Args:
+        method: What was fitted.
+        state: What `fit` returned.
+        frozen: What it was fitted with.
+        data: The images.
+        execution: Devices, batch size, cache and progress.
+
+    Yields:
+        Indices into the data set and the scores of these images, as numpy arrays.
+
+    Raises:
+        ValueError: A score is not finite; names the image.
+    """
+    for _, index, scores in _score(method, state, frozen, [data], execution, classes=False):
+        yield index, scores
+
+
+def score_classes(
+    method: Method, state: State, frozen: Frozen, datasets: Sequence[Dataset], execution: Execution = Execution()
+) -> Iterator[tuple[int, np.ndarray, Scores]]:
+    """Scores the data sets of all classes at once.
+
+    Args:
+        method: What was fitted.
+        state: What `fit_classes` returned, with a leading axis of classes.
+        frozen: What it was fitted with, shared by all classes.
+        datasets: One for each class, which may be empty.
+        execution: As for `score`; progress counts the images of all classes.
+
+    Yields:
+        The number of a class, indices into its data set, and the scores of these images, as numpy arrays.
+
+    Raises:
+        ValueError: A score is not finite; names the image.
+    """
+    yield from _score(method, state, frozen, datasets, execution, classes=True)
+
+
+def score_all(
+    method: Method, state: State, frozen: Frozen, data: Dataset, execution: Execution = Execution()
+) -> Scores:
+    """The scores of a whole data set in one `Scores`; arguments as for `score`."""
+    parts = [scores for _, scores in score(method, state, frozen, data, execution)]
+    if not parts:
+        raise ValueError("scoring needs at least one image, got none")
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _score(
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    execution: Execution,
+    classes: bool,
+) -> Iterator[tuple[int, np.ndarray, Scores]]:
+    sizes = np.array([len(data) for data in datasets])
+    if not sizes.any():
+        return
+    layout, progress = Layout(execution.mesh), execution.progress
+    slots = [*range(len(datasets)), *[len(datasets) - 1] * (-len(datasets) % layout.class_shards)]
+    stand_in = datasets[int(sizes.argmax())]  # what an empty class is padded with
+    padded = [datasets[i] if sizes[i] else stand_in for i in slots]
+    if classes and len(slots) > len(datasets):
+        state = jax.tree.map(lambda leaf: leaf[np.asarray(slots)], state)
+    n = sizes[slots]
+    state = layout.spread(state, classes)
+    placed = place(frozen, layout)
+    sources = embeddings(method.embed, frozen, padded, layout, execution.batch_size, execution.cache, False)
+    program = score_program(method, layout, execution.classes_per_step if classes else None, classes)
+    batch_size = next_multiple(execution.batch_size, layout.data_shards)
+
+    def block(first: int) -> Block:
+        rows = np.arange(first, first + batch_size)
+        valid = rows < n[:, None]
+        index = np.stack([np.resize(rows[v] if v.any() else 0, batch_size) for v in valid])
+        return Block(index[:, None], valid[:, None])
+
+    total, done = int(sizes.sum()), 0
+    if progress:
+        progress("score", 0, total)
+    reader = Reader(method.embed, placed, sources, layout)
+    for _, (index, valid), x in reader.read(range(0, int(n.max()), batch_size), block):
+        outputs = fetch(program(state, placed.everywhere, x))
+        for c, data in enumerate(datasets):
+            rows = index[c, 0, valid[c, 0]]
+            if not rows.size:
+                continue
+            scores = jax.tree.map(lambda leaf, c=c, n=rows.size: leaf[c, :n], outputs)
+            _check_scores(scores, data, rows)
+            done += rows.size
+            if progress:
+                progress("score", done, total)
+            yield c, rows, scores
+
+
+def _check_scores(scores: Scores, data: Dataset, rows: np.ndarray) -> None:
+    values: Any
+    for values in (scores.image, scores.image if scores.pixel is None else scores.pixel):
+        finite = np.isfinite(values)
+        if not finite.all():
+            i = int(np.argmin(finite.reshape(len(rows), -1).all(1)))
+            bad = values[i][~finite[i]].flat[0]
+            raise ValueError(f"scores must be finite, got {bad} for {data.paths[rows[i]]}: the model is degenerate")

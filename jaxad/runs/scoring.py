@@ -1,0 +1,162 @@
+"""Scoring images with a fitted detector: tables of scores, and pictures on request."""
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxad import files
+from jaxad.data import Dataset, Split, open_data, to_original
+from jaxad.data.folders import recognize
+from jaxad.data.images import in_threads
+from jaxad.detector import Detector
+from jaxad.driver.execution import Execution
+from jaxad.metrics import Threshold
+from jaxad.progress import Bars
+from jaxad.report.pictures import overlay, save_png, save_tiff
+from jaxad.runs.fitting import title
+
+
+def score_run(
+    detector: Detector,
+    data: Dataset,
+    output: Path,
+    *,
+    root: Path | None,
+    labeled: bool,
+    overlays: bool = False,
+    maps: bool = False,
+) -> int:
+    """Scores images batch by batch; memory does not grow with their number.
+
+    Args:
+        detector: Fitted.
+        data: The images.
+        output: Receives scores.csv and scores.jsonl; overlays/ and maps/ where asked for, in the images' own folders.
+        root: The folder that these folders are relative to; None where the images are no files.
+        labeled: Whether the labels of `data` are real; else they are left empty.
+        overlays: Write PNGs of the images with the heat map over them, in colors that mean the same in every image.
+        maps: Write the raw heat maps at the original resolution as float32 TIFFs.
+
+    Returns:
+        The number of images above the threshold; 0 without one.
+
+    Raises:
+        ValueError: The method gives no heat maps, or there is nothing to take the colors from.
+    """
+    limits = detector.color_limits()
+    names = picture_names(data, root)
+
+    def draw(job: tuple[int, np.ndarray]) -> None:
+        i, heat_map = job
+        heat_map = to_original(heat_map, data.original_size(i), data.preprocess)
+        if maps:
+            save_tiff(stage / "maps" / f"{names[i]}.tiff", heat_map)
+        if overlays and limits is not None:
+            save_png(stage / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat_map, *limits))
+
+    anomalous = 0
+    with (
+        files.staging(output) as stage,
+        score_files(stage, detector.image_threshold) as write,
+        Bars(title(detector.settings, [data])) as bars,
+    ):
+        for rows, scores in detector.score(data, Execution(progress=bars)):
+            if overlays or maps:
+                if scores.pixel is None:
+                    raise ValueError(
+                        f"overlays and maps need a method with heat maps, got {detector.settings.method}: omit them"
+                    )
+                if overlays and limits is None:
+                    raise ValueError(
+                        "overlays take their colors from held-out images, got a model without: fit with holdout > 0"
+                    )
+                in_threads(draw, zip(rows.tolist(), scores.pixel, strict=True))
+            for i, value in zip(rows.tolist(), scores.image.tolist(), strict=True):
+                label, defect = (int(data.labels[i]), data.defects[i]) if labeled else (-1, "")
+                anomalous += bool(write(data.paths[i], label, defect, value))
+    return anomalous
+
+
+def picture_names(data: Dataset, root: Path | None) -> list[str]:
+    """Where each image's pictures go: its path from `root`, without the extension where that is still unique.
+
+    An image outside of `root` keeps its whole path.
+    """
+    names = []
+    for path in data.paths:
+        if root is not None:
+            inside = os.path.relpath(path, root)
+            path = os.path.abspath(path) if inside.startswith(os.pardir) else inside
+        names.append(os.path.normpath(path).lstrip(os.sep))
+    bare = [os.path.splitext(name)[0] for name in names]
+    return bare if len(set(bare)) == len(set(names)) else names
+
+
+@contextlib.contextmanager
+def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[[str, int, str, float], bool | None]]:
+    """Writes scores.csv and scores.jsonl row by row; they appear when the block ends well.
+
+    Yields:
+        write(path, label, defect, score) -> the prediction: whether the score is above the threshold, None without one.
+        An unknown label is -1, and empty (null) in the files.
+    """
+    encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+    with (
+        files.replacing(folder / "scores.csv") as csv_path,
+        files.replacing(folder / "scores.jsonl") as jsonl_path,
+        csv_path.open("w", newline="", **encoding) as csv_file,
+        jsonl_path.open("w", **encoding) as jsonl_file,
+    ):
+        fields = ("path", "label", "defect", "score", "prediction")
+        table = csv.writer(csv_file)
+        table.writerow(fields)
+
+        def write(path: str, label: int, defect: str, score: float) -> bool | None:
+            prediction = None if threshold is None else score > threshold.value
+            flag = None if prediction is None else int(prediction)
+            row = (path, None if label < 0 else label, defect or None, score, flag)
+            table.writerow(row)
+            jsonl_file.write(json.dumps(dict(zip(fields, row, strict=True))) + "\n")
+            return prediction
+
+        yield write
+
+
+def open_split(
+    source: str,
+    detector: Detector,
+    *,
+    asked: str | None,
+    fitted: str | None,
+    mask_threshold: int = 0,
+    any_folder: bool = False,
+) -> Split:
+    """One category of a source: the one asked for, or the only one, or the one that the run was fitted on.
+
+    Args:
+        source: As for `open_data`.
+        detector: Says how images are preprocessed.
+        asked: A category, or None.
+        fitted: The category of the run, or None.
+        mask_threshold: A mask pixel counts where it is above.
+        any_folder: A folder in no known layout may hold normal and anomalous images.
+
+    Raises:
+        ValueError: There are several and none of the two names is among them; and all of `open_data`.
+    """
+    folder = any_folder and Path(source).is_dir()
+    layout = recognize(Path(source)) if folder else "auto"
+    preprocess = detector.settings.preprocess
+    options: dict[str, Any] = {"preprocess": preprocess, "mask_threshold": mask_threshold, "layout": layout}
+    opened = open_data(source, category=asked, **options)
+    if len(opened) == 1:
+        return next(iter(opened.values()))
+    if fitted is None or fitted not in opened:
+        raise ValueError(f"{source} has several categories: choose one with --category: {', '.join(opened)}")
+    return opened[fitted]

@@ -1,0 +1,137 @@
+"""Studies: the smoke variants write what the tables read."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.opening import open_recipe
+from experiments.studies import ablate_generators, epoch_curve, nf_ood, select_rate
+from experiments.update_readme import foreign_images, transfer
+
+
+def test_learning_rates_are_compared_on_held_out_images(tmp_path: Path) -> None:
+    rates = (1e-12, 1e-5)
+    select_rate.main(
+        select_rate.Options("nf_demo", rates, epochs=3, learn=24, hold_out=8, results=tmp_path, smoke=True)
+    )
+    result = json.loads((tmp_path / "select_nf_demo.json").read_text())
+    assert result["images"] == {"learned": 24, "held_out": 8}
+    unchanged, trained = result["held_out_loss"].values()
+    assert len(trained) == 3 and trained[-1] < trained[0] < unchanged[0]
+    np.testing.assert_allclose(unchanged, unchanged[0], rtol=1e-4)
+
+
+def test_other_hyperparameters_are_compared_too(tmp_path: Path) -> None:
+    options = dict(vary="clamp", epochs=1, learn=8, hold_out=8, results=tmp_path, smoke=True)
+    select_rate.main(select_rate.Options("nf_demo", (1, 2), **options))
+    result = json.loads((tmp_path / "select_nf_demo_clamp.json").read_text())
+    assert result["varied"] == "clamp" and list(result["held_out_loss"]) == ["1", "2"]
+    first, second = result["held_out_loss"].values()
+    assert first != second
+
+
+def test_recipe_with_photographs_is_opened_with_them(tmp_path: Path) -> None:
+    for i in range(2):
+        Image.new("RGB", (512, 512), (100 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    opened = open_recipe("efficientad_demo", epochs=1, auxiliary=tmp_path)
+    assert opened.photographs.shape == (2, 256, 256, 3)
+    assert open_recipe("efficientad_demo", smoke=True).photographs.shape == (4, 64, 64, 3)
+    assert open_recipe("nf_demo", smoke=True).photographs is None
+    with pytest.raises(ValueError, match="auxiliary"):
+        open_recipe("efficientad_demo", epochs=1)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_metrics_of_test_images_by_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "epochs_fastflow_demo.json"
+    for epochs in (1, 2):
+        epoch_curve.main(epoch_curve.Options("fastflow_demo", epochs, results=tmp_path, smoke=True))
+        result = json.loads(path.read_text())
+        assert len(result["curves"]["jaxad"]["pixel_AUROC"]) == epochs
+        result["curves"]["FrEIA"] = {"pixel_AUROC": [0.5]}
+        path.write_text(json.dumps(result))
+    assert set(json.loads(path.read_text())["curves"]) == {"jaxad", "FrEIA"}
+
+
+def test_curve_stops_as_anomalib_does() -> None:
+    values = [0.1, 0.3, 0.2, 0.1, 0.2, 0.9]
+    stopped = epoch_curve.stopped
+    assert (stopped(values, 3), stopped(values, 5), stopped(values[:1], 3)) == (0.3, 0.9, 0.1)
+
+
+def test_curve_refuses_recipes_without_steps_or_with_other_blocks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="8 3x3 couplings, got fastflow_demo"):
+        epoch_curve.main(
+            epoch_curve.Options("fastflow_demo", torch_python=Path("python"), results=tmp_path, smoke=True)
+        )
+    with pytest.raises(ValueError, match="learning rate, got patchcore_demo"):
+        epoch_curve.main(epoch_curve.Options("patchcore_demo", results=tmp_path, smoke=True))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_likelihoods_of_foreign_images(tmp_path: Path) -> None:
+    names = ("RealNVP, cycle mask", "RealNVP on embeddings", "RealNVP on ADBench's embeddings")
+    for part in (names[:1], names[1:]):
+        nf_ood.main(nf_ood.Options(flows=part, train=64, test=8, hidden=2, results=tmp_path, smoke=True))
+    flows = json.loads((tmp_path / "nf_ood.json").read_text())["flows"]
+    assert tuple(flows) == names
+    assert flows[names[0]]["bits_per_dimension"] > 7 and flows[names[1]]["bits_per_dimension"] is None
+    assert set(flows[names[0]]["auroc"]) == {"one color", "digits", "tiles", "textures"}
+    assert set(flows[names[2]]["auroc"]) == {"SVHN", "other classes of CIFAR-10"}
+    assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_likelihoods_of_foreign_images_by_a_flow_of_aligned_images(tmp_path: Path) -> None:
+    for kind in ("good", "crack", "dent"):
+        (tmp_path / "bolt" / "test" / kind).mkdir(parents=True)
+    name = "RealNVP, cycle mask"
+    options = dict(train=16, test=8, hidden=2, aligned=tmp_path / "bolt", results=tmp_path, smoke=True)
+    nf_ood.main(nf_ood.Options(flows=(name,), **options))
+    result = json.loads((tmp_path / "nf_ood_bolt.json").read_text())
+    assert result["foreign_images"] == {
+        **dict.fromkeys(("one color", "digits", "tiles", "textures", "background", "CIFAR-10"), 8),
+        "defects": 16,
+    }
+    assert set(result["flows"][name]["auroc"]) == set(result["foreign_images"])
+    assert "flow, trained on bolt" in foreign_images(result)
+    with pytest.raises(ValueError, match="bolt has no images"):
+        nf_ood.resized(nf_ood.Options(), tmp_path / "bolt", 8)
+    with pytest.raises(ValueError, match="flows must be of"):
+        nf_ood.main(nf_ood.Options(flows=(nf_ood.ADBENCH,), **options))
+
+
+def test_vectors_are_fitted_as_they_are() -> None:
+    """Also those whose number does not fit into one byte."""
+    x = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    method = nf_ood.nf(backbone="resnet18", layers=("layer3",), couplings=1, blocks=1, epochs=1, train_batch_size=300)
+    state = nf_ood.fit_vectors(method, x, "layer3").state
+    shifted = nf_ood.fit_vectors(method, x + 5, "layer3").state
+    scores, others = (
+        np.asarray(jax.jit(method.score)(s, None, {"layer3": v}).image) for s, v in ((state, x), (shifted, x + 5))
+    )
+    np.testing.assert_allclose(scores, others, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_ablation_of_generators(tmp_path: Path) -> None:
+    names = ("confetti", "feature noise", "feature ascent")
+    ablate_generators.main(ablate_generators.Options(generators=names, results=tmp_path, smoke=True))
+    result = json.loads((tmp_path / "ablate_generators_demo.json").read_text())
+    assert tuple(result["generators"]) == names
+    for categories in result["generators"].values():
+        assert len(categories) == 4
+        for kinds in categories.values():
+            assert "all" in kinds and "good" not in kinds and len(kinds) > 1
+            assert all(0 <= row[metric] <= 1 for row in kinds.values() for metric in row)
+    table = transfer(result)
+    assert "| learned from | all | crack | dent |" in table and "| feature noise | " in table
+
+
+def test_ablation_refuses_unknown_generators(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"generators must be of CutPaste, .*; got fog"):
+        ablate_generators.main(ablate_generators.Options(generators=("fog",), results=tmp_path, smoke=True))
