@@ -119,8 +119,9 @@ def open_recipe(
     with smoke_photographs(recipe.method) if smoke else contextlib.nullcontext(auxiliary) as folder:
         files = () if weights is None else (weights,)
         settings = settings_of(recipe, weights=files, auxiliary=folder, smoke=smoke, **changed)
-        source, options = "demo" if smoke else data, {"mask_threshold": recipe.mask_threshold}
-        train, test = next(iter(open_data(source, preprocess=settings.preprocess, **options).values()))
+        source = "demo" if smoke else data
+        splits = open_data(source, preprocess=settings.preprocess, mask_threshold=recipe.mask_threshold)
+        train, test = next(iter(splits.values()))
         assert train is not None
         method = settings.build(train.image_size)
         photographs = load_photographs(settings, method, train.image_size)

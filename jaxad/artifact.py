@@ -1,4 +1,4 @@
-"""A fitted model on disk: `model.safetensors` (the state) and `model.json` (how to rebuild what it belongs to)."""
+"""A fitted model on disk: `model.safetensors` holds the state, `model.json` the settings that it belongs to."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +12,15 @@ from safetensors.numpy import load_file, save_file
 from jaxad.base import State
 from jaxad.files import read_json, replacing, write_json
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the files; 2 renamed the arrays of the states."""
 
 
 def save_state(directory: str | Path, state: State) -> None:
-    """Writes a fitted state; it is no model before `save_description`, so that a killed run leaves none half-written.
+    """Writes a fitted state. `save_description` completes the model, so a killed run leaves no half-written model.
 
     Args:
-        directory: Created where missing; a model in it is replaced.
+        directory: Created if it is missing; a model in it is replaced.
         state: Any pytree of arrays.
 
     Raises:
@@ -28,9 +29,9 @@ def save_state(directory: str | Path, state: State) -> None:
     path = Path(directory) / "model.safetensors"
     with replacing(path) as temporary:
         temporary.touch()
-        permissions = temporary.stat().st_mode  # as the user's umask has them; safetensors makes private files
+        permissions = temporary.stat().st_mode  # follow the umask; safetensors writes private files
         try:
-            save_file(_named(state), temporary)
+            save_file(_named_arrays(state), temporary)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(permissions)
@@ -38,23 +39,24 @@ def save_state(directory: str | Path, state: State) -> None:
 
 
 def save_description(directory: str | Path, description: dict[str, Any]) -> None:
-    """Writes what belongs to the state beside it: JSON values, enough to build the state's structure again."""
+    """Writes the description of the model as JSON, which must suffice to rebuild the structure of the state."""
     write_json(Path(directory) / "model.json", {"format": FORMAT, **description})
 
 
 def read_description(directory: str | Path, fields: Iterable[str] = ()) -> dict[str, Any]:
-    """The description of a saved model, with at least those fields.
+    """Reads the description of a saved model, which must have at least these fields.
 
     Raises:
         FileNotFoundError: There is no model.
-        ValueError: It is damaged, or of a later format.
+        ValueError: The description is damaged, or has another format.
     """
     path = Path(directory) / "model.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no fitted model in {directory}: give a directory that `jaxad fit` wrote")
+        raise FileNotFoundError(f"no fitted model in {directory}: pass a directory that `jaxad fit` wrote")
     description = read_json(path)
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path} must have format {FORMAT}, got {description.get('format')}: update or fit again")
+    version = description.get("format")
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, but this version of jaxad reads format {FORMAT}: fit again")
     missing = [field for field in fields if field not in description]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: fit again or restore a copy")
@@ -62,7 +64,7 @@ def read_description(directory: str | Path, fields: Iterable[str] = ()) -> dict[
 
 
 def load_state(directory: str | Path, structure: State) -> State:
-    """Reads a state back into the structure of `structure`; shapes and types are those of the file.
+    """Reads a state into the tree structure of `structure`. Shapes and types are those of the file.
 
     Raises:
         FileNotFoundError: There is no model.
@@ -75,17 +77,17 @@ def load_state(directory: str | Path, structure: State) -> State:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): fit again or restore a copy") from error
-    paths, tree = jax.tree_util.tree_flatten_with_path(structure)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(structure)
     names = [_name(path) for path, _ in paths]
     if set(names) != set(tensors):
         raise ValueError(f"{path} must hold the arrays {', '.join(sorted(names))}; got {', '.join(sorted(tensors))}")
-    return jax.tree.unflatten(tree, [jax.numpy.asarray(tensors[name]) for name in names])
+    return jax.tree.unflatten(treedef, [jax.numpy.asarray(tensors[name]) for name in names])
 
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".") or "state"
 
 
-def _named(state: State) -> dict[str, np.ndarray]:
+def _named_arrays(state: State) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_name(path): np.asarray(leaf, order="C") for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files and folders, and strict JSON."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """Yields a temporary path next to `path`, which replaces `path` if the block succeeds and is deleted otherwise.
 
     Raises:
-        OSError: `path` cannot be written, or is there already and no file.
+        OSError: `path` cannot be written, or exists and is not a file.
     """
-    path = path.resolve()  # what a link points to is written, not the link
+    path = path.resolve()  # replace the target of a link, not the link
     if path.exists() and not path.is_file():
         raise FileExistsError(f"the output must be a file, but {path} is something else: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,12 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder in `folder`, whose files move to the same places in it when the block ends well.
+    """Yields a hidden folder in `folder`, whose files move into `folder` if the block succeeds.
 
-    When it does not, nothing is left of them, nor of `folder` where that is new. What a killed process left behind is
-    removed by the next one.
+    If the block fails, the hidden folder is deleted, and so is `folder` if it is new and empty. Files that a killed
+    process left behind are deleted the next time.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     stage = folder / ".staging"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -55,47 +55,47 @@ def staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        remove_empty(made)
+        remove_empty(new_folders)
         raise
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes folders, the innermost first, as far as nobody has written there meanwhile."""
+    """Removes folders, given from the inside out, up to the first that is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it: a killed run leaves no half file behind."""
+    """Writes a text file under a temporary name and renames it, so that a killed run leaves no partial file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON (NaN becomes null) atomically."""
-    write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    """Writes strict JSON atomically; NaN becomes null."""
+    write_atomically(path, json.dumps(_to_json(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; a broken one is a ValueError that names it."""
+    """Reads a JSON file that holds an object. Raises ValueError with the name of the file if it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, but reading it failed ({error}): write it again") from error
+        raise ValueError(f"{path} must be JSON, but cannot be parsed ({error}): write it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {json.dumps(value)[:40]}: write it again")
     return value
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN, no paths and no numpy: null, strings and numbers stand for them."""
+def _to_json(value: Any) -> Any:
+    """Converts to JSON types: NaN to null, paths to strings, numpy arrays to lists."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_to_json(v) for v in value]
     if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return _to_json(value.tolist())
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""What the command line tells while it works, on stderr."""
+"""Progress and messages of the command line, on stderr."""
 
 import contextlib
 import signal
@@ -6,37 +6,33 @@ import sys
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
 LINE_SECONDS = 5.0
-"""Between two lines of progress where stderr is no terminal."""
-
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 _silent: list[bool] = []
 
 
 def be_silent() -> None:
-    """From now on nothing is told: one of several processes speaks for all."""
+    """Suppresses all messages and progress of this process; one of several processes reports for all."""
     _silent.append(True)
 
 
 def say(line: str) -> None:
-    """Prints a line at once."""
+    """Prints a line and flushes it."""
     if not _silent:
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off until the block ends: extension modules that are being imported would garble or swallow it."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    """Defers Ctrl-C until the end of the block, because extension modules may swallow it while they are imported."""
+    interruptions = []
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: interruptions.append(True))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
+        signal.signal(signal.SIGINT, previous_handler)
+    if interruptions:
         raise KeyboardInterrupt
 
 
@@ -44,27 +40,31 @@ _interruptions: list[int] = []
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Handles Ctrl-C: raises KeyboardInterrupt, which `Bars` raises again where a callback of C code swallowed it."""
+    """Handles Ctrl-C: raises KeyboardInterrupt. `Bars` raises it again if a callback from C code has swallowed it."""
     del frame
     _interruptions.append(number)
     raise KeyboardInterrupt
 
 
 class Bars:
-    """Progress on stderr: a bar a stage with rate and time left; plain lines now and then where it is no terminal."""
+    """Progress on stderr: a bar with rate and time left for each stage, or plain lines if stderr is not a terminal."""
 
     def __init__(self, title: str, unit: str = "images", scale: float = 1) -> None:
         self._title, self._unit, self._scale = title, unit, scale
-        self._what, self._started, self._told = "", 0.0, time.monotonic()
-        columns = (
-            SpinnerColumn(),
-            TextColumn(title),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[pace]}"),
-        )
-        told = sys.stderr.isatty() and not _silent
-        self._bars = Progress(*columns, console=Console(stderr=True), transient=True) if told else None
+        self._stage, self._stage_start, self._last_line = "", 0.0, time.monotonic()
+        self._bars = None
+        if sys.stderr.isatty() and not _silent:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+            columns = (
+                SpinnerColumn(),
+                TextColumn(title),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[pace]}"),
+            )
+            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "Bars":
         if self._bars is not None:
@@ -76,25 +76,25 @@ class Bars:
         if self._bars is not None:
             self._bars.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` (0: unknown) of that stage."""
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Reports that `done` of `total` items of a stage are finished; a total of 0 means unknown."""
         if _interruptions:
             raise KeyboardInterrupt
         now = time.monotonic()
-        if what != self._what:
-            self._what, self._started = what, now
+        if stage != self._stage:
+            self._stage, self._stage_start = stage, now
             if self._bars is not None:
                 self._bars.remove_task(self._task)
-                self._task = self._bars.add_task(what, total=total or None, pace="")
+                self._task = self._bars.add_task(stage, total=total or None, pace="")
         pace = f"{done / self._scale:.0f}/{total / self._scale:.0f} {self._unit}" if total else ""
-        if done and now > self._started:
-            rate = done / (now - self._started)
+        if done and now > self._stage_start:
+            rate = done / (now - self._stage_start)
             pace += f", {rate / self._scale:.1f} {self._unit}/s, {_duration((total - done) / rate)} left"
         if self._bars is not None:
             self._bars.update(self._task, completed=done, pace=pace)
-        elif now - self._told >= LINE_SECONDS:
-            self._told = now
-            say(f"{self._title} {what}: {pace or '...'}")
+        elif now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            say(f"{self._title} {stage}: {pace or '...'}")
 
 
 def _duration(seconds: float) -> str:

@@ -16,4 +16,5 @@ def xla_flags() -> str:
         subprocess.Popen([sys.executable, "-c", TRIAL], env=os.environ | {"XLA_FLAGS": flag}, stderr=subprocess.DEVNULL)
         for flag in FAST_COMPILATION
     ]
-    return " ".join([DEVICES, *(flag for flag, trial in zip(FAST_COMPILATION, trials, strict=True) if trial.wait() == 0)])
+    accepted = [flag for flag, trial in zip(FAST_COMPILATION, trials, strict=True) if trial.wait() == 0]
+    return " ".join([DEVICES, *accepted])

@@ -81,9 +81,9 @@ def test_fit_and_predict_a_folder(detector, folder):
     assert (inside > result.anomaly_map[bad].mean((1, 2))).all()
 
 
-def test_all_ways_to_give_images(detector, folder):
+def test_all_kinds_of_sources(detector, folder):
     """A file, a list of files, a flat folder, arrays and single arrays give the same scores."""
-    wanted = detector.predict(DEFECTIVE).pred_score
+    expected = detector.predict(DEFECTIVE).pred_score
     files = sorted((folder / "test" / "spot").iterdir())
     for source, part in (
         (files[1], slice(1, 2)),
@@ -92,9 +92,9 @@ def test_all_ways_to_give_images(detector, folder):
         (folder / "test" / "spot", slice(None)),
         (DEFECTIVE[2], slice(2, 3)),
         (list(DEFECTIVE), slice(None)),
-        (open_data(DEFECTIVE, preprocess=detector.preprocess)["arrays"].train, slice(None)),
+        (open_data(DEFECTIVE, preprocess=detector.settings.preprocess)["arrays"].train, slice(None)),
     ):
-        np.testing.assert_allclose(detector.predict(source).pred_score, wanted[part], rtol=1e-5)
+        np.testing.assert_allclose(detector.predict(source).pred_score, expected[part], rtol=1e-5)
 
 
 def test_a_gray_image(detector):
@@ -102,7 +102,7 @@ def test_a_gray_image(detector):
 
 
 def test_thresholds_come_from_held_out_normals(detector, folder):
-    assert (detector.n_train, detector.n_heldout) == (11, 3)
+    assert (detector.model.n_train, detector.model.n_heldout) == (11, 3)
     order = np.random.default_rng(0).permutation(14)
     result = detector.predict(NORMAL[np.sort(order[:3])])
     assert detector.image_threshold == conformal_threshold(result.pred_score, 0.3)
@@ -121,14 +121,14 @@ def test_the_seed_decides(detector, weights, folder):
 def test_without_holdout_there_are_no_labels(weights):
     detector = mahalanobis(weights, holdout=0).fit(NORMAL)
     result = detector.predict(np.concatenate([UNSEEN, DEFECTIVE]))
-    assert detector.n_train == 14 and result.pred_label is None and result.pred_mask is None
+    assert detector.model.n_train == 14 and result.pred_label is None and result.pred_mask is None
     assert result.anomaly_map is None and detector.color_limits() is None
     assert result.pred_score[4:].min() > result.pred_score[:4].max()
 
 
 def test_a_single_training_image(weights):
     detector = mahalanobis(weights).fit(NORMAL[:1])
-    assert (detector.n_train, detector.n_heldout, detector.image_threshold) == (1, 0, None)
+    assert (detector.model.n_train, detector.model.n_heldout, detector.image_threshold) == (1, 0, None)
 
 
 def test_images_as_they_are(weights):
@@ -143,10 +143,10 @@ def test_saved_and_loaded(detector, tmp_path):
     files = ("model.json", "model.safetensors", "threshold.json")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == list(files)
     loaded = jaxad.load(tmp_path / "model")
-    wanted, result = detector.predict(DEFECTIVE), loaded.predict(DEFECTIVE)
-    for a, b in zip(result, wanted, strict=True):
+    expected, result = detector.predict(DEFECTIVE), loaded.predict(DEFECTIVE)
+    for a, b in zip(result, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert loaded.recipe() == detector.recipe() and loaded.color_limits() == detector.color_limits()
+    assert loaded.settings == detector.settings and loaded.color_limits() == detector.color_limits()
     assert loaded.image_threshold == detector.image_threshold and loaded.pixel_threshold == detector.pixel_threshold
     loaded.save(tmp_path / "again")
     for name in files:
@@ -172,7 +172,7 @@ def test_a_threshold_edited_by_hand_counts(detector, tmp_path):
 
 def test_half_precision_is_near_and_remembered(detector, weights, folder, tmp_path):
     half = Detector("patchcore", weights=weights[0], precision="bfloat16", **OPTIONS).fit(folder)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.frozen["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.load_frozen()["params"])} == {"bfloat16"}
     exact, near = detector.predict(DEFECTIVE).pred_score, half.predict(DEFECTIVE).pred_score
     assert 0 < np.abs(near / exact - 1).max() < 0.1
     half.save(tmp_path)
@@ -180,15 +180,15 @@ def test_half_precision_is_near_and_remembered(detector, weights, folder, tmp_pa
 
 
 def test_the_weights_may_name_the_backbone(weights, tmp_path):
-    assert Detector(weights=weights[0]).backbones == ("pdn_small",)
-    assert Detector(weights=tmp_path / "resnet18.tv_in1k.safetensors").backbones == ("resnet18.tv_in1k",)
+    assert Detector(weights=weights[0]).settings.backbone == ("pdn_small",)
+    assert Detector(weights=tmp_path / "resnet18.tv_in1k.safetensors").settings.backbone == ("resnet18.tv_in1k",)
     with pytest.raises(ValueError, match=r"mine.safetensors is not named after a backbone"):
         Detector(weights=tmp_path / "mine.safetensors")
 
 
 @pytest.mark.parametrize("method", ["mahalanobis_ad", "padim", "patchcore", "spade"])
-def test_equal_images_make_a_model_all_the_same(method):
-    """With the real weights, so that rounding differs from zero; the least other image scores higher."""
+def test_a_model_of_equal_images(method):
+    """With the real weights, so that rounding errors are not zero; any other image scores higher."""
     same = np.full((5, 64, 64, 3), 117, np.uint8)
     detector = Detector(method, image_size=64, **{"n_features": 20} if method == "padim" else {}).fit(same)
     other = same[:2].copy()
@@ -200,10 +200,10 @@ def test_equal_images_make_a_model_all_the_same(method):
 def test_an_ensemble_of_two_backbones(weights, tmp_path):
     options = dict(backbone=("pdn_small", "pdn_small"), weights=weights, layers=("layer2",), **OPTIONS)
     detector = Detector("patchcore", **options).fit(NORMAL)
-    wanted = detector.predict(np.concatenate([UNSEEN, DEFECTIVE])).pred_score
-    assert wanted[4:].min() > wanted[:4].max()
+    expected = detector.predict(np.concatenate([UNSEEN, DEFECTIVE])).pred_score
+    assert expected[4:].min() > expected[:4].max()
     detector.save(tmp_path)
-    np.testing.assert_array_equal(jaxad.load(tmp_path).predict(DEFECTIVE).pred_score, wanted[4:])
+    np.testing.assert_array_equal(jaxad.load(tmp_path).predict(DEFECTIVE).pred_score, expected[4:])
 
 
 def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
@@ -219,7 +219,7 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
     description.write_text(text[:50])
     with pytest.raises(ValueError, match=r"model\.json must be JSON"):
         jaxad.load(tmp_path)
-    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 1}', "lacks method, hyper")):
+    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 2}', "lacks method, hyper")):
         description.write_text(broken)
         with pytest.raises(ValueError, match=rf"model\.json {rule}"):
             jaxad.load(tmp_path)
@@ -229,8 +229,8 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
         limits.write_text(broken)
         with pytest.raises(ValueError, match=rf"threshold\.json.*{rule}"):
             jaxad.load(tmp_path)
-    description.write_text(text.replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="must have format 1, got 99"):
+    description.write_text(text.replace('"format": 2', '"format": 99'))
+    with pytest.raises(ValueError, match="has format 99, but this version of jaxad reads format 2: fit again"):
         jaxad.load(tmp_path)
     description.unlink()
     with pytest.raises(FileNotFoundError, match="no fitted model"):
@@ -240,8 +240,8 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        ({"coreset_ratio": 0.1}, "patchcore has the hyper-parameters .*coreset_sampling_ratio.*; got coreset_ratio"),
-        ({"method": "patchcor"}, "method must be one of .*patchcore.*; got 'patchcor'"),
+        ({"coreset_ratio": 0.1}, "patchcore has the hyperparameters .*coreset_sampling_ratio.*; got coreset_ratio"),
+        ({"method": "patchcor"}, "no method is called 'patchcor': did you mean patchcore"),
         ({"backbone": "resnet51"}, "no backbone is called 'resnet51': did you mean"),
         ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
         ({"fpr": 0.0}, r"fpr must be in \(0, 1\), got 0.0"),
@@ -269,4 +269,18 @@ def test_several_categories_need_a_choice(weights):
     source = {"bolt": NORMAL[:3], "nut": NORMAL[3:8]}
     with pytest.raises(ValueError, match="choose category from bolt, nut"):
         detector.fit(source)
-    assert detector.fit(source, category="nut").n_train == 5
+    assert detector.fit(source, category="nut").model.n_train == 5
+
+
+@pytest.mark.parametrize(("method", "options"), [("draem", {}), ("nf", {"on": "pixels", "scales": 1})])
+def test_a_method_without_a_backbone_neither_stores_nor_checks_one(method, options, tmp_path):
+    settings = Detector(method, weights=tmp_path / "nothing" / "resnet18.safetensors", **options).settings
+    assert settings.backbone == settings.weights == () and settings.sources() == []
+
+
+def test_equal_settings_build_one_method():
+    """So that its programs compile once in a process."""
+    first, second = (Detector("padim", n_features=4, layers=("layer1",)) for _ in range(2))
+    assert first.method is second.method
+    assert Detector("padim", n_features=5, layers=("layer1",)).method is not first.method
+    assert Detector("padim", n_features=4, layers=["layer1"]).method is not None  # a list cannot be hashed

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import update_readme
 from jaxad import cli
 from jaxad.backbones import backbone
 from jaxad.base import Batch
@@ -49,7 +50,7 @@ def test_readme_is_short():
 
 def test_readme_example_runs(tmp_path, monkeypatch):
     if not (ROOT / "jaxad" / "backbones" / f"{EMBEDDED}.safetensors").is_file():
-        pytest.skip(f"the weights of {EMBEDDED} are not in the package: run experiments/distill_backbone.py")
+        pytest.skip(f"the weights of {EMBEDDED} are not in the package: run experiments.distill.backbone")
     counts = {"photos/good": 5, "photos/new": 2}
     for product in ("bolt", "nut"):
         counts |= {f"products/{product}/{part}": 2 for part in ("train/good", "test/good", "test/scratch")}
@@ -70,20 +71,17 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 
 def test_results_table_is_current():
-    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
     update_readme.main(update_readme.Options(check=True))
 
 
 def test_update_readme(tmp_path):
-    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
     readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     options = update_readme.Options((readme,), results)
     update_readme.main(options)
-    assert (
-        readme.read_text() == f"before\n<!-- results -->\n{update_readme.NONE.format('run')}<!-- /results -->\nafter\n"
-    )
+    missing = update_readme.NO_RESULT.format("run")
+    assert readme.read_text() == f"before\n<!-- results -->\n{missing}<!-- /results -->\nafter\n"
     result = {"recipe": "padim_mtd", "dataset": "mtd", "metrics": {"image_AUROC": {"mean": 0.9375, "std": 0.0}}}
     (results / "padim_mtd.json").write_text(json.dumps(result))
     (results / "ensemble.json").write_text(
@@ -99,7 +97,7 @@ def test_update_readme(tmp_path):
     assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
     readme.write_text("<!-- results pillqc -->\n<!-- /results -->\n")
     update_readme.main(options)
-    assert readme.read_text() == f"<!-- results pillqc -->\n{update_readme.NONE.format('run')}<!-- /results -->\n"
+    assert readme.read_text() == f"<!-- results pillqc -->\n{missing}<!-- /results -->\n"
     for text in ("no markers\n", "<!-- results -->\n<!-- /results -->\n" * 2):
         readme.write_text(text)
         with pytest.raises(ValueError, match="each pair once"):
@@ -107,11 +105,11 @@ def test_update_readme(tmp_path):
 
 
 def test_tables_of_experiments(tmp_path):
-    update_readme = module_at(ROOT / "experiments" / "update_readme.py")
     names = ("nf_ood", "bench_flows", "epochs_fastflow_bottle", "select_glass_mtd_feature_scale")
     text = "and\n".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in names)
     empty = update_readme.updated(text, tmp_path)
-    assert all(f"experiments/{name}.py" in empty for name in ("nf_ood", "bench_flows", "epoch_curve", "select_rate"))
+    modules = ("studies.nf_ood", "bench.flows", "studies.epoch_curve", "studies.select_rate")
+    assert all(f"experiments.{module}`" in empty for module in modules)
     flows = {
         "pixels": {"bits_per_dimension": 4.25, "auroc": {"tiles": 0.125, "digits": 0.5}},
         "vectors": {"bits_per_dimension": None, "auroc": {"SVHN": 0.875}},

@@ -23,7 +23,7 @@ from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Execution
 from jaxad.driver.fit import fit
 from jaxad.files import read_json, write_json
-from jaxad.methods import draem
+from jaxad.methods.draem import draem
 
 
 @dataclass

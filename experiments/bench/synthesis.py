@@ -30,7 +30,7 @@ from experiments.opening import batch_of
 from jaxad.base import PyTree
 from jaxad.data.demo import render
 from jaxad.files import read_json, write_json
-from jaxad.methods import draem
+from jaxad.methods.draem import draem
 
 HOST = re.compile(r"callback|infeed|outfeed|\bsend\(|\brecv\(")
 """Operations of a compiled program that wait for the host."""

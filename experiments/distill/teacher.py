@@ -210,7 +210,7 @@ def distillation(options: Options, teacher: str) -> Method:
         return Scores(jnp.mean((decoded - standardized(model, x["target"])) ** 2, -1), None)
 
     optimizer = torch_adam(options.learning_rate, options.weight_decay)
-    budget: dict[str, int] = dict(epochs=options.epochs, batch_size=options.batch_size)
+    budget: dict[str, Any] = dict(epochs=options.epochs, batch_size=options.batch_size)
     stages = (Stage("measure", init_moments, measure), gradient_stage("train", init, loss, optimizer, **budget))
     return Method(embed, stages, score)
 

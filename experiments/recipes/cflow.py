@@ -4,7 +4,7 @@
     python -m experiments.run cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run cflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The published budget is 200 epochs; those here are what two CPU cores can do. The last epoch counts, whatever the test
+The published budget is 200 epochs; the recipes here are for two CPU cores. The last epoch counts, whatever the test
 images say.
 """
 

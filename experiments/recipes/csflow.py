@@ -5,9 +5,9 @@
     python -m experiments.run csflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
 The published recipe is an EfficientNet-B5 at 768 px, 1,024 hidden channels, and 240 epochs of 16 images a step with
-Adam at 2e-4; what is here is what two CPU cores can do. The couplings' networks begin with a gain of zero that a step
-of Adam moves by the learning rate at most, so that so few steps need a higher rate and smaller batches. The last epoch
-counts, whatever the test images say.
+Adam at 2e-4; the recipes here are for two CPU cores. The networks of the couplings start with a gain of zero, which a
+step of Adam moves by at most the learning rate: with so few steps, they need a higher rate and smaller batches. The
+last epoch counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe, published

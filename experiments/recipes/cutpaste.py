@@ -4,8 +4,8 @@
     python -m experiments.run cutpaste_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run cutpaste_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The networks begin with pretrained weights, which end at layer3 here, but for that of cutpaste_bottle_scratch, of which
-only how images are normalized is used. The last epoch counts, whatever the test images say.
+The networks start from pretrained weights, which end at layer3 here; cutpaste_bottle_scratch only normalizes images as
+they do. The last epoch counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe, published

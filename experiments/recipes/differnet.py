@@ -4,8 +4,8 @@
     python -m experiments.run differnet_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run differnet_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The published recipe is an AlexNet at 448 px, 64 rotations, 2,048 hidden units and 192 epochs; what is here is what two
-CPU cores can do. The last epoch counts, whatever the test images say.
+The published recipe is an AlexNet at 448 px, 64 rotations, 2,048 hidden units and 192 epochs; the recipes here are for
+two CPU cores. The last epoch counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe, published

@@ -4,9 +4,9 @@
     python -m experiments.run efficientad_mtd --data MTD_FOLDER --auxiliary IMAGENET_FOLDER
     python -m experiments.run efficientad_demo --data demo --auxiliary IMAGENET_FOLDER
 
-The teacher is the embedded `pdn_small`, distilled from a ResNet-50, not EfficientAD-S's own, whose weights are not at
-hand; the number of steps is what two CPU cores can do, at a higher rate. `efficientad_mtd_paper` has the published one,
-for a GPU; it has not been run. The last step counts, whatever the test images say.
+The teacher is the embedded `pdn_small`, distilled from a ResNet-50; EfficientAD-S's own weights are not available. Two
+CPU cores can afford few steps, so the learning rate is higher. `efficientad_mtd_paper` has the published steps, for a
+GPU; it has not been run. The last step counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, Recipe, published

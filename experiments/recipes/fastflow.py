@@ -4,10 +4,10 @@
     python -m experiments.run fastflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run fastflow_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-The published budget is 500 epochs of 32 images; those here are what two CPU cores can do in minutes, most with small
-batches for more steps. The last epoch counts, whatever the test images say. Three recipes of bottle show what epochs
-and 1x1 convolutions in turn do to its pixel AUROC, which stays short of the published one; by the loss of held-out
-images (select_fastflow_bottle.json) more epochs are better, and FrEIA's blocks on the same features do the same
+The published budget is 500 epochs of 32 images; the recipes here take minutes on two CPU cores, most with small batches
+for more steps. The last epoch counts, whatever the test images say. Three recipes for bottle show how epochs and
+alternating 1x1 convolutions affect its pixel AUROC, which stays below the published one. More epochs lower the loss of
+held-out images (select_fastflow_bottle.json), and FrEIA's blocks on the same features give the same picture
 (epochs_fastflow_bottle.json). The paper's other backbones have recipes with the published budget, which have not been
 run.
 """

@@ -12,8 +12,8 @@ from experiments.recipes import MTD, RESNET50, Recipe, published
 
 FEW = {"layers": ("layer2", "layer3"), "hidden": 256, "ascent_steps": 10, "learning_rate": 5e-4}
 SMALL = FEW | {"feature_scale": 0.0625, "sigma": 2.0}
-"""The largest of three scales with which features are told from anomalous ones in so few steps, on tiles that were not
-learned (see select_glass_mtd_feature_scale.json); the smoothing is in proportion to the image."""
+"""The largest of three scales at which so few steps separate normal from anomalous features of held-out tiles (see
+select_glass_mtd_feature_scale.json); the smoothing is in proportion to the image."""
 NOTES = "A ResNet-50, 128 px, 256 units, 10 steps of ascent, 16 epochs at 5e-4."
 
 RECIPES = {

@@ -2,7 +2,7 @@
 
     python -m experiments.run mahalanobis_ad_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-A few minutes on two CPU cores, nearly all of it the network.
+Takes a few minutes on two CPU cores, nearly all of them for the network.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe

@@ -11,7 +11,7 @@ images say.
 from experiments.recipes import MTD, RESNET50, Recipe, published
 
 POOLED = {"channel_pooling": 4, "feature_scale": 0.5}
-"""The features of these weights are larger than a ResNet-18's, even means of four channels."""
+"""The features of these weights are larger than a ResNet-18's, even averaged over four channels."""
 ANYWHERE = POOLED | {"on_foreground": False}
 NOTES = "A ResNet-50 whose channels are averaged by fours, 128 px, a seventh of the images in the memory, 20 epochs"
 

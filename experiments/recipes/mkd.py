@@ -4,7 +4,7 @@
     python -m experiments.run mkd_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run mkd_demo --data demo --weights resnet50.caffe_in1k.safetensors
 
-No weights of a VGG are at hand here: the teachers are ResNets, compared at layers 1 to 3. `mkd_bottle_vgg16` is the
+No weights of a VGG are available here: the teachers are ResNets, compared at layers 1 to 3. `mkd_bottle_vgg16` is the
 published setting, which has not been run. The last epoch counts, whatever the test images say.
 """
 

@@ -1,9 +1,9 @@
-"""NF on embeddings, arXiv:2006.08545: a RealNVP of 8 couplings on pooled features; no published number is for defects.
+"""NF on embeddings, arXiv:2006.08545: a RealNVP of 8 couplings on pooled features; the paper tests no defects.
 
     python -m experiments.run nf_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
     python -m experiments.run nf_mtd nf_pillqc --data FOLDER --weights resnet50.caffe_in1k.safetensors
 
-The paper's own question, foreign images and flows on pixels, is that of experiments/studies/nf_ood.py.
+The paper's own question, about foreign images and flows on pixels, is that of experiments/studies/nf_ood.py.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe

@@ -4,7 +4,7 @@
     python -m experiments.run nsa_mtd --data MTD_FOLDER --weights resnet18.tv_in1k.safetensors
     python -m experiments.run nsa_demo --data demo --weights resnet18.tv_in1k.safetensors
 
-Of the weights only how images are normalized is used. The last epoch counts, whatever the test images say.
+Of the weights, only the normalization of images is used. The last epoch counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, Recipe, published
@@ -20,7 +20,7 @@ TEXTURES = {
     "logistic": (1 / 3, 7.0),
     "resize": (0.5, 2.0),
 }
-"""What the reference sets for most textures."""
+"""The reference's settings for most textures."""
 SMALL = FEW | TEXTURES | {"epochs": 20}
 NOTES = "128 px, the reference's settings of textures, 20 epochs of 8 images a step."
 PILLS = "128 px, the reference's settings of bottle without rotations, 20 epochs of 8 images a step."

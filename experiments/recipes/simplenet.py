@@ -11,8 +11,8 @@ images say.
 from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layers": ("layer2", "layer3"), "feature_scale": 0.125, "epochs": 30}
-"""The features of these weights are large: this is the largest of three scales with which the noise is told from tiles
-that were not learned (held-out loss below a tenth, see select_simplenet_mtd_feature_scale.json)."""
+"""The features of these weights are large. This is the largest of three scales at which the discriminator separates
+held-out tiles from noise (a loss below 0.1, see select_simplenet_mtd_feature_scale.json)."""
 NOTES = "A ResNet-50, 128 px, 30 epochs."
 
 RECIPES = {

@@ -1,13 +1,14 @@
 """SPADE, arXiv:2005.02357.
 
-K = 5 as in the reference implementation (the paper: 50), and the image is described by layer3, the deepest stage of the
-weights at hand (the paper: layer4). That is the likely reason for an image AUROC above IM-IAD's on MTD: the pooled
+K is 5 as in the reference implementation (the paper: 50), and layer3, the deepest stage of the available weights,
+describes the image (the paper: layer4). That is the likely reason for an image AUROC above IM-IAD's on MTD: the pooled
 layer3 of a texture says more than features close to the classes of ImageNet. The network (ResNet-50 for WRN-50) and the
 image size (224 for 256) differ as well, and IM-IAD's split is not published.
 
     python -m experiments.run spade_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
-Scoring compares 3,136 positions with those of K images: some tenths of a second an image and neighbor on two CPU cores.
+Scoring compares 3,136 positions with those of K images, which takes a few tenths of a second per image and neighbor on
+two CPU cores.
 """
 
 from experiments.recipes import MTD, RESNET50, Recipe, published

@@ -8,17 +8,17 @@
         --weights patch33.safetensors --weights patch65.safetensors
     python -m experiments.run uninformed_students_mtd --data MTD_FOLDER --weights patch33.safetensors
 
-The teachers are not at hand as the authors trained them, on all of ImageNet; what is here are some distilled on 20,000
+The authors' teachers, trained on all of ImageNet, are not available; the recipes here use teachers distilled on 20,000
 patches of few photographs (distill_patch33.json; distill_patch17.json by the same command, and distill_patch65.json
-with one epoch), one patch size at a time but in uninformed_students_bottle_all, and descriptions of every eighth pixel.
-The last epoch counts, whatever the test images say.
+with one epoch). They use one patch size, except for uninformed_students_bottle_all, and descriptions of every eighth
+pixel. The last epoch counts, whatever the test images say.
 """
 
 from experiments.recipes import MTD, Recipe, published
 
 TEACHER = "patch33"
-ALONE = "patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"
-PATCHES = f"33 px {ALONE}"
+DESCRIPTION = "patches alone, of every eighth pixel, by a teacher distilled from a ResNet-18 on 20,000 of them"
+PATCHES = f"33 px {DESCRIPTION}"
 FEW = {"train_batch_size": 2, "learning_rate": 5e-4, "stride": 8}
 SMALL = FEW | {"num_students": 2, "epochs": 3}
 NOTES = f"{PATCHES}, 2 students, 128 px, 3 epochs of 2 images a step at 5e-4."
@@ -43,7 +43,7 @@ RECIPES = {
         image_size=96,
         hyperparameters=SMALL | {"epochs": 1},
         published=BOTTLE,
-        notes=f"17 px {ALONE}, 2 students, 96 px, 1 epoch of 2 images a step at 5e-4.",
+        notes=f"17 px {DESCRIPTION}, 2 students, 96 px, 1 epoch of 2 images a step at 5e-4.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_bottle_65": Recipe(
@@ -53,7 +53,7 @@ RECIPES = {
         image_size=128,
         hyperparameters=FEW | {"epochs": 3},
         published=BOTTLE,
-        notes=f"65 px {ALONE}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
+        notes=f"65 px {DESCRIPTION}, 128 px, 3 epochs of 2 images at 5e-4 instead of 100 of 1.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_bottle_all": Recipe(
@@ -63,7 +63,7 @@ RECIPES = {
         image_size=96,
         hyperparameters=SMALL | {"epochs": 1},
         published=BOTTLE,
-        notes=f"17, 33 and 65 px {ALONE}, 2 students of each, 96 px, 1 epoch of 2 images a step at 5e-4.",
+        notes=f"17, 33 and 65 px {DESCRIPTION}, 2 students of each, 96 px, 1 epoch of 2 images a step at 5e-4.",
         smoke_backbone="patch17",
     ),
     "uninformed_students_mtd": Recipe(

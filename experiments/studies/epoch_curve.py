@@ -61,7 +61,7 @@ def maps_of_jaxad(opened: Opened, test: Dataset) -> Iterator[np.ndarray]:
     finalize, execution = Program(method.stages[-1].finalize), Execution(cache=EmbeddingCache())
     for state in states_by_epoch(method, frozen, train, auxiliary=photographs, progress=progress()):
         fitted = finalize(jax.random.key(0), state, frozen)
-        yield score_all(method, fitted, frozen, test, execution).pixel
+        yield np.asarray(score_all(method, fitted, frozen, test, execution).pixel)
 
 
 def maps_of_freia(python: Path, opened: Opened, test: Dataset) -> Iterator[np.ndarray]:

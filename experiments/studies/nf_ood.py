@@ -36,7 +36,7 @@ from jaxad.driver.fit import Fitted, fit
 from jaxad.driver.program import Program
 from jaxad.driver.scoring import score_all
 from jaxad.files import read_json, write_json
-from jaxad.methods import nf
+from jaxad.methods.nf import nf
 from jaxad.metrics import auroc
 
 SIZE = 32
@@ -52,25 +52,25 @@ class Options:
     """Likelihoods of foreign images."""
 
     cifar: Path = Path("tensorflow_datasets")
-    """Folder of TensorFlow Datasets that holds CIFAR-10 as array_record."""
+    """A folder of TensorFlow Datasets with CIFAR-10 as array_record."""
     aligned: Path | None = None
     """A class in MVTec's layout to train on instead of CIFAR-10."""
     photos: Path = Path("mtd/MT_Free")
-    """Folder of photographs of plain surfaces (MTD's defect-free tiles)."""
+    """A folder of photographs of plain surfaces (MTD's defect-free tiles)."""
     textures: Path = Path("dtd")
-    """Folder of photographs of textures (DTD)."""
+    """A folder of photographs of textures (DTD)."""
     embeddings: Path = Path("CV_by_ResNet18")
     """ADBench's folder."""
     weights: Path = Path("resnet18.tv_in1k.safetensors")
-    """A ResNet-18's."""
+    """The weights of a ResNet-18."""
     train: int = 20_000
     """Training images."""
     test: int = 1_000
-    """Test images, and foreign images of each kind at most."""
+    """Test images, and at most as many foreign images of each kind."""
     hidden: int = 32
     """Width of the networks of flows on pixels."""
     epochs: int = 1
-    """Of flows on pixels."""
+    """Epochs of flows on pixels."""
     batch_size: int = 32
     learning_rate: float = 1e-3
     flows: tuple[str, ...] = ()

@@ -192,7 +192,7 @@ def make_student(module: nn.Module, layers: tuple[str, ...], batch_norm: bool = 
     """
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
-        options = {"train": False} if batch_norm else {}
+        options: dict[str, Any] = {"train": False} if batch_norm else {}
         variables = module.init(key, jnp.zeros((1, 64, 64, 3)), layers, **options)
         return variables["params"], variables.get("batch_stats", {})
 

@@ -117,8 +117,8 @@ def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.fl
     Args:
         name: A backbone.
         weights: A safetensors file with torchvision's or timm's names. The deepest stages may be missing.
-        dtype: The type that the network computes in; `jnp.bfloat16` halves memory and is faster on TPU and GPU. Features
-            are always float32.
+        dtype: The type that the network computes in; `jnp.bfloat16` halves memory and is faster on TPU and GPU.
+            Features are always float32.
 
     Returns:
         The frozen weights, for `backbone(name).apply` and `features(name, ...)`.

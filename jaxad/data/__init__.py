@@ -1,4 +1,4 @@
-"""Images from folders, tables, TFDS and memory, decoded lazily to uint8 RGB of one size."""
+"""Loads images from folders, CSV files, TFDS and memory, decoded lazily to uint8 RGB of one size."""
 
 from jaxad.data.dataset import Arrays, Dataset, Split, open_data
 from jaxad.data.images import PAPER, ImageError, Preprocess, to_original

@@ -1,7 +1,7 @@
-"""One category of a data set as lazily decoded images, and `open_data`, which opens any source.
+"""`Dataset`, the lazily decoded images of one category and split, and `open_data`, which opens any source.
 
-A source is read by a small function that yields `Record`s; everything else (checks, splitting by category, decoding) is
-shared. To add a folder layout, write such a function and give it a line in `jaxad.data.folders.LAYOUTS`.
+A reader is a small function that yields one `Record` per image. Checks, grouping by category and decoding are shared.
+To add a folder layout, write a reader and add it to `jaxad.data.folders.LAYOUTS`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxad.data.records import GOOD, Record
 
 
 class Split(NamedTuple):
-    """The two parts of one category."""
+    """The training and the test set of one category."""
 
     train: "Dataset"
     test: "Dataset | None"
@@ -32,14 +32,14 @@ class Arrays(NamedTuple):
     """Normal images."""
     test: Any = None
     labels: Any = None
-    """(n,) of the test images: 0 normal, 1 anomalous; without them they follow from the masks, or are unknown."""
+    """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
     masks: Any = None
-    """(n, h, w) of the test images: bool, or numbers compared with `mask_threshold`."""
+    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """The images of one category and split. Nothing is decoded before it is asked for, and nothing is kept."""
+    """The images of one category and split. Images are decoded on request and not cached."""
 
     name: str
     category: str
@@ -54,7 +54,7 @@ class Dataset:
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
-        """What each image is called: its path, its TFDS id, or "array[3]"."""
+        """The name of each image: its path, its TFDS id, or "array[3]"."""
         return tuple(record.path for record in self.records)
 
     @functools.cached_property
@@ -76,44 +76,46 @@ class Dataset:
         """Decodes and preprocesses the images at `indices` in parallel.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing or cannot be decoded, or sizes differ without `resize`.
+            FileNotFoundError: a file is missing.
+            ValueError: a file cannot be decoded, or the images differ in size and there is no `resize`.
         """
-        chosen = [self.records[i] for i in indices]
-        batch = np.empty((len(chosen), *self.image_size, 3), np.uint8)
+        records = [self.records[i] for i in indices]
+        batch = np.empty((len(records), *self.image_size, 3), np.uint8)
 
         def load(position: int) -> None:
-            record = chosen[position]
+            record = records[position]
             image = images.read(record.image, record.path, self.preprocess)
             if image.shape[:2] != self.image_size:
                 raise _mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
             batch[position] = image
 
-        images.in_threads(load, range(len(chosen)))
+        images.in_threads(load, range(len(records)))
         return batch
 
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
-        """Decodes the masks at `indices`, preprocessed like the images; normal images have empty ones.
+        """Decodes the masks at `indices`, preprocessed like the images. The masks of normal images are empty.
 
         Returns:
-            None where the data have no masks.
+            The masks, or None if the data set has none.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing or cannot be decoded, or is not of its image's size.
+            FileNotFoundError: a file is missing.
+            ValueError: a file cannot be decoded, or a mask and its image differ in size.
         """
         if not self.has_masks:
             return None
-        chosen = [self.records[i] for i in indices]
-        batch = np.zeros((len(chosen), *self.image_size), np.bool_)
+        records = [self.records[i] for i in indices]
+        batch = np.zeros((len(records), *self.image_size), np.bool_)
 
         def load(position: int) -> None:
-            record = chosen[position]
+            record = records[position]
             if record.mask is not None:
                 _check_mask_size(record)
                 batch[position] = images.read_mask(
                     record.mask, f"the mask of {record.path}", self.preprocess, self.mask_threshold
                 )
 
-        images.in_threads(load, range(len(chosen)))
+        images.in_threads(load, range(len(records)))
         return batch
 
     def original(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -126,12 +128,12 @@ class Dataset:
 
     def subset(self, indices: Any) -> "Dataset":
         """The images at `indices`: integers, a boolean mask or a slice."""
-        chosen = np.arange(len(self))[indices if isinstance(indices, slice) or len(indices) else slice(0)]
-        return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen))
+        positions = np.arange(len(self))[indices if isinstance(indices, slice) or len(indices) else slice(0)]
+        return dataclasses.replace(self, records=tuple(self.records[i] for i in positions))
 
 
 def unite(datasets: Sequence[Dataset], category: str) -> Dataset:
-    """The images of several categories as one."""
+    """Merges the images of several categories into one data set."""
     records = tuple(record for data in datasets for record in data.records)
     return dataclasses.replace(datasets[0], category=category, records=records)
 
@@ -145,26 +147,26 @@ def open_data(
     layout: str = "auto",
     train_anomalies: bool = False,
 ) -> dict[str, Split]:
-    """Opens a data set, whatever it is made of.
+    """Opens a data set from any supported source.
 
     Args:
         source: a folder (of normal images, or in one of the layouts of `folders.LAYOUTS`), a CSV file, one image file,
             a list of image files, "tfds:NAME" or "tfds:NAME:DATA_DIR", "demo", an array of normal images, a list of
             arrays, an `Arrays`, or a mapping from categories to arrays or `Arrays`.
-        category: the only category wanted; None or "all" for all.
+        category: the only category to open; None or "all" opens all of them.
         preprocess: resize and crop.
-        mask_threshold: a mask pixel counts where it is above.
-        layout: one of `folders.LAYOUTS`; "auto" recognizes it. "flat" takes any folder for one set of images.
-        train_anomalies: keep the anomalous images of the training split, if there are any, instead of leaving them out.
+        mask_threshold: a mask pixel is anomalous if its value is above this threshold.
+        layout: one of `folders.LAYOUTS`, or "auto" to detect it. "flat" reads any folder as one set of images.
+        train_anomalies: keep anomalous images in the training split instead of dropping them.
 
     Returns:
         The training and test set of each category, in alphabetical order.
 
     Raises:
         FileNotFoundError: the source or one of its files does not exist.
-        ValueError: anything else that is wrong with it: no images, no normal images in the training split, an unknown
-            category or layout, a broken CSV, floats outside [0, 1], masks that are not of their images' size or missing
-            for a part of the anomalous images, mixed sizes without `resize`.
+        ValueError: the source is invalid: no images, no normal training images, an unknown category or layout, a broken
+            CSV file, floats outside [0, 1], a mask that differs from its image in size, masks for only some of the
+            anomalous images, or images of different sizes without `resize`.
     """
     preprocess.check()
     name, records = _read(source, layout)
@@ -197,7 +199,7 @@ def open_data(
 
 
 def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
-    """The name of the data set and its records."""
+    """Returns the name of the data set and its records."""
     if isinstance(source, str) and source.startswith("tfds:"):
         from jaxad.data import tfds
 
@@ -217,13 +219,13 @@ def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
 
 def _array_records(category: str, value: Any) -> Iterator[Record]:
     arrays = value if isinstance(value, Arrays) else Arrays(value)
-    train = _stack(arrays.train, "train")
+    train = _image_list(arrays.train, "train")
     yield from (Record(f"array[{i}]", image, category, "train") for i, image in enumerate(train))
     if arrays.test is None:
         if arrays.labels is not None or arrays.masks is not None:
-            raise ValueError("labels and masks belong to test images, got test=None: pass Arrays(train, test, ...)")
+            raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")
         return
-    test = _stack(arrays.test, "test")
+    test = _image_list(arrays.test, "test")
     masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
     if arrays.labels is not None:
         labels = np.asarray(arrays.labels).tolist()
@@ -231,24 +233,24 @@ def _array_records(category: str, value: Any) -> Iterator[Record]:
         labels = [int(mask.any()) for mask in masks]
     else:
         labels = [-1] * len(test)
-    for kind, given in (("labels", labels), ("masks", masks)):
-        if given is not None and len(given) != len(test):
-            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(given)}")
-    kinds = {0: GOOD, 1: "anomalous", -1: ""}
+    for kind, values in (("labels", labels), ("masks", masks)):
+        if values is not None and len(values) != len(test):
+            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(values)}")
+    defects = {0: GOOD, 1: "anomalous", -1: ""}
     for i, (image, label) in enumerate(zip(test, labels, strict=True)):
-        if label not in kinds:
+        if label not in defects:
             raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
         mask = masks[i] if masks is not None and label else None
-        yield Record(f"array[{i}]", image, category, "test", kinds[label], mask)
+        yield Record(f"array[{i}]", image, category, "test", defects[label], mask)
 
 
-def _stack(given: Any, kind: str) -> list[np.ndarray]:
-    """The images of an array or of a list of arrays, checked as a whole."""
-    if isinstance(given, list | tuple):
-        return [_stack(np.asarray(item)[None], f"{kind}[{i}]")[0] for i, item in enumerate(given)]
-    array = np.asarray(given)
+def _image_list(stack: Any, kind: str) -> list[np.ndarray]:
+    """Checks an array of images or a list of arrays, and returns the images one by one."""
+    if isinstance(stack, list | tuple):
+        return [_image_list(np.asarray(item)[None], f"{kind}[{i}]")[0] for i, item in enumerate(stack)]
+    array = np.asarray(stack)
     if array.ndim == 3 and array.shape[2] in (1, 3, 4):
-        raise ValueError(f"images must lead with their number, got one image of shape {array.shape}: pass image[None]")
+        raise ValueError(f"images must have a batch axis, got one image of shape {array.shape}: pass image[None]")
     if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
         raise ValueError(f"{kind} must have shape (n, h, w) or (n, h, w, 1|3|4), got {array.shape} of {array.dtype}")
     images.to_uint8(array if np.issubdtype(array.dtype, np.floating) else array[:1], kind)
@@ -256,23 +258,24 @@ def _stack(given: Any, kind: str) -> list[np.ndarray]:
 
 
 def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
-    """Finds what can be found without decoding: missing files and masks, masks and images of a wrong size."""
+    """Reports the faults that show without decoding: missing files and masks, and sizes that do not match."""
     for record in records:
         if isinstance(record.image, Path) and not record.image.is_file():
             raise FileNotFoundError(f"image file not found: {record.path}")
-    masked = [record for record in records if record.mask is not None]
-    without = [record.path for record in records if record.label == 1 and record.mask is None]
-    if masked and without:
+    with_mask = [record for record in records if record.mask is not None]
+    without_mask = [record.path for record in records if record.label == 1 and record.mask is None]
+    if with_mask and without_mask:
         raise ValueError(
-            f"every anomalous image needs a mask, or none: {len(without)} have none, the first is {without[0]}"
+            "either all anomalous images need a mask or none, but "
+            f"{len(without_mask)} of them have none, the first is {without_mask[0]}"
         )
-    images.in_threads(_check_mask_size, [record for record in masked if not callable(record.mask)])
+    images.in_threads(_check_mask_size, [record for record in with_mask if not callable(record.mask)])
     if preprocess.resize is None:
-        present = [record for record in records if not callable(record.image)]
-        sizes = images.in_threads(lambda record: images.size_of(record.image, record.path), present)
-        for record, size in zip(present, sizes, strict=True):
+        files_and_arrays = [record for record in records if not callable(record.image)]
+        sizes = images.in_threads(lambda record: images.size_of(record.image, record.path), files_and_arrays)
+        for record, size in zip(files_and_arrays, sizes, strict=True):
             if preprocess.output_size(size, record.path) != preprocess.output_size(sizes[0]):
-                raise _mixed_sizes(record.path, size, present[0].path, sizes[0])
+                raise _mixed_sizes(record.path, size, files_and_arrays[0].path, sizes[0])
 
 
 def _check_mask_size(record: Record) -> None:
@@ -282,12 +285,12 @@ def _check_mask_size(record: Record) -> None:
     if mask_size != size:
         raise ValueError(
             f"a mask must have the size of its image, got {mask_size[0]} x {mask_size[1]} for the "
-            f"{size[0]} x {size[1]} image {record.path}: make the mask anew"
+            f"{size[0]} x {size[1]} image {record.path}: recreate the mask"
         )
 
 
 def _mixed_sizes(path: str, size: Size, first_path: str, first: Size) -> ValueError:
     return ValueError(
-        f"images must have one size where resize is None, got {size[0]} x {size[1]} in {path} but "
+        f"without resize all images must have the same size, got {size[0]} x {size[1]} in {path} but "
         f"{first[0]} x {first[1]} in {first_path}: set resize (--image-size)"
     )

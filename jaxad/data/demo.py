@@ -1,9 +1,9 @@
 """The demo data set: four products and five kinds of defects, rendered to look like inspection photographs.
 
-Every product is a surface (color, height, gloss); a defect changes that surface and says which pixels it changed;
-then light falls on the surface and a camera takes the picture: uneven light, cast shadows, highlights, vignette, slight
-blur and sensor noise. Each image has its own random streams, one for the product and one for the defect, so that any
-image can be rendered alone and the same product can be seen with and without its defect.
+A product is a surface (color, height, gloss). A defect modifies the surface and returns the pixels that it covers. The
+result is lit and photographed, with uneven light, cast shadows, highlights, vignetting, slight blur and sensor noise.
+Every image has two random streams of its own, one for the product and one for the defect. So any image can be rendered
+independently, and the same product with and without its defect.
 """
 
 import functools
@@ -30,13 +30,13 @@ def render(
 
     Args:
         category: one of `CATEGORIES`.
-        index: which specimen; all that varies naturally follows from it and `seed`.
+        index: which specimen. With `seed` it determines all natural variation.
         defect: one of `DEFECTS`, or None for a flawless product.
-        seed: which of many demo data sets.
+        seed: seed of the data set.
         size: side of the image in pixels.
 
     Returns:
-        The image, and the mask of the pixels that the defect covers.
+        The image and the mask of the defect.
 
     Raises:
         ValueError: there is no such category or defect, or the size is below 32.
@@ -62,25 +62,25 @@ def _photograph(random: Random, surface: Surface, shade: Map) -> UInt8[np.ndarra
     size = surface.height.shape[0]
     y, x = grid(size)
     slope_y, slope_x = np.gradient(surface.height * np.float32(size / 256))
-    inverse = 1 / np.sqrt(slope_x**2 + slope_y**2 + 1)
+    normal_scale = 1 / np.sqrt(slope_x**2 + slope_y**2 + 1)
     lx, ly, lz = random.normal(40, 10) - x, random.normal(20, 10) - y, random.normal(300, 12)
-    away = 1 / np.sqrt(lx**2 + ly**2 + lz**2)
-    diffuse = np.maximum((-slope_x * lx - slope_y * ly + lz) * away * inverse, 0)
+    light_scale = 1 / np.sqrt(lx**2 + ly**2 + lz**2)
+    diffuse = np.maximum((-slope_x * lx - slope_y * ly + lz) * light_scale * normal_scale, 0)
     vx, vy, vz = 128 - x, 128 - y, 620
-    far = 1 / np.sqrt(vx**2 + vy**2 + vz**2)
-    hx, hy, hz = lx * away + vx * far, ly * away + vy * far, lz * away + vz * far
-    facing = (-slope_x * hx - slope_y * hy + hz) * inverse / np.sqrt(hx**2 + hy**2 + hz**2)
-    specular = surface.gloss * np.maximum(facing, 0) ** surface.shine
-    falloff = (away * 310) ** 1.3 * (1 + 0.03 * noise(random, size, 2))
+    view_scale = 1 / np.sqrt(vx**2 + vy**2 + vz**2)
+    hx, hy, hz = (light * light_scale + view * view_scale for light, view in ((lx, vx), (ly, vy), (lz, vz)))
+    cosine = (-slope_x * hx - slope_y * hy + hz) * normal_scale / np.sqrt(hx**2 + hy**2 + hz**2)
+    specular = surface.gloss * np.maximum(cosine, 0) ** surface.shine
+    falloff = (light_scale * 310) ** 1.3 * (1 + 0.03 * noise(random, size, 2))
     if surface.cover.min() < 0.5:
-        reach = size / 256
-        moved = ndimage.shift(surface.cover, (5 * reach, 4 * reach), order=1, mode="nearest")
-        cast = ndimage.gaussian_filter(moved, 3.5 * reach)
-        shade = shade * (1 - 0.55 * cast * (1 - surface.cover))
+        unit = size / 256
+        shifted = ndimage.shift(surface.cover, (5 * unit, 4 * unit), order=1, mode="nearest")
+        shadow = ndimage.gaussian_filter(shifted, 3.5 * unit)
+        shade = shade * (1 - 0.55 * shadow * (1 - surface.cover))
     light = shade * falloff
     image = surface.albedo * (light * (0.30 + 0.95 * diffuse))[..., None] + (light * specular)[..., None]
-    corner = ((x - 128 - random.normal(0, 8)) ** 2 + (y - 128 - random.normal(0, 8)) ** 2) / (2 * 128**2)
-    exposure = (1 - 0.22 * corner) * random.normal(1, 0.025)
+    vignette = ((x - 128 - random.normal(0, 8)) ** 2 + (y - 128 - random.normal(0, 8)) ** 2) / (2 * 128**2)
+    exposure = (1 - 0.22 * vignette) * random.normal(1, 0.025)
     white = np.array((1.02, 1.0, 0.97)) * random.normal(1, 0.008, 3)
     image = image * exposure[..., None] * white.astype(np.float32)
     sharpness = random.uniform(0.6, 0.75) * size / 256
@@ -95,41 +95,41 @@ def _photograph(random: Random, surface: Surface, shade: Map) -> UInt8[np.ndarra
 
 
 def records(train: int = 40, good: int = 10, per_defect: int = 4, seed: int = 0, size: int = 256) -> Iterator[Record]:
-    """The demo data set, rendered when it is read.
+    """The records of the demo data set; images are rendered when they are read.
 
     Args:
         train: normal training images per category.
         good: normal test images per category.
         per_defect: test images per category and kind of defect.
-        seed: which of many demo data sets.
+        seed: seed of the data set.
         size: side of the images in pixels.
     """
     for category in CATEGORIES:
-        plan = [("train", None)] * train + [("test", None)] * good
-        plan += [("test", defect) for defect in DEFECTS for _ in range(per_defect)]
-        for index, (split, defect) in enumerate(plan):
-            image, mask = (functools.partial(_part, part, category, index, defect, seed, size) for part in (0, 1))
-            kind = defect or GOOD
-            path = f"{category}/{split}/{kind}/{index:03d}.png"
-            yield Record(path, image, category, split, kind, mask if defect else None)
+        specimens = [("train", None)] * train + [("test", None)] * good
+        specimens += [("test", defect) for defect in DEFECTS for _ in range(per_defect)]
+        for index, (split, defect) in enumerate(specimens):
+            image, mask = (functools.partial(_render_part, i, category, index, defect, seed, size) for i in (0, 1))
+            label = defect or GOOD
+            path = f"{category}/{split}/{label}/{index:03d}.png"
+            yield Record(path, image, category, split, label, mask if defect else None)
 
 
 def write_demo(directory: str | Path, **options: int) -> Path:
-    """Writes the demo data set as PNG files in the MVTec layout; nothing is left behind where writing fails.
+    """Writes the demo data set as PNG files in the MVTec layout. Leaves nothing behind if writing fails.
 
     Args:
-        directory: the folder to make.
-        **options: those of `records`.
+        directory: the folder to create.
+        **options: the options of `records`.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder exists already.
     """
     directory = Path(directory)
     if directory.exists():
-        raise FileExistsError(f"the demo data want a new folder, but {directory} exists: remove it or name another")
+        raise FileExistsError(f"the demo data need a new folder, but {directory} exists: remove it or choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         root = Path(scratch) / directory.name
@@ -147,13 +147,14 @@ def write_demo(directory: str | Path, **options: int) -> Path:
     return directory
 
 
-def _part(part: int, *arguments: Any) -> np.ndarray:
-    return _recent(*arguments)[part]
+def _render_part(part: int, *arguments: Any) -> np.ndarray:
+    """The image (part 0) or the mask (part 1) of `render`."""
+    return _render_cached(*arguments)[part]
 
 
 @functools.lru_cache(16)
-def _recent(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its mask are wanted one soon after the other."""
+def _render_cached(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Renders an image and its mask once, since both are usually read in a row."""
     return render(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Surfaces of the demo data: four products, and five kinds of defects that change them."""
+"""Surfaces of the demo data set: four products, and five kinds of defects that modify them."""
 
 import dataclasses
 import functools
@@ -11,32 +11,30 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 Map = Float32[np.ndarray, "h w"]
-
-
 Random = np.random.Generator
 
 
 @dataclasses.dataclass
 class Surface:
-    """What the light falls on. Lengths are in units of 1/256 of the image's side."""
+    """The surface to be lit. Lengths are in units of 1/256 of the side of the image."""
 
     albedo: Float32[np.ndarray, "h w 3"]
-    """Diffuse reflectance, linear."""
+    """Diffuse reflectance, in linear light."""
     height: Map
     gloss: Map
     """Strength of the specular reflection."""
     cover: Map
     """1 on the product, 0 on the background."""
     core: tuple[float, float, float]
-    """Reflectance of the material beneath the surface."""
+    """Reflectance of the material under the surface."""
     shine: float
     """Exponent of the specular reflection."""
     softness: float
-    """How much of a relief the material takes: 0 for steel to 1 for cloth."""
+    """How easily the material deforms: from 0 for steel to 1 for cloth."""
 
 
 def _fabric(random: Random, size: int) -> Surface:
-    """Plain weave of slightly uneven yarns."""
+    """A plain weave of slightly uneven yarns."""
     y, x = grid(size)
     u, v = _rotate(x, y, random.normal(0, 0.012))
     sway = [0.13 * noise(random, size, 3) + 0.015 * noise(random, size, 20) for _ in range(2)]
@@ -69,14 +67,14 @@ def _fabric(random: Random, size: int) -> Surface:
 
 
 def _metal(random: Random, size: int) -> Surface:
-    """A ground steel plate: long fine grooves, a broad highlight."""
+    """A ground steel plate with long fine grooves and a broad highlight."""
     wide = int(size * 1.25)
     lengths = ((0.5, 0.5), (0.8, 0.16), (0.6, 0.05), (0.35, 0.012))
     grain = np.sum([weight * _streaks(random, wide, length) for weight, length in lengths], 0, np.float32)
     angle = random.normal(0, 0.8)
-    turned = Image.fromarray(grain).rotate(angle, Image.Resampling.BICUBIC)
-    cut = (wide - size) // 2
-    grain = np.asarray(turned)[cut : cut + size, cut : cut + size]
+    rotated = Image.fromarray(grain).rotate(angle, Image.Resampling.BICUBIC)
+    margin = (wide - size) // 2
+    grain = np.asarray(rotated)[margin : margin + size, margin : margin + size]
     tarnish = noise(random, size, 3) + 0.5 * noise(random, size, 9)
     tone = 1 + 0.085 * grain + 0.025 * tarnish
     return Surface(
@@ -111,8 +109,8 @@ def _gear(random: Random, size: int) -> Surface:
     turning = ndimage.gaussian_filter1d(random.standard_normal(1024, np.float32), 0.8) * np.float32(1.3)
     rings = turning[(r * 5.3).astype(np.intp)]
     felt = noise(random, size, 128) + 0.4 * noise(random, size, 40)
-    turned = 2.6 * np.sin(bevel * np.pi / 2) + 2.2 * hub - 1.3 * groove + 0.10 * rings
-    height = np.where(edge < 0, turned + 0.5 * noise(random, size, 3), 0.16 * felt)
+    metal = 2.6 * np.sin(bevel * np.pi / 2) + 2.2 * hub - 1.3 * groove + 0.10 * rings
+    height = np.where(edge < 0, metal + 0.5 * noise(random, size, 3), 0.16 * felt)
     bow = np.cos(angle + turn - random.normal(-2.2, 0.08)) ** 4
     tone = 1 + 0.07 * rings + 0.03 * noise(random, size, 5) + 0.03 * noise(random, size, 100) - 0.35 * groove
     albedo = _linear(0.55, 0.545, 0.53) * (tone * (0.72 + 0.5 * bow))[..., None]
@@ -129,7 +127,7 @@ def _gear(random: Random, size: int) -> Surface:
 
 
 def _tablet(random: Random, size: int) -> Surface:
-    """A film-coated oblong tablet with a score line and embossed letters on a gray tray."""
+    """A film-coated oblong tablet with a score line and embossed letters, on a gray tray."""
     y, x = grid(size)
     cx, cy = random.normal(128, 3), random.normal(128, 3)
     dx, dy = _rotate(x - cx, y - cy, random.normal(0, 0.05))
@@ -186,7 +184,7 @@ def _scratch(random: Random, surface: Surface) -> tuple[Map, Map]:
     surface.height += (1.8 + surface.softness) * (1.0 * burr - 1.1 * groove) * patchy
     _blend(surface.albedo, surface.core, (0.6 + 0.2 * surface.softness) * coverage * patchy)
     surface.gloss *= 1 + 0.5 * coverage
-    return coverage, _lit(size)
+    return coverage, _no_shade(size)
 
 
 def _stain(random: Random, surface: Surface) -> tuple[Map, Map]:
@@ -197,20 +195,20 @@ def _stain(random: Random, surface: Surface) -> tuple[Map, Map]:
     strength = coverage * (0.48 + 0.10 * noise(random, size, 12) + 0.25 * rim) * random.uniform(0.85, 1.25)
     surface.albedo *= 1 - np.clip(strength, 0, 1)[..., None] * (1 - tint)
     surface.gloss *= 1 - 0.6 * coverage
-    return coverage, _lit(size)
+    return coverage, _no_shade(size)
 
 
 def _dent(random: Random, surface: Surface) -> tuple[Map, Map]:
     size = surface.height.shape[0]
     coverage, depth = _blob(random, surface, random.uniform(9, 15), 0.22)
     bowl = np.clip(depth, 0, 1) ** 0.8 * coverage
-    rough = noise(random, size, 70) + 0.7 * noise(random, size, 30)
+    roughness = noise(random, size, 70) + 0.7 * noise(random, size, 30)
     _flatten(surface, coverage)
-    surface.height -= (6.5 + 0.5 * surface.softness) * bowl + 0.35 * surface.softness * rough * coverage
+    surface.height -= (6.5 + 0.5 * surface.softness) * bowl + 0.35 * surface.softness * roughness * coverage
     _blend(surface.albedo, surface.core, 0.65 * surface.softness * coverage)
-    surface.albedo *= 1 - (0.36 * bowl * (1 + 0.3 * rough))[..., None]
+    surface.albedo *= 1 - (0.36 * bowl * (1 + 0.3 * roughness))[..., None]
     surface.gloss *= 1 - 0.5 * coverage
-    return coverage, _lit(size)
+    return coverage, _no_shade(size)
 
 
 def _crack(random: Random, surface: Surface) -> tuple[Map, Map]:
@@ -227,7 +225,7 @@ def _crack(random: Random, surface: Surface) -> tuple[Map, Map]:
     surface.height -= (1.0 + surface.softness) * ndimage.gaussian_filter(coverage, 0.6 * size / 256)
     surface.albedo *= 1 - 0.8 * coverage[..., None]
     surface.gloss *= 1 - 0.9 * coverage
-    return coverage, _lit(size)
+    return coverage, _no_shade(size)
 
 
 def _fiber(random: Random, surface: Surface) -> tuple[Map, Map]:
@@ -250,18 +248,18 @@ DEFECTS: dict[str, Callable[[Random, Surface], tuple[Map, Map]]] = {
     "scratch": _scratch,
     "stain": _stain,
 }
-"""The kinds of defects; each occurs on each product."""
+"""The kinds of defects; every kind occurs on every product."""
 
 
 def _linear(*color: float) -> Float32[np.ndarray, "3"]:
-    """Linear light of a color as it is seen on a screen."""
+    """Converts a display color to linear light."""
     return np.array(color, np.float32) ** np.float32(2.2)
 
 
 def grid(size: int) -> tuple[Map, Map]:
-    """The y and x of the pixel centers, in units of 1/256 of the side."""
-    at = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(256 / size)
-    return np.broadcast_to(at[:, None], (size, size)), np.broadcast_to(at[None, :], (size, size))
+    """The y and x coordinates of the pixel centers, in units of 1/256 of the side."""
+    centers = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(256 / size)
+    return np.broadcast_to(centers[:, None], (size, size)), np.broadcast_to(centers[None, :], (size, size))
 
 
 def _rotate(x: Map, y: Map, angle: float) -> tuple[Map, Map]:
@@ -270,13 +268,13 @@ def _rotate(x: Map, y: Map, angle: float) -> tuple[Map, Map]:
 
 
 def _step(distance: Map, width: float) -> Map:
-    """0 below -width, 1 above width, smooth between."""
+    """A smooth step: 0 below -width, 1 above width."""
     t = np.clip(distance / (2 * width) + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def noise(random: Random, size: int, cells: int | tuple[int, int]) -> Map:
-    """Smooth noise of standard deviation about one with `cells` bumps per side."""
+    """Smooth noise with `cells` bumps per side and a standard deviation of about one."""
     rows, columns = (cells, cells) if isinstance(cells, int) else cells
     values = Image.fromarray(random.standard_normal((rows + 3, columns + 3), np.float32) * np.float32(1.35))
     offset = random.uniform(0.5, 1.5, 2)
@@ -285,15 +283,15 @@ def noise(random: Random, size: int, cells: int | tuple[int, int]) -> Map:
 
 
 def _streaks(random: Random, size: int, length: float) -> Map:
-    """White noise smeared along x over a part of the side, of standard deviation one."""
-    smear = max(int(length * size), 1)
-    lines = ndimage.uniform_filter1d(random.standard_normal((size, size + 2 * smear), np.float32), smear, axis=1)
-    return lines[:, smear : smear + size] * np.float32(smear**0.5)
+    """White noise with standard deviation one, blurred along x over the fraction `length` of the side."""
+    window = max(int(length * size), 1)
+    lines = ndimage.uniform_filter1d(random.standard_normal((size, size + 2 * window), np.float32), window, axis=1)
+    return lines[:, window : window + size] * np.float32(window**0.5)
 
 
 @functools.cache
 def _letters() -> Map:
-    """The embossing of the tablet, on a canvas of 256 x 128 at two pixels per unit."""
+    """The embossed letters of the tablet, on a canvas of 256 x 128 units with two pixels per unit."""
     canvas = Image.new("L", (1024, 512))
     draw = ImageDraw.Draw(canvas)
     for points in (
@@ -308,12 +306,12 @@ def _letters() -> Map:
     return ndimage.gaussian_filter(small, 2.2)
 
 
-def _lit(size: int) -> Map:
+def _no_shade(size: int) -> Map:
     return np.ones((size, size), np.float32)
 
 
 def _place(random: Random, surface: Surface) -> np.ndarray:
-    """(x, y) of a random point well inside the product."""
+    """The (x, y) of a random point well inside the product."""
     size = surface.height.shape[0]
     inside = ndimage.uniform_filter(surface.cover, int(14 * size / 256) | 1, mode="nearest") > 0.9
     margin = size // 10
@@ -326,7 +324,7 @@ def _place(random: Random, surface: Surface) -> np.ndarray:
 def _walk(
     random: Random, start: np.ndarray, length: float, angle: float, bend: float, jag: float, centered: bool = True
 ) -> np.ndarray:
-    """(n, 2) points of a line of some length through `start`: `bend` adds up along the way, `jag` does not."""
+    """The (n, 2) points of a random line through `start`. `bend` accumulates along the line, `jag` does not."""
     steps = max(int(length / 2), 4)
     curl = np.cumsum(random.normal(0, bend, steps)) + random.normal(0, 0.6 * bend) * np.arange(steps) / 4
     headings = angle + curl + random.normal(0, 1, steps) * jag
@@ -340,7 +338,7 @@ def _taper(count: int, width: float) -> np.ndarray:
 
 
 def _strokes(size: int, lines: list[tuple[np.ndarray, np.ndarray]]) -> Map:
-    """Antialiased coverage of lines of varying width."""
+    """The antialiased coverage of lines of varying width."""
     scale = 4 * size / 256
     canvas = Image.new("L", (4 * size, 4 * size))
     draw = ImageDraw.Draw(canvas)
@@ -352,18 +350,18 @@ def _strokes(size: int, lines: list[tuple[np.ndarray, np.ndarray]]) -> Map:
 
 
 def _blob(random: Random, surface: Surface, radius: float, wobble: float) -> tuple[Map, Map]:
-    """Coverage of an irregular spot on the product, and 0 at its border rising to 1 at its center."""
+    """The coverage of an irregular spot on the product, and its depth, from 0 at the border to 1 at the center."""
     size = surface.height.shape[0]
     y, x = grid(size)
     cx, cy = _place(random, surface).tolist()
     dx, dy = _rotate(x - cx, y - cy, random.uniform(0, np.pi))
-    around = np.linspace(-np.pi, np.pi, 1024)
-    waves = [random.normal(0, wobble / k) * np.cos(k * around + random.uniform(0, 6)) for k in range(2, 9)]
+    angles = np.linspace(-np.pi, np.pi, 1024)
+    waves = [random.normal(0, wobble / k) * np.cos(k * angles + random.uniform(0, 6)) for k in range(2, 9)]
     outline = (radius * (1 + 0.7 * np.clip(np.sum(waves, 0), -0.8, 0.8))).astype(np.float32)
-    turn = np.arctan2(dy, dx) * np.float32(1023 / (2 * np.pi)) + 511.5
-    away = np.hypot(dx, dy * random.uniform(1, 1.7)) / outline[turn.astype(np.intp)]
-    depth = np.clip(1 - away, 0, 1)
-    return _step((1 - away) * radius, 1.3) * surface.cover, depth
+    bins = np.arctan2(dy, dx) * np.float32(1023 / (2 * np.pi)) + 511.5
+    distance = np.hypot(dx, dy * random.uniform(1, 1.7)) / outline[bins.astype(np.intp)]
+    depth = np.clip(1 - distance, 0, 1)
+    return _step((1 - distance) * radius, 1.3) * surface.cover, depth
 
 
 def _blend(albedo: Float32[np.ndarray, "h w 3"], color: Any, weight: Map) -> None:
@@ -371,6 +369,6 @@ def _blend(albedo: Float32[np.ndarray, "h w 3"], color: Any, weight: Map) -> Non
 
 
 def _flatten(surface: Surface, coverage: Map) -> None:
-    """Wears the fine relief of a soft material away."""
+    """Smooths the fine relief of a soft material."""
     smooth = ndimage.uniform_filter(surface.height, int(9 * len(coverage) / 256) | 1)
     surface.height += surface.softness * coverage * (smooth - surface.height)

@@ -1,4 +1,4 @@
-"""Readers of folders and tables of images: each yields one `Record` per image."""
+"""Readers of folders and CSV files; each yields one `Record` per image."""
 
 import csv
 import io
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxad.data.images import EXTENSIONS, read_mask
-from jaxad.data.records import GOOD, Record, kind_of
+from jaxad.data.records import GOOD, Record, defect_of
 
-OUTPUT_MARKS = ("model.safetensors", "scores.jsonl")
-"""A folder below a flat source with one of these files is a model or scores of ours, heat maps included."""
+OUTPUT_FILES = ("model.safetensors", "scores.jsonl")
+"""A subfolder that holds one of these files is output of jaxad (a model, scores, heat maps), not training data."""
 
 
 class Layout(NamedTuple):
-    """A way to arrange a data set in a folder."""
+    """How a data set is arranged in a folder."""
 
     matches: Callable[[Path], bool]
     read: Callable[[Path], Iterator[Record]]
@@ -25,7 +25,7 @@ def read(source: Path, layout: str = "auto") -> tuple[str, Iterator[Record]]:
 
     Args:
         source: the path.
-        layout: a name in `LAYOUTS`, or "auto" for the first that matches.
+        layout: a key of `LAYOUTS`, or "auto" for the first that matches.
 
     Returns:
         The name of the data set and its records.
@@ -44,12 +44,12 @@ def read(source: Path, layout: str = "auto") -> tuple[str, Iterator[Record]]:
     if layout == "auto":
         layout = recognize(source)
         if layout == "flat":
-            _refuse_mixture(source)
+            _check_normal_only(source)
     return name, LAYOUTS[layout].read(source)
 
 
 def recognize(folder: Path) -> str:
-    """The first layout of `LAYOUTS` that a folder matches; "flat" matches any."""
+    """The first layout of `LAYOUTS` that the folder matches; "flat" matches any folder."""
     return next(key for key, candidate in LAYOUTS.items() if candidate.matches(folder))
 
 
@@ -59,17 +59,17 @@ def files(paths: Iterable[Path], category: str = "files") -> Iterator[Record]:
 
 
 def flat(root: Path) -> Iterator[Record]:
-    """All images under a folder, at any depth, as normal training images; but none that jaxad itself wrote there."""
-    written = {path.parent for name in OUTPUT_MARKS for path in root.rglob(name)} - {root}
-    found = (path for path in _images(root, "**/*") if written.isdisjoint(path.parents))
-    return files(found, root.resolve().name)
+    """All images in a folder and its subfolders as normal training images, except those that jaxad wrote."""
+    outputs = {path.parent for name in OUTPUT_FILES for path in root.rglob(name)} - {root}
+    paths = (path for path in _images(root, "**/*") if outputs.isdisjoint(path.parents))
+    return files(paths, root.resolve().name)
 
 
 def mvtec(root: Path) -> Iterator[Record]:
-    """MVTec AD: train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png, for one category or a root of many.
+    """MVTec AD: train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png, for one category or several.
 
-    Normal images may also lie in folders named ok or normal, or directly in train; masks may lack the _mask and be of
-    any image type, and there may be none at all.
+    Normal images may also lie in folders named ok or normal, or directly in train. Masks are optional; they may lack
+    the suffix _mask and be of any image type.
     """
     categories = [root] if _is_category(root) else [path for path in sorted(root.iterdir()) if _is_category(path)]
     for folder in categories:
@@ -77,47 +77,47 @@ def mvtec(root: Path) -> Iterator[Record]:
         for path in _images(folder / "train", "*"):
             yield Record(str(path), path, category, "train")
         for split in ("train", "test"):
-            for kind in _folders(folder / split):
-                defect = kind_of(kind.name)
+            for defect_folder in _folders(folder / split):
+                defect = defect_of(defect_folder.name)
                 masks = {}
                 if defect != GOOD:
-                    found = _images(folder / "ground_truth" / kind.name, "*")
-                    masks = {path.stem.removesuffix("_mask"): path for path in found}
-                for path in _images(kind, "*"):
+                    mask_paths = _images(folder / "ground_truth" / defect_folder.name, "*")
+                    masks = {path.stem.removesuffix("_mask"): path for path in mask_paths}
+                for path in _images(defect_folder, "*"):
                     yield Record(str(path), path, category, split, defect, masks.get(path.stem))
 
 
 def visa(root: Path) -> Iterator[Record]:
-    """VisA: a root with split_csv/1cls.csv (object, split, label, image, mask)."""
+    """VisA: a folder with split_csv/1cls.csv (columns object, split, label, image and mask)."""
     columns = {"category": "object", "split": "split", "label": "label", "image_path": "image", "mask_path": "mask"}
     return _rows(root / "split_csv" / "1cls.csv", root, columns)
 
 
 def table(path: Path) -> Iterator[Record]:
-    """A CSV file with image_path, label, split and, if wanted, mask_path and category; paths are relative to the file.
+    """A CSV file with the columns image_path, label and split, and optionally mask_path and category.
 
-    Its separator is a comma, a semicolon or a tab.
-
-    The label is good, ok, normal or 0 for a normal image, empty for an unknown one (test only), else the defect.
+    Paths are relative to the file. The separator is a comma, a semicolon or a tab. The label is good, ok, normal or 0
+    for a normal image, empty if unknown (test images only), and the kind of defect otherwise.
     """
     columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path")}
     return _rows(path, path.parent, columns)
 
 
 def ksdd2(root: Path) -> Iterator[Record]:
-    """KolektorSDD2: train and test hold <id>.png and <id>_GT.png; an image is anomalous where its mask is not empty."""
+    """KolektorSDD2: train and test hold <id>.png and <id>_GT.png. An image is anomalous if its mask is not empty."""
     for split in ("train", "test"):
         for path in _images(root / split, "*"):
             if not path.stem.endswith("_GT"):
                 mask = path.with_name(f"{path.stem}_GT{path.suffix}")
-                bad = read_mask(mask, str(mask)).any()
-                yield Record(str(path), path, "ksdd2", split, "defect" if bad else GOOD, mask if bad else None)
+                is_anomalous = read_mask(mask, str(mask)).any()
+                defect = "defect" if is_anomalous else GOOD
+                yield Record(str(path), path, "ksdd2", split, defect, mask if is_anomalous else None)
 
 
 def mtd(root: Path) -> Iterator[Record]:
     """Magnetic tile defects as published: MT_<class>/Imgs/<id>.jpg and .png, and DifferNet's mtd_train_filenames.txt.
 
-    The 761 defect-free images of that list are for training, all others for testing. The masks are noisy: they want
+    The 761 defect-free images of that list are the training set, all others the test set. The masks are noisy: use
     `mask_threshold=127`.
     """
     names = root / "mtd_train_filenames.txt"
@@ -141,7 +141,7 @@ LAYOUTS = {
     "mvtec": Layout(lambda root: _is_category(root) or any(_is_category(path) for path in root.iterdir()), mvtec),
     "flat": Layout(lambda root: True, flat),
 }
-"""Every layout of a folder, in the order in which they are tried."""
+"""All folder layouts, in the order in which "auto" tries them."""
 
 
 def _is_category(folder: Path) -> bool:
@@ -149,28 +149,28 @@ def _is_category(folder: Path) -> bool:
 
 
 def _images(folder: Path, pattern: str) -> list[Path]:
-    found = (path for path in folder.glob(pattern) if path.suffix.lower() in EXTENSIONS)
-    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+    paths = (path for path in folder.glob(pattern) if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in paths if not path.name.startswith(".") and path.is_file())
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
-def _refuse_mixture(root: Path) -> None:
-    """A folder with a subfolder of normal images beside others is no set of normal images."""
-    kinds = [path for path in _folders(root) if _images(path, "**/*")]
-    normal = [path.name for path in kinds if kind_of(path.name) == GOOD]
-    if normal and len(kinds) > len(normal):
-        others = ", ".join(path.name for path in kinds if path.name not in normal)
+def _check_normal_only(root: Path) -> None:
+    """Raises ValueError if a folder has a subfolder of normal images next to others, which may hold defects."""
+    subfolders = [path for path in _folders(root) if _images(path, "**/*")]
+    normal = [path.name for path in subfolders if defect_of(path.name) == GOOD]
+    if normal and len(subfolders) > len(normal):
+        others = ", ".join(path.name for path in subfolders if path.name not in normal)
         raise ValueError(
-            f"a folder must hold normal images only, got {normal[0]} beside {others} in {root}: "
+            f"a folder must hold normal images only, got {normal[0]} next to {others} in {root}: "
             f"pass {root / normal[0]}, or move them to train/good and test/<defect>"
         )
 
 
 def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
-    """Records of a CSV file whose `columns` say under which name each field stands."""
+    """Reads the records of a CSV file; `columns` maps each field to the name of its column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -178,20 +178,20 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
     with io.StringIO(text, newline="") as file:
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
-        present = reader.fieldnames or []
-        missing = [columns[key] for key in ("image_path", "label", "split") if columns[key] not in present]
+        header = reader.fieldnames or []
+        missing = [columns[key] for key in ("image_path", "label", "split") if columns[key] not in header]
         if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: its first line is {','.join(present)!r}")
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: its first line is {','.join(header)!r}")
         for row in reader:
             fields = ("image_path", "label", "split", "mask_path", "category")
             image, label, split, mask, category = ((row.get(columns[field]) or "").strip() for field in fields)
-            defect = kind_of(label)
-            where = f"line {reader.line_num} of {path}"
+            defect = defect_of(label)
+            line = f"line {reader.line_num} of {path}"
             if not image:
-                raise ValueError(f"image_path must not be empty, in {where}: complete or remove the line")
+                raise ValueError(f"image_path must not be empty, in {line}: complete or remove the line")
             if split not in ("train", "test"):
-                raise ValueError(f"split must be train or test, got {split!r} in {where}: correct it")
+                raise ValueError(f"split must be train or test, got {split!r} in {line}: correct it")
             if split == "train" and not defect:
-                raise ValueError(f"a training image needs a label, got none in {where}: write good or the defect")
-            masked = root / mask if mask and defect != GOOD else None
-            yield Record(str(root / image), root / image, category or path.stem, split, defect, masked)
+                raise ValueError(f"a training image needs a label, got none in {line}: write good or the defect")
+            mask_path = root / mask if mask and defect != GOOD else None
+            yield Record(str(root / image), root / image, category or path.stem, split, defect, mask_path)

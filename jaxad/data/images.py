@@ -1,8 +1,8 @@
-"""Decoding of image files and arrays to RGB uint8, resizing, cropping, and the way back to the original frame.
+"""Decodes image files and arrays to RGB uint8, resizes and crops them, and maps heat maps back to the original image.
 
-What becomes of the many kinds of images: gray is repeated to three channels; 16-bit images are scaled by their full
-scale (65535 becomes 255), whatever their content; floats must lie in [0, 1]; alpha is composited over black; palettes
-and CMYK become RGB; EXIF rotation is applied; of several frames the first counts.
+Formats: gray images are repeated to three channels; 16-bit images are scaled by the full range (65535 becomes 255),
+regardless of their content; floats must lie in [0, 1]; alpha is composited over black; palettes and CMYK are converted
+to RGB; EXIF rotation is applied; multi-frame files are read up to the first frame.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ Source = Path | np.ndarray | Callable[[], bytes | np.ndarray]
 """Where an image comes from: a file, an array, or a function that returns an encoded file or an array."""
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2"})
-"""File name endings, in lower case, taken for images."""
+"""Suffixes of image files, in lower case."""
 
 _ORIENTATION = 0x0112
 
 
 class ImageError(ValueError):
-    """An image that cannot be decoded or has pixels that make no sense."""
+    """An image cannot be decoded, or its pixel values are invalid."""
 
 
 class Preprocess(NamedTuple):
-    """What is done to every image and mask after decoding: first `resize`, then `center_crop`."""
+    """Applied to every image and mask after decoding: first `resize`, then `center_crop`."""
 
     resize: Size | None = (224, 224)
-    """(height, width) to squash to, with antialiased bilinear weights; masks take the nearest pixel."""
+    """(height, width) to resize to, with antialiased bilinear weights (masks: nearest pixel). None: no resizing."""
     center_crop: Size | None = None
-    """(height, width) of the centered window to keep."""
+    """(height, width) of the centered window to keep. None: the whole image."""
 
     def check(self) -> None:
         """Raises ValueError for sizes that are not positive or a crop larger than the resized image."""
@@ -51,7 +51,7 @@ class Preprocess(NamedTuple):
             self.output_size(self.resize)
 
     def output_size(self, size: Size, name: str = "the resized image") -> Size:
-        """The size that an image of `size` has afterwards; ValueError where the crop does not fit into it."""
+        """The size of an image of `size` after preprocessing. Raises ValueError if the crop does not fit."""
         size = self.resize or size
         if self.center_crop is None:
             return size
@@ -63,7 +63,7 @@ class Preprocess(NamedTuple):
         return self.center_crop
 
     def window(self, size: Size) -> tuple[slice, slice]:
-        """The rows and columns that `center_crop` keeps of an already resized image of `size`."""
+        """The rows and columns that `center_crop` keeps of a resized image of `size`."""
         crop = self.center_crop or size
         top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
         return slice(top, top + crop[0]), slice(left, left + crop[1])
@@ -71,20 +71,20 @@ class Preprocess(NamedTuple):
 
 DEFAULT = Preprocess()
 ORIGINAL = Preprocess(None)
-"""Every image in its own size."""
+"""Keeps every image at its original size."""
 PAPER = Preprocess((256, 256), (224, 224))
-"""The preset of most papers: resize to 256, keep the central 224."""
+"""The preset of most papers: resize to 256, crop the central 224."""
 
 
 def to_uint8(array: Shaped[np.ndarray, "..."], name: str) -> UInt8[np.ndarray, "..."]:
-    """Brings pixel values to 8 bits.
+    """Converts pixel values to 8 bits.
 
     Args:
         array: bool, uint8, uint16 (full scale: 65535 becomes 255) or float in [0, 1].
-        name: what to call the array in errors.
+        name: the name of the array in error messages.
 
     Raises:
-        ImageError: another type, or floats outside [0, 1].
+        ImageError: the type is not supported, or floats lie outside [0, 1].
     """
     if array.dtype == np.uint8:
         return array
@@ -107,18 +107,18 @@ def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[
 
     Args:
         source: the file, array or function.
-        name: what to call it in errors.
-        preprocess: resize and crop; without `resize` and `center_crop` the image keeps its original size.
+        name: the name of the image in error messages.
+        preprocess: resize and crop; by default the image keeps its original size.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: the file cannot be decoded, or its pixels are of no known range.
-        ValueError: the crop does not fit into the image.
+        ImageError: the file cannot be decoded, or its pixel values are invalid.
+        ValueError: the crop is larger than the image.
     """
-    with _opened(source, name) as image:
+    with _open(source, name) as image:
         if preprocess.resize and image.format == "JPEG":
-            height, width = preprocess.resize if not _turned(image) else preprocess.resize[::-1]
-            image.draft(image.mode, (2 * width, 2 * height))  # the decoder halves while twice the wanted size is left
+            height, width = preprocess.resize if not _is_sideways(image) else preprocess.resize[::-1]
+            image.draft(image.mode, (2 * width, 2 * height))  # decodes at 1/2, 1/4 or 1/8, at least this large
         ImageOps.exif_transpose(image, in_place=True)
         image = _to_gray_or_rgb(image, name)
         if preprocess.resize:
@@ -132,11 +132,12 @@ def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[
 def read_mask(
     source: Source, name: str, preprocess: Preprocess = ORIGINAL, threshold: int = 0
 ) -> Bool[np.ndarray, "h w"]:
-    """Decodes one mask: True where any channel is above `threshold`, in the mask's own units (bool masks: where True).
+    """Decodes one mask: True where any channel is above `threshold`, in the units of the file.
 
-    It is resized by taking the nearest pixel, and cropped like its image. Errors as in `read`.
+    Bool masks ignore the threshold. The mask is resized by nearest neighbor and cropped like its image. Raises the
+    errors of `read`.
     """
-    with _opened(source, name) as image:
+    with _open(source, name) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             image = _to_gray_or_rgb(image, name)
@@ -153,15 +154,15 @@ def read_mask(
 
 
 def size_of(source: Source, name: str) -> Size:
-    """The original (height, width), upright; reads the header only where the source is a file. Errors as in `read`."""
+    """The original (height, width), upright. Reads only the header of a file. Raises the errors of `read`."""
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    with _opened(source, name) as image:
-        return (image.width, image.height) if _turned(image) else (image.height, image.width)
+    with _open(source, name) as image:
+        return (image.width, image.height) if _is_sideways(image) else (image.height, image.width)
 
 
 def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
-    """`[function(item) for item in items]`, computed by one thread per processor; the first error is raised."""
+    """Computes `[function(item) for item in items]` with one thread per processor, and raises the first error."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, items))
 
@@ -169,18 +170,18 @@ def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
 def to_original(
     heat_map: Float[np.ndarray, "h w"], original_size: Size, preprocess: Preprocess
 ) -> Float[np.ndarray, "height width"]:
-    """Takes a heat map back to the frame of the original image.
+    """Maps a heat map back to the frame of the original image.
 
     Args:
         heat_map: one value per pixel of the preprocessed image.
         original_size: (height, width) of the original image.
-        preprocess: what was done to the image.
+        preprocess: how the image was preprocessed.
 
     Returns:
-        float32, bilinearly resized; the border that was cropped away holds the map's minimum.
+        float32, bilinearly resized. The cropped border holds the minimum of the map.
 
     Raises:
-        ValueError: the map has not the size that `preprocess` gives.
+        ValueError: the map does not have the size of the preprocessed image.
     """
     expected = preprocess.output_size(original_size)
     if heat_map.shape != expected:
@@ -195,14 +196,14 @@ def to_original(
 
 
 @contextlib.contextmanager
-def _opened(source: Source, name: str) -> Iterator[Image.Image]:
-    """Opens an image; whatever the decoder raises meanwhile becomes one line that names the file."""
+def _open(source: Source, name: str) -> Iterator[Image.Image]:
+    """Opens an image, and turns any decoder error inside the block into one line that names the file."""
     try:
-        made = source() if callable(source) else source
-        if isinstance(made, np.ndarray):
-            yield _from_array(made, name)
+        content = source() if callable(source) else source
+        if isinstance(content, np.ndarray):
+            yield _from_array(content, name)
         else:
-            with Image.open(io.BytesIO(made) if isinstance(made, bytes) else made) as image:
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
                 yield image
     except ImageError:
         raise
@@ -213,8 +214,8 @@ def _opened(source: Source, name: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is too large to decode ({error}): cut it into tiles") from error
     except (OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, zlib.error) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not a known image format" if unknown else str(error).partition("\n")[0]
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a known image format" if is_unknown else str(error).partition("\n")[0]
         raise ImageError(f"cannot decode {name} ({reason or type(error).__name__}): repair or remove it") from error
 
 
@@ -225,8 +226,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name))
 
 
-def _turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the image lies on its side; PIL gives the size of a TIFF as it is upright."""
+def _is_sideways(image: Image.Image) -> bool:
+    """Whether EXIF rotates the image by 90 degrees. PIL already reports the upright size of a TIFF."""
     return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 

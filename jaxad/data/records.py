@@ -1,24 +1,24 @@
-"""What a reader yields: one record per image."""
+"""`Record`: what a reader yields for each image."""
 
 from typing import NamedTuple
 
 from jaxad.data.images import Source
 
 GOOD = "good"
-"""The defect of an image that has none."""
+"""The `defect` of a normal image."""
 
 
 class Record(NamedTuple):
-    """One image and what is known of it."""
+    """One image and its annotation."""
 
     path: str
-    """What the image is called in results and errors."""
+    """The name of the image in results and error messages."""
     image: Source
     category: str
     split: str
     """"train" or "test"."""
     defect: str = GOOD
-    """"good", the kind of defect, or empty where it is unknown."""
+    """The kind of defect, "good" for a normal image, or empty if unknown."""
     mask: Source | None = None
 
     @property
@@ -27,7 +27,7 @@ class Record(NamedTuple):
         return {GOOD: 0, "": -1}.get(self.defect, 1)
 
 
-def kind_of(label: str) -> str:
-    """The defect that a label or folder name stands for: "good" for good, ok, normal and 0."""
+def defect_of(label: str) -> str:
+    """The defect that a label or folder name denotes: "good" for good, ok, normal and 0."""
     label = label.strip()
     return GOOD if label.lower() in (GOOD, "ok", "normal", "0") else label

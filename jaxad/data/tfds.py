@@ -1,4 +1,4 @@
-"""Reads prepared TensorFlow Datasets without TensorFlow, through random access to array_record files."""
+"""Reads prepared TFDS data sets without TensorFlow, through random access to array_record files."""
 
 import functools
 import re
@@ -9,36 +9,36 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxad.data import builders  # noqa: F401  (registers our builders)
-from jaxad.data.records import GOOD, Record, kind_of
+from jaxad.data.records import GOOD, Record, defect_of
 
 _SOURCE = re.compile(r"tfds:(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
 
 
 def read(source: str) -> tuple[str, Iterator[Record]]:
-    """Reads a prepared data set that has the features image and label, and perhaps mask, category, defect and id.
+    """Reads a prepared data set with the features image and label, and optionally mask, category, defect and id.
 
-    Where the label has a class named good, ok or normal, or has no named classes and is 0, the image is normal. Other
-    classes make the data set one-vs-rest: each class is a category whose training images are normal and whose test set
-    is that of all classes.
+    An image is normal if its class is named good, ok or normal, or if its label is 0 and the classes have no names. A
+    data set without such a class is read one-vs-rest: every class is a category, whose training images are normal and
+    whose test set contains the images of all classes.
 
     Args:
-        source: "tfds:NAME" or "tfds:NAME:DATA_DIR"; NAME may hold a configuration and a version (name/config:1.0.0).
+        source: "tfds:NAME" or "tfds:NAME:DATA_DIR"; NAME may include a config and a version (name/config:1.0.0).
 
     Returns:
         The name of the data set and its records.
 
     Raises:
         FileNotFoundError: there is no such data set, or it has not been prepared as array_record.
-        ValueError: the source is misspelt, or the data set lacks a feature or a training split.
+        ValueError: the source is misspelled, or the data set lacks a feature or a training split.
     """
     match = _SOURCE.fullmatch(source)
     if match is None:
-        raise ValueError(f"a TFDS source must read tfds:NAME or tfds:NAME:DATA_DIR, got {source!r}")
+        raise ValueError(f"a TFDS source must have the form tfds:NAME or tfds:NAME:DATA_DIR, got {source!r}")
     name, data_dir = match["name"], match["data_dir"]
     try:
         builder: Any = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        raise FileNotFoundError(f"TFDS knows no data set {name!r} in {data_dir or 'its default folder'}") from None
+        raise FileNotFoundError(f"TFDS has no data set {name!r} in {data_dir or 'its default folder'}") from None
     features = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(features):
         raise ValueError(f"{source} must have the features image and label, got {features}")
@@ -61,7 +61,7 @@ def read(source: str) -> tuple[str, Iterator[Record]]:
         }
     except NotImplementedError as error:
         raise FileNotFoundError(
-            f"{source} is prepared as {builder.info.file_format}, which needs TensorFlow: prepare it anew with "
+            f"{source} is prepared as {builder.info.file_format}, which needs TensorFlow: prepare it again with "
             "file_format='array_record'"
         ) from error
     return builder.name, _records(builder.name, features, data)
@@ -69,24 +69,24 @@ def read(source: str) -> tuple[str, Iterator[Record]]:
 
 def _records(name: str, features: Any, data: dict[str, Any]) -> Iterator[Record]:
     names = getattr(features["label"], "names", None) or ()
-    one_vs_rest = bool(names) and not any(kind_of(label) == GOOD and label != "0" for label in names)
+    one_vs_rest = bool(names) and not any(defect_of(label) == GOOD and label != "0" for label in names)
     for split, index, source, example in _examples(data):
-        given = {key: _text(features[key], value) for key, value in example.items() if key not in ("image", "mask")}
-        path = f"{name}/{given.get('id', f'{split}/{index}')}"
+        fields = {key: _text(features[key], value) for key, value in example.items() if key not in ("image", "mask")}
+        path = f"{name}/{fields.get('id', f'{split}/{index}')}"
         image = functools.partial(_fetch, source, index, "image")
-        label = given["label"]
+        label = fields["label"]
         if one_vs_rest:
             for category in names if split == "test" else (label,):
                 yield Record(path, image, category, split, GOOD if category == label else label)
         else:
-            defect = kind_of(label)
-            defect = defect if defect == GOOD else given.get("defect", defect)
+            defect = defect_of(label)
+            defect = defect if defect == GOOD else fields.get("defect", defect)
             mask = functools.partial(_fetch, source, index, "mask") if "mask" in features and defect != GOOD else None
-            yield Record(path, image, given.get("category", name), split, defect, mask)
+            yield Record(path, image, fields.get("category", name), split, defect, mask)
 
 
 def _examples(data: dict[str, Any]) -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
-    """Every example with its split, index and source, read by the handful: many at once is faster, but takes memory."""
+    """Yields every example with its split, index and source; reads 64 at a time to be fast in little memory."""
     for split, source in data.items():
         for start in range(0, len(source), 64):
             indices = range(start, min(start + 64, len(source)))

@@ -1,4 +1,4 @@
-"""Memory that is free and memory that was used: of an accelerator, or of this machine and its containers."""
+"""Free and used memory of an accelerator, or of the machine and its container."""
 
 import math
 import os
@@ -12,26 +12,26 @@ import jax
 
 
 class Memory(NamedTuple):
-    """Memory that a fit may use."""
+    """The memory that a fit may use."""
 
     free: int
-    """Bytes: of the device that has least, or of the machine where devices are CPUs."""
+    """Free bytes: of the device with the least, or of the machine if the devices are CPUs."""
     owner: str
-    """Device or machine, in words."""
+    """The name of the device, or "this machine"."""
 
 
 def available(devices: Sequence[Any] | None = None) -> Memory | None:
-    """The memory that is free: of the devices where they have their own, else of this machine and its container.
+    """The free memory of accelerators, or of the machine and its container if the devices are CPUs.
 
     Args:
-        devices: Those that will be used; None: the first.
+        devices: The devices that will be used; None for the first device.
 
     Returns:
-        None where it is not known.
+        The free memory, or None if it is unknown.
     """
     devices = devices or jax.devices()[:1]
     if devices[0].platform == "cpu":
-        free = _machine()
+        free = _free_on_machine()
         return None if free is None else Memory(free, "this machine")
     reports = [device.memory_stats() or {} for device in devices]
     free = [stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in reports if "bytes_limit" in stats]
@@ -39,7 +39,7 @@ def available(devices: Sequence[Any] | None = None) -> Memory | None:
 
 
 def peak_bytes() -> int:
-    """Most memory used so far: of the accelerator where it reports it, else of this process."""
+    """Peak memory so far, in bytes: of the accelerator if it reports it, else of this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -47,8 +47,8 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _machine() -> int | None:
-    """Bytes that this process may still take: what the kernel could free, and what the limits of its groups leave."""
+def _free_on_machine() -> int | None:
+    """Bytes that this process may still allocate, limited by the kernel's free memory and by its control groups."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -59,29 +59,29 @@ def _machine() -> int | None:
 
 
 def _left_in_groups(
-    mounted: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+    mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Iterator[int]:
-    """What each control group of this process has left of its limit; the page cache does not count as used."""
+    """Bytes left below the memory limit of each control group of this process, not counting the page cache as used."""
     try:
         groups = [line.split(":", 2)[1:] for line in membership.read_text().splitlines()]
     except OSError:
         return
     for controllers, path in groups:
-        old = "memory" in controllers.split(",")
-        if controllers and not old:
+        is_version_1 = "memory" in controllers.split(",")
+        if controllers and not is_version_1:
             continue
-        root = mounted / "memory" if old else mounted
-        limit, usage, cached = (
+        root = mount / "memory" if is_version_1 else mount
+        limit_file, usage_file, cache_entry = (
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if old
+            if is_version_1
             else ("memory.max", "memory.current", "inactive_file")
         )
         inner = root / path.strip("/")
-        for folder in {root, *(place for place in (inner, *inner.parents) if place.is_relative_to(root))}:
+        for folder in {root, *(parent for parent in (inner, *inner.parents) if parent.is_relative_to(root))}:
             try:
-                most, used = ((folder / name).read_text().strip() for name in (limit, usage))
+                limit, usage = ((folder / name).read_text().strip() for name in (limit_file, usage_file))
                 stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue
-            if most != "max":
-                yield int(most) - int(used) + int(stats.get(cached, 0))
+            if limit != "max":
+                yield int(limit) - int(usage) + int(stats.get(cache_entry, 0))

@@ -102,23 +102,22 @@ METHODS: Mapping[str, "Factory"] = _Methods()
 """Name -> factory; iteration imports nothing, indexing imports the method's file."""
 
 
+def __getattr__(name: str) -> Any:
+    if name in names():
+        return factory(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *names()})
+
+
 class _Package(ModuleType):
-    """This package, whose attributes named as methods are their factories.
-
-    The import of a submodule sets the attribute of its name on the package; here that is the factory in its place.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name in names():
-            return factory(name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """This package. The import of a submodule binds its name here; to the factory, not to the module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_submodule = isinstance(value, ModuleType) and value.__name__ == f"{__name__}.{name}"
         super().__setattr__(name, getattr(value, name) if is_submodule else value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *names()})
 
 
 sys.modules[__name__].__class__ = _Package

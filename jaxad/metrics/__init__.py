@@ -16,8 +16,8 @@ from jaxad.metrics.exact import (
 from jaxad.metrics.threshold import (
     Threshold,
     conformal_threshold,
-    edited,
     from_json,
+    manual_threshold,
     oracle_threshold,
     to_json,
 )
@@ -32,10 +32,10 @@ __all__ = [
     "average_precision",
     "conformal_threshold",
     "curve",
-    "edited",
     "evaluate",
     "f1_max",
     "from_json",
+    "manual_threshold",
     "oracle_threshold",
     "region_weights",
     "streaming",

@@ -1,15 +1,15 @@
-"""Metrics of any number of samples in bounded memory: a mergeable histogram, and intervals that hold the exact values.
+"""Metrics of any number of samples in bounded memory: a mergeable histogram, and intervals around the exact values.
 
-The bins are the leading `bits` of a float32 in an order-preserving code (sign, exponent, first bits of the mantissa):
-they need no range, cover every finite score, and have a relative width of 2^(9 - bits). Scores in different bins are in
-their true order, and only the order within a bin is unknown. The metrics of the binned scores are what one possible
-order gives (all tied); the best and the worst order give the interval.
+The bins are the leading `bits` of a float32 in an order-preserving code (sign, exponent, first bits of the mantissa).
+They need no range, cover every finite score, and have a relative width of 2^(9 - bits). The order of scores in
+different bins is exact; only the order within a bin is unknown. The value treats the scores of a bin as ties; the best
+and the worst order within the bins give the interval.
 
-The overlap of a region, for AUPRO, is the sum over its detected pixels of 1 / area: a histogram in which pixels carry
-that weight holds the overlap of all regions together, however many there are.
+For AUPRO, the overlap of a region is the sum of 1 / area over its detected pixels. So one histogram of pixels with
+these weights holds the overlap of any number of regions.
 
-`update` is pure and may be jitted, vmapped and sharded; states add up: `merge`, or `jax.lax.psum` over devices. A bin
-counts to 2^32 - 1 and stays there; `compute` refuses a full one.
+`update` is pure and may be jitted, vmapped and sharded. States add up: use `merge`, or `jax.lax.psum` over devices.
+The count of a bin saturates at 2^32 - 1, and `compute` raises an error if one has.
 """
 
 import math
@@ -27,18 +27,18 @@ FULL = np.uint32(2**32 - 1)
 
 
 class Histogram(NamedTuple):
-    """What is known of all samples seen; 12 bytes a bin."""
+    """A histogram of all samples so far; 12 bytes per bin."""
 
     counts: UInt32[Array, "2 bins"]
-    """Normal and anomalous samples."""
+    """Numbers of normal and anomalous samples."""
     overlap: Float32[Array, "bins"]
-    """Sum of the weights of the anomalous samples."""
+    """Sums of the weights of the anomalous samples."""
     non_finite: UInt32[Array, ""]
-    """Valid samples left out because their score is NaN or infinite; `compute` refuses them."""
+    """Number of valid samples whose score is NaN or infinite; if there are any, `compute` raises an error."""
 
 
 class Interval(NamedTuple):
-    """A streaming value with its error bound: the exact metric lies in [low, high]."""
+    """A streaming value with its error bounds: the exact metric lies in [low, high]."""
 
     value: float
     low: float
@@ -46,17 +46,17 @@ class Interval(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What `compute` found, as `jaxad.metrics.Report` with intervals."""
+    """The result of `compute`: like `jaxad.metrics.Report`, with intervals as values."""
 
     values: dict[str, Interval]
     reasons: dict[str, str]
 
 
 def init(bits: int = 20) -> Histogram:
-    """An empty histogram of 2^bits bins: the relative resolution of scores is 2^(9 - bits), 1/2048 by default.
+    """An empty histogram with 2^bits bins. The relative resolution of scores is 2^(9 - bits), by default 1/2048.
 
     Args:
-        bits: 10 to 28. Each one more doubles the memory (12 MiB by default) and about halves the error bounds.
+        bits: 10 to 28. One more bit doubles the memory (12 MiB by default) and about halves the error bounds.
 
     Raises:
         ValueError: bits outside that range.
@@ -75,10 +75,10 @@ def update(
     """Adds a batch of samples: images or pixels.
 
     Args:
-        state: of `init` or an earlier update.
-        scores: higher is more anomalous; used in float32.
-        weights: 0 for normal samples; for anomalous ones 1 where no AUPRO is wanted, such as labels or a mask, and
-            otherwise the overlap of a pixel in its region (`jaxad.metrics.region_weights` of the batch).
+        state: from `init` or an earlier update.
+        scores: higher is more anomalous; converted to float32.
+        weights: 0 for normal samples. For anomalous samples the `jaxad.metrics.region_weights` of the batch, or 1 (so
+            labels or masks will do) if AUPRO is not needed.
         valid: False marks padding.
 
     Returns:
@@ -92,7 +92,8 @@ def update(
     finite = jnp.isfinite(scores)
     code = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), jnp.uint32)  # -0.0 ties with 0.0
     code = jnp.where(code >> 31, ~code, code | jnp.uint32(1 << 31))
-    index = jnp.where(valid & finite, code >> (33 - bins.bit_length()), bins).astype(jnp.int32)  # bins: dropped
+    code = jnp.where(valid & finite, code >> (33 - bins.bit_length()), bins)  # `bins` is out of range, hence dropped
+    index = code.astype(jnp.int32)
     counts = state.counts.at[(weights > 0).astype(jnp.int32), index].add(jnp.uint32(1), mode="drop")
     return Histogram(
         jnp.where(counts < state.counts, FULL, counts),
@@ -102,26 +103,26 @@ def update(
 
 
 def merge(*states: Histogram) -> Histogram:
-    """The histogram of all the samples of all states: their sum."""
+    """Sums histograms."""
 
     def add(a: Histogram, b: Histogram) -> Histogram:
-        both = jax.tree.map(jnp.add, a, b)
-        return both._replace(counts=jnp.where(both.counts < a.counts, FULL, both.counts))
+        total = jax.tree.map(jnp.add, a, b)
+        return total._replace(counts=jnp.where(total.counts < a.counts, FULL, total.counts))
 
     return reduce(add, states)
 
 
 def _binned(state: Histogram) -> exact.Curve:
-    """The operating points of the binned scores, whose ties are the bins and whose scores are the bin numbers."""
+    """The operating points of the binned scores. The scores are the bin numbers, so a bin is a group of ties."""
     normal, anomalous = np.asarray(state.counts)[:, ::-1].astype(np.int64)
-    some = np.flatnonzero(anomalous)
-    at_or_above = np.cumsum(normal)[some]
-    overlap = np.cumsum(np.asarray(state.overlap)[::-1][some], dtype=np.float64)
+    occupied = np.flatnonzero(anomalous)
+    at_or_above = np.cumsum(normal)[occupied]
+    overlap = np.cumsum(np.asarray(state.overlap)[::-1][occupied], dtype=np.float64)
     return exact.Curve(
-        normal.size - 1 - some,
-        at_or_above - normal[some],
+        normal.size - 1 - occupied,
+        at_or_above - normal[occupied],
         at_or_above,
-        np.cumsum(anomalous)[some],
+        np.cumsum(anomalous)[occupied],
         overlap / overlap[-1:],
         int(normal.sum()),
         int(anomalous.sum()),
@@ -129,35 +130,36 @@ def _binned(state: Histogram) -> exact.Curve:
 
 
 def _overlap_bounds(state: Histogram, points: exact.Curve) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
-    """Bounds of the per-region overlap that account for the rounding of the weights and of their float32 sums."""
-    summed = np.asarray(state.overlap)[points.score].astype(np.float64)
+    """Lower and upper bounds of the per-region overlap, given the rounding of the weights and of their float32 sums."""
+    sums = np.asarray(state.overlap)[points.score].astype(np.float64)
     terms = np.diff(points.anomalous, prepend=0)
     error = np.minimum(terms * 2.0**-24, 0.25)  # m roundings err by at most m u / (1 - m u)
-    known = error < 0.25
+    is_bounded = error < 0.25
     error = error / (1 - error)
-    low = np.cumsum(np.where(known, summed / (1 + error), 0))
-    high = np.cumsum(np.where(known, summed / (1 - error), terms))  # no weight is larger than one
+    low = np.cumsum(np.where(is_bounded, sums / (1 + error), 0))
+    high = np.cumsum(np.where(is_bounded, sums / (1 - error), terms))  # no weight is larger than one
     return low / (low + high[-1] - high), high / (high + low[-1] - low)
 
 
 def compute(state: Histogram, prefix: str = "pixel", fpr_limit: float = 0.3) -> Bounds:
-    """The metrics of all samples seen, each with an interval that is certain to hold the exact value.
+    """Computes the metrics of all samples so far, each with an interval that is guaranteed to contain the exact value.
 
-    The value is the exact metric of the binned scores. The interval is what the best and the worst order of the samples
-    within every bin would give; for AUROC this is the value plus and minus half the sum over bins of normal * anomalous
-    samples, divided by the number of such pairs. It includes the rounding of the weights' float32 sums and 1e-9 for
-    that of float64. The work is done on the host.
+    The value is the exact metric of the binned scores. The interval spans the best and the worst order of the samples
+    within every bin. For AUROC its half width is half the number of (normal, anomalous) pairs that share a bin, divided
+    by the number of all such pairs. The interval also covers the rounding of the float32 sums of the weights, and 1e-9
+    for rounding in float64. This function runs on the host.
 
     Args:
-        state: of updates, merged over devices.
-        prefix: "pixel", whose weights must have come from `region_weights`, or "image", which has no AUPRO.
+        state: from `update`, merged over devices.
+        prefix: "pixel" (with weights from `region_weights`), or "image", which has no AUPRO.
         fpr_limit: integration limit of AUPRO, in (0, 1].
 
     Returns:
-        An interval for every name of `METRICS` with the prefix, of NaN with a reason where the metric is undefined.
+        An interval for every name in `METRICS` with the prefix; NaN with a reason if the metric is undefined.
 
     Raises:
-        ValueError: non-finite scores (with their number), a full bin, another prefix, or a limit outside (0, 1].
+        ValueError: non-finite scores (the message gives their number), a full bin, another prefix, or a limit outside
+            (0, 1].
     """
     if prefix not in ("image", "pixel"):
         raise ValueError(f"prefix must be 'image' or 'pixel', got {prefix!r}")
@@ -165,10 +167,10 @@ def compute(state: Histogram, prefix: str = "pixel", fpr_limit: float = 0.3) -> 
     if (np.asarray(state.counts) == FULL).any():
         raise ValueError(f"a bin counts at most {FULL} samples, and one is full: use more bits or fewer samples")
     points = _binned(state)
-    bad = int(state.non_finite)
-    if bad:
-        total = bad + points.n_normal + points.n_anomalous
-        raise ValueError(f"{prefix} scores must be finite, got {bad} of {total} that are NaN or infinite")
+    non_finite = int(state.non_finite)
+    if non_finite:
+        total = non_finite + points.n_normal + points.n_anomalous
+        raise ValueError(f"{prefix} scores must be finite, got {non_finite} of {total} that are NaN or infinite")
     values, reasons = exact.summarize(points, prefix, fpr_limit)
     if reasons:
         return Bounds(dict.fromkeys(values, Interval(math.nan, math.nan, math.nan)), reasons)
@@ -183,11 +185,11 @@ def compute(state: Histogram, prefix: str = "pixel", fpr_limit: float = 0.3) -> 
 
 
 def _lowest_average_precision(worst: exact.Curve) -> float:
-    """AP with the normal samples of every bin first and then the anomalous ones, one by one.
+    """A lower bound of AP if the normal samples of every bin score higher than its anomalous samples.
 
-    The precision t / (t + f) after the t-th of them is concave in t, so its sum over t is at least its integral from
-    half a step before the first to half a step after the last (midpoint rule).
+    The precision t / (t + f) at the t-th anomalous sample is concave in t. So its sum over t is at least its integral
+    from half a step before the first sample of the bin to half a step after the last (midpoint rule).
     """
-    gained = np.diff(worst.anomalous, prepend=0)
-    start = worst.anomalous - gained + 0.5
-    return float(np.sum(gained - worst.normal * np.log1p(gained / (start + worst.normal))) / worst.n_anomalous)
+    new = np.diff(worst.anomalous, prepend=0)
+    start = worst.anomalous - new + 0.5
+    return float(np.sum(new - worst.normal * np.log1p(new / (start + worst.normal))) / worst.n_anomalous)

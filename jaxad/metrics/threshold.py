@@ -1,6 +1,6 @@
-"""Thresholds: from held-out normals at a wanted false-positive rate, or, marked as such, from the test set.
+"""Thresholds: from held-out normal images at a target false-positive rate, or from the test set, marked as an oracle.
 
-A sample is predicted anomalous where its score is greater than the threshold.
+A sample is predicted anomalous if its score is greater than the threshold.
 """
 
 import math
@@ -20,15 +20,15 @@ EDITED = "edited by hand"
 
 
 class Threshold(NamedTuple):
-    """A decision `score > value` and how far it can be trusted."""
+    """A decision rule, `score > value`, and what is known about its false-positive rate."""
 
     value: float
     fpr: float
-    """False-positive rate: the wanted one, or for an oracle the one found on the test set; NaN if edited by hand."""
+    """False-positive rate: the target, or the rate on the test set for an oracle; NaN if edited by hand."""
     guaranteed_fpr: float
-    """Bound on the chance that a new normal sample is a false positive; 1.0 where nothing is guaranteed."""
+    """Upper bound on the probability that a new normal sample is a false positive; 1.0: no guarantee."""
     n: int
-    """Samples it was computed from."""
+    """Number of samples that it was computed from."""
     source: str
     """`HELD_OUT`, `ORACLE` or `EDITED`."""
 
@@ -36,16 +36,17 @@ class Threshold(NamedTuple):
 def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     """The split-conformal threshold: a new normal sample exceeds it with probability at most `guaranteed_fpr`.
 
-    It is the k-th smallest of the n scores, k = ceil((n + 1) (1 - fpr)), with `guaranteed_fpr` = (n + 1 - k) / (n + 1)
-    <= fpr. Where n is too small for the wanted rate, k > n, it is the maximum, with `guaranteed_fpr` = 1 / (n + 1) >
-    fpr. The guarantee is over the draw of both the held-out and the new sample, which must be exchangeable.
+    The threshold is the k-th smallest of the n scores, k = ceil((n + 1) (1 - fpr)), and `guaranteed_fpr` is
+    (n + 1 - k) / (n + 1) <= fpr. If n is too small for the target rate (k > n), the threshold is the maximum, and
+    `guaranteed_fpr` is 1 / (n + 1) > fpr. The guarantee holds on average over draws of the held-out samples and the new
+    one, which must be exchangeable.
 
     Source: Lei et al., Distribution-free predictive inference for regression, JASA 2018, section 2.2.
 
     Args:
-        normal_scores: (n,) image scores of normals kept out of the fit, or (n, h, w) anomaly maps of such, of which the
-            maximum of each image counts: then at most that fraction of normal images shows any false pixel.
-        fpr: wanted false-positive rate, in [0, 1).
+        normal_scores: (n,) image scores of normal images held out of the fit, or (n, h, w) their anomaly maps. Of a map
+            the maximum is used, so that at most the target rate of normal images has any false-positive pixel.
+        fpr: target false-positive rate, in [0, 1).
 
     Returns:
         The threshold, exactly representable in the precision of the scores.
@@ -55,7 +56,7 @@ def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     """
     if not 0 <= fpr < 1:
         raise ValueError(f"fpr must be in [0, 1), got {fpr}")
-    scores = exact.finite(normal_scores, "scores of held-out normals")
+    scores = exact.as_finite(normal_scores, "scores of held-out normals")
     if scores.ndim == 0 or scores.size == 0:
         raise ValueError(f"a threshold needs scores of held-out normals, got shape {scores.shape}")
     scores = scores.reshape(len(scores), -1).max(1)
@@ -66,40 +67,40 @@ def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
 
 
 def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
-    """The threshold with the best F1 on the test set itself: for upper bounds only, and marked by its source.
+    """The threshold with the best F1 on the test set itself: for upper bounds only, and marked as such (`ORACLE`).
 
     Args:
         scores: any shape, higher is more anomalous.
         labels: of the same shape; 0 normal, 1 anomalous.
 
     Returns:
-        The threshold, with the false-positive rate found on these scores and no guarantee: the highest score that the
-        best F1 leaves undetected.
+        The threshold, with its false-positive rate on these scores and no guarantee. Its value is the highest score
+        below the operating point with the best F1.
 
     Raises:
         ValueError: one class only, non-finite scores, labels other than 0 and 1, or shapes that differ.
     """
-    scores = exact.finite(scores, "scores")
+    scores = exact.as_finite(scores, "scores")
     points = exact.curve(scores, labels)
-    reason = exact.undefined(points, "sample")
+    reason = exact.undefined_reason(points, "sample")
     if reason:
         raise ValueError(f"an oracle threshold needs normal and anomalous samples: {reason}")
     best = int(exact.f1(points).argmax())
-    lowest = points.score[best]
-    below = scores[scores < lowest]
-    value = below.max() if below.size else float(lowest) - max(1.0, abs(float(lowest)))
+    lowest_detected = points.score[best]
+    undetected = scores[scores < lowest_detected]
+    value = undetected.max() if undetected.size else float(lowest_detected) - max(1.0, abs(float(lowest_detected)))
     fpr = float(points.normal[best] / points.n_normal)
     return Threshold(float(value), fpr, 1.0, points.n_normal + points.n_anomalous, ORACLE)
 
 
-def edited(value: object) -> Threshold:
-    """A threshold that a person chose: nothing is known of its false-positive rate.
+def manual_threshold(value: object) -> Threshold:
+    """A threshold that a person chose. Its false-positive rate is unknown.
 
     Args:
         value: a finite number.
 
     Raises:
-        ValueError: a value that is not a finite number.
+        ValueError: the value is not a finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a threshold must be a finite number, got {value!r}")
@@ -107,55 +108,55 @@ def edited(value: object) -> Threshold:
 
 
 def to_json(threshold: Threshold) -> dict[str, Any]:
-    """The fields, ready for `json.dump`, and the value once more as `computed`, by which an edit is recognized."""
+    """The fields, ready for `json.dump`. `computed` repeats the value, so that an edit by hand is recognized."""
     fpr = None if math.isnan(threshold.fpr) else threshold.fpr
     return threshold._asdict() | {"fpr": fpr, "computed": threshold.value}
 
 
 def from_json(fields: Mapping[str, Any]) -> Threshold:
-    """The inverse of `to_json`; a value that was changed in the file makes it `EDITED`, as does a value alone.
+    """The inverse of `to_json`. If the value was edited, or is the only field, the source is `EDITED`.
 
     Args:
-        fields: as `to_json` made them, or by hand, such as `{"value": 3.5}`.
+        fields: from `to_json`, or written by hand, such as `{"value": 3.5}`.
 
     Raises:
-        ValueError: no value, one that is not a finite number, or fields that are missing or unknown.
+        ValueError: a field is missing or unknown, or the value is not a finite number.
     """
     if not isinstance(fields, Mapping):
         raise ValueError(f'a threshold must be an object such as {{"value": 3.5}}, got {fields!r}')
     if "value" not in fields:
         raise ValueError(f"a threshold needs the field 'value', got {sorted(fields)}")
-    by_hand = edited(fields["value"])
+    manual = manual_threshold(fields["value"])
     if set(fields) == {"value"} or fields.get("computed") != fields["value"]:
-        return by_hand
-    wanted = {*Threshold._fields, "computed"}
-    if set(fields) != wanted:
-        raise ValueError(f"a threshold has the fields {sorted(wanted)} or 'value' alone, got {sorted(fields)}")
+        return manual
+    names = {*Threshold._fields, "computed"}
+    if set(fields) != names:
+        raise ValueError(f"a threshold must have the fields {sorted(names)} or only 'value', got {sorted(fields)}")
     fpr = math.nan if fields["fpr"] is None else fields["fpr"]
-    return Threshold(by_hand.value, fpr, fields["guaranteed_fpr"], fields["n"], fields["source"])
+    return Threshold(manual.value, fpr, fields["guaranteed_fpr"], fields["n"], fields["source"])
 
 
 class Thresholds(NamedTuple):
-    """Those of a detector; None where it has none."""
+    """The thresholds of a detector on image and pixel scores; None if there is none."""
 
     image: Threshold | None
     pixel: Threshold | None
 
 
 def pair_to_json(thresholds: Thresholds) -> dict[str, Any]:
-    """What threshold.json holds."""
-    return {kind: None if one is None else to_json(one) for kind, one in thresholds._asdict().items()}
+    """The content of threshold.json."""
+    return {kind: None if value is None else to_json(value) for kind, value in thresholds._asdict().items()}
 
 
 def pair_from_json(values: Mapping[str, Any], path: Path) -> Thresholds:
-    """The inverse of `pair_to_json`; what is missing is None.
+    """The inverse of `pair_to_json`; a missing threshold is None.
 
     Args:
-        values: What `path` holds.
-        path: Named in errors.
+        values: the content of `path`.
+        path: the file, for error messages.
 
     Raises:
-        ValueError: as `from_json`.
+        ValueError: as in `from_json`.
     """
     try:
         return Thresholds(*(from_json(values[k]) if values.get(k) is not None else None for k in Thresholds._fields))

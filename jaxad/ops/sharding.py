@@ -44,7 +44,7 @@ def local_rows(index: Int[Array, "*k"], shard: Int[Array, ""] | int, rows: int) 
 
 
 def split(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-    """Asks the compiler to shard this axis alone, if the number of devices divides it."""
+    """Asks the compiler to shard only this axis, if the number of devices divides it."""
     if shards() == 1 or x.shape[axis] % shards():
         return x
     return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, DATA))

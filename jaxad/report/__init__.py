@@ -1,1 +1,1 @@
-"""What people look at: pictures, tables and the HTML report."""
+"""Heat maps, tables and the HTML report."""

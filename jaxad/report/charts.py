@@ -1,4 +1,4 @@
-"""Charts of image scores as inline SVG: small, sharp at any width, colored by the style sheet of the page."""
+"""Charts of image scores as inline SVG, colored by the style sheet of the page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -13,15 +13,15 @@ MAX_BINS = 40
 
 
 class Series(NamedTuple):
-    """Scores of one kind of image."""
+    """The scores of one kind of image: good, anomalous or unlabeled."""
 
     style: str
-    """CSS class that colors it."""
+    """The CSS class that colors it, which is also its label."""
     scores: Float[np.ndarray, "n"]
 
 
 class Roc(NamedTuple):
-    """The corners of a receiver operating characteristic, from (0, 0) to (1, 1)."""
+    """The corners of a ROC curve, from (0, 0) to (1, 1)."""
 
     false_positive_rate: Float[np.ndarray, "k"]
     true_positive_rate: Float[np.ndarray, "k"]
@@ -29,21 +29,21 @@ class Roc(NamedTuple):
 
 
 def roc(scores: Float[np.ndarray, "n"], labels: Int[np.ndarray, "n"]) -> Roc:
-    """Exact curve (equal scores move together) and its trapezoidal area; both labels must occur."""
+    """The exact ROC curve, with ties at one threshold, and its area. Both labels must occur."""
     order = np.argsort(-scores, kind="stable")
     last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     positives = np.cumsum(labels[order] == 1)[last_of_tie]
     negatives = last_of_tie + 1 - positives
     right, up = np.diff(negatives, prepend=0), np.diff(positives, prepend=0)
-    corner = np.append(right[:-1] * up[1:] != up[:-1] * right[1:], True)
-    true_rate = np.append(0, positives[corner]) / positives[-1]
-    false_rate = np.append(0, negatives[corner]) / negatives[-1]
+    is_corner = np.append(right[:-1] * up[1:] != up[:-1] * right[1:], True)
+    true_rate = np.append(0, positives[is_corner]) / positives[-1]
+    false_rate = np.append(0, negatives[is_corner]) / negatives[-1]
     return Roc(false_rate, true_rate, float(np.trapezoid(true_rate, false_rate)))
 
 
 def histogram_svg(series: Sequence[Series], threshold: float | None) -> str:
-    """Distributions of scores over each other, each as shares of its own size; no bin straddles the threshold."""
-    scores = np.concatenate([one.scores for one in series])
+    """Overlaid histograms, each in percent of its own number of scores. No bin straddles the threshold."""
+    scores = np.concatenate([entry.scores for entry in series])
     points = scores if threshold is None else np.append(scores, threshold)
     low, high = float(points.min()), float(points.max())
     if low == high:
@@ -52,48 +52,48 @@ def histogram_svg(series: Sequence[Series], threshold: float | None) -> str:
     start = low if threshold is None else threshold - np.ceil((threshold - low) / step) * step
     edges = start + step * np.arange(np.ceil((high - start) / step) + 1)
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
-    shares = [100 * np.histogram(one.scores, edges)[0] / max(len(one.scores), 1) for one in series]
-    plane = _Plane(440, float(edges[0]), float(edges[-1]), 1.08 * max(float(share.max()) for share in shares))
+    shares = [100 * np.histogram(entry.scores, edges)[0] / max(len(entry.scores), 1) for entry in series]
+    axes = _Axes(440, float(edges[0]), float(edges[-1]), 1.08 * max(float(share.max()) for share in shares))
     body = []
-    for one, share in zip(series, shares, strict=True):
-        outline = plane.points(np.repeat(edges, 2), np.concatenate([[0], np.repeat(share, 2), [0]]))
-        body.append(f'<path class="area {one.style}" d="{outline}"/>')
+    for entry, share in zip(series, shares, strict=True):
+        outline = axes.points(np.repeat(edges, 2), np.concatenate([[0], np.repeat(share, 2), [0]]))
+        body.append(f'<path class="area {entry.style}" d="{outline}"/>')
     if threshold is not None:
-        x, (side, shift) = plane.x(threshold), ("end", -6) if threshold > edges.mean() else ("start", 6)
+        x, (side, shift) = axes.x(threshold), ("end", -6) if threshold > edges.mean() else ("start", 6)
         body.append(f'<path class="mark" d="M{x:.1f},{TOP - 6}V{HEIGHT - BOTTOM}"/>')
         label = f"threshold {threshold:.4g}"
         body.append(f'<text class="strong" x="{x + shift:.1f}" y="{TOP + 4}" text-anchor="{side}">{label}</text>')
-    return plane.svg(body, "anomaly score", "share of each kind, %", "Histogram of anomaly scores")
+    return axes.svg(body, "anomaly score", "share of images, %", "Histogram of anomaly scores")
 
 
 def roc_svg(curve: Roc, at_threshold: tuple[float, float] | None) -> str:
-    """The curve, the diagonal of a coin toss, and a dot where the threshold puts us (false, true positive rate)."""
-    plane = _Plane(300, 0.0, 1.0, 1.0)
-    line = plane.points(curve.false_positive_rate, curve.true_positive_rate)
+    """The ROC curve, the diagonal of chance, and a dot at the (false, true) positive rates of the threshold."""
+    axes = _Axes(300, 0.0, 1.0, 1.0)
+    line = axes.points(curve.false_positive_rate, curve.true_positive_rate)
     body = [
-        f'<path class="diagonal" d="{plane.points(np.array([0, 1]), np.array([0, 1]))}"/>',
-        f'<path class="under" d="{line}V{plane.y(0):.1f}H{plane.x(0):.1f}Z"/>',
+        f'<path class="diagonal" d="{axes.points(np.array([0, 1]), np.array([0, 1]))}"/>',
+        f'<path class="under" d="{line}V{axes.y(0):.1f}H{axes.x(0):.1f}Z"/>',
         f'<path class="curve" d="{line}"/>',
-        f'<text class="strong" x="{plane.x(0.95):.0f}" y="{plane.y(0.08):.0f}" text-anchor="end">'
+        f'<text class="strong" x="{axes.x(0.95):.0f}" y="{axes.y(0.08):.0f}" text-anchor="end">'
         f"AUROC {curve.area:.3f}</text>",
     ]
     if at_threshold is not None:
-        x, y = plane.x(at_threshold[0]), plane.y(at_threshold[1])
+        x, y = axes.x(at_threshold[0]), axes.y(at_threshold[1])
         body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-    return plane.svg(body, "false positive rate", "true positive rate", f"ROC curve, AUROC {curve.area:.3f}")
+    return axes.svg(body, "false positive rate", "true positive rate", f"ROC curve, AUROC {curve.area:.3f}")
 
 
 def loss_svg(losses: Sequence[float]) -> str:
-    """The loss of training from its first step to its last."""
+    """The training loss from the first step to the last."""
     low, high = min(losses), max(losses)
-    room = 0.08 * (high - low) or 0.5
-    plane = _Plane(440, 0.0, 100.0, high + room, low - room)
-    line = plane.points(np.linspace(0, 100, len(losses)), np.asarray(losses))
-    return plane.svg([f'<path class="curve" d="{line}"/>'], "steps of training, %", "loss", "Loss of training")
+    margin = 0.08 * (high - low) or 0.5
+    axes = _Axes(440, 0.0, 100.0, high + margin, low - margin)
+    line = axes.points(np.linspace(0, 100, len(losses)), np.asarray(losses))
+    return axes.svg([f'<path class="curve" d="{line}"/>'], "training steps, %", "loss", "Training loss")
 
 
-class _Plane(NamedTuple):
-    """Data coordinates (`low`..`high` by `bottom`..`top`) on a sheet of `width` by HEIGHT units."""
+class _Axes(NamedTuple):
+    """Axes: maps data (`low`..`high` by `bottom`..`top`) to a canvas of `width` by HEIGHT units."""
 
     width: int
     low: float

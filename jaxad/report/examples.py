@@ -1,17 +1,17 @@
-"""The few images a report shows: which ones, and how a run directory keeps them.
+"""The example images of a report: how they are chosen, and how a run directory stores them.
 
-`examples.npz`, beside the run's `scores.csv`, holds for n images of one size:
+`examples.npz`, next to `scores.csv`, holds for n images of one size:
 
-    image   uint8   (n, h, w, 3)  RGB as the method saw it, before normalization
-    mask    bool    (n, h, w)     defect pixels; left out where the data have no masks
-    map     float32 (n, h, w)     raw pixel scores; left out where the method gives none
-    limits  float32 (2,)          pixel scores at which the colors begin and end; left out: taken from the n maps
+    image   uint8   (n, h, w, 3)  RGB after preprocessing, before normalization
+    mask    bool    (n, h, w)     defect pixels; absent if the data set has no masks
+    map     float32 (n, h, w)     raw pixel scores; absent if the method gives none
+    limits  float32 (2,)          pixel scores at both ends of the color scale; if absent, computed from the n maps
     path    str     (n,)
     label   int32   (n,)          0 normal, 1 anomalous, -1 unknown
     score   float64 (n,)          raw image scores
 
-What an example is (a missed defect, a false alarm ...) follows from label, score and threshold and is not stored, so
-that an edited threshold cannot leave a wrong caption behind.
+The caption of an example (missed defect, false alarm, ...) is not stored. It follows from label, score and threshold,
+so it stays correct after an edit of the threshold.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ FILE = "examples.npz"
 
 
 class Examples(NamedTuple):
-    """Images for the report's grid, best given in the order of `choose_examples`."""
+    """The images of the grid in the report, in the order of `choose_examples`."""
 
     image: UInt8[np.ndarray, "n h w 3"]
     path: Sequence[str]
@@ -36,61 +36,62 @@ class Examples(NamedTuple):
     mask: Bool[np.ndarray, "n h w"] | None = None
     map: Float[np.ndarray, "n h w"] | None = None
     limits: tuple[float, float] | None = None
-    """Pixel scores at which the colors begin and end: best the median over normal maps and the maximum over all."""
+    """Pixel scores at both ends of the color scale. Recommended: median over normal maps, maximum over all."""
 
 
 def choose_examples(
     scores: Float[np.ndarray, "m"], labels: Int[np.ndarray, "m_labels"] | None, threshold: float | None, n: int = 8
 ) -> Int[np.ndarray, "k"]:
-    """The images worth a look: the worst errors, then the hardest of the rest; the order is that of the report.
+    """Chooses the images for the report, in its order: the worst errors, then the closest calls.
 
-    Errors lie furthest on the wrong side of the threshold; missed defects and false alarms take turns while both last.
-    Without a threshold the lowest defects and the highest good images take turns; without labels the highest scores
-    come first.
+    The worst errors are the furthest on the wrong side of the threshold. Missed defects and false alarms are chosen
+    alternately until one of them runs out. Without a threshold, the defects with the lowest and the good images with
+    the highest scores are chosen alternately. Without labels, the images with the highest scores are chosen.
 
     Args:
         scores: raw image scores.
-        labels: 0 normal, 1 anomalous, -1 unknown (all alike then); None means all unknown.
-        threshold: a score above it counts as anomalous; None where there is none.
-        n: how many at most.
+        labels: 0 normal, 1 anomalous; or -1 for all images if labels are unknown, as is None.
+        threshold: scores above it count as anomalous; None if there is no threshold.
+        n: maximum number of images.
 
     Returns:
-        Positions in `scores`, `min(n, m)` of them.
+        `min(n, m)` positions in `scores`.
 
     Raises:
-        ValueError: `n` below 1, or labels of another length.
+        ValueError: `n` is below 1, or `labels` and `scores` differ in length.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
     if labels is None:
         labels = np.full(len(scores), -1)
     if len(labels) != len(scores):
-        raise ValueError(f"labels and scores must have one length; got {len(labels)} and {len(scores)}")
-    defect = labels == 1
-    correct = np.zeros(len(scores), np.bool_)
-    wrongness = np.where(defect, -scores, scores)
+        raise ValueError(f"labels and scores must have the same length; got {len(labels)} and {len(scores)}")
+    is_defect = labels == 1
+    is_correct = np.zeros(len(scores), np.bool_)
+    error = np.where(is_defect, -scores, scores)
     if threshold is not None:
-        correct = (labels >= 0) & (flagged(scores, threshold) == defect)
-        wrongness = wrongness + np.where(defect, threshold, -threshold)
-    turn = np.empty(len(scores))
-    for place, group in enumerate((defect, ~defect)):
+        is_correct = (labels >= 0) & (is_anomalous(scores, threshold) == is_defect)
+        error = error + np.where(is_defect, threshold, -threshold)
+    rank = np.empty(len(scores))
+    for offset, group in enumerate((is_defect, ~is_defect)):
         members = np.flatnonzero(group)
-        turn[members[np.argsort(-wrongness[members], kind="stable")]] = 2 * np.arange(len(members)) + place
-    turn = np.where(correct, -wrongness, turn)
-    chosen = np.lexsort((turn, correct))[:n]
-    return chosen[np.lexsort((turn[chosen], ~(defect | correct)[chosen], correct[chosen]))]
+        rank[members[np.argsort(-error[members], kind="stable")]] = 2 * np.arange(len(members)) + offset
+    rank = np.where(is_correct, -error, rank)
+    positions = np.lexsort((rank, is_correct))[:n]
+    is_alarm = ~(is_defect | is_correct)
+    return positions[np.lexsort((rank[positions], is_alarm[positions], is_correct[positions]))]
 
 
-def flagged(scores: Float[np.ndarray, "*shape"], threshold: float) -> Bool[np.ndarray, "*shape"]:
-    """What a threshold calls anomalous: the scores above it."""
+def is_anomalous(scores: Float[np.ndarray, "*shape"], threshold: float) -> Bool[np.ndarray, "*shape"]:
+    """Predictions: True for scores above the threshold."""
     return scores > threshold
 
 
 def save_examples(run_dir: Path, examples: Examples) -> Path:
-    """Write `examples.npz` into a run directory, whole or not at all, without pickle.
+    """Writes `examples.npz` into a run directory, atomically and without pickle.
 
     Raises:
-        ValueError: an entry whose leading size is not that of `image`.
+        ValueError: an entry has another shape than `image`.
     """
     arrays = {
         "image": np.asarray(examples.image, np.uint8),
@@ -103,9 +104,9 @@ def save_examples(run_dir: Path, examples: Examples) -> Path:
     if examples.map is not None:
         arrays["map"] = np.asarray(examples.map, np.float32)
     for name, array in arrays.items():
-        wanted = arrays["image"].shape[: 3 if name in ("mask", "map") else 1]
-        if array.shape[:3] != wanted and name != "image":
-            raise ValueError(f"{name} must have the shape {wanted} to fit the images; got {array.shape}")
+        shape = arrays["image"].shape[: 3 if name in ("mask", "map") else 1]
+        if array.shape[:3] != shape and name != "image":
+            raise ValueError(f"{name} must have the shape {shape} to match the images; got {array.shape}")
     if examples.limits is not None:
         arrays["limits"] = np.asarray(examples.limits, np.float32)
     with replacing(run_dir / FILE) as temporary, temporary.open("wb") as file:
@@ -114,7 +115,7 @@ def save_examples(run_dir: Path, examples: Examples) -> Path:
 
 
 def load_examples(run_dir: Path) -> Examples | None:
-    """Read `examples.npz` of a run directory; None where it has none."""
+    """Reads `examples.npz` from a run directory; returns None if there is none."""
     if not (run_dir / FILE).exists():
         return None
     with np.load(run_dir / FILE, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs: no script, no request, images and charts inline."""
+"""Writes a self-contained HTML report on one or several runs, with inline images and charts and without scripts."""
 
 import base64
 import datetime
@@ -17,7 +17,7 @@ from PIL import Image
 from jaxad.files import replacing
 from jaxad.metrics.threshold import ORACLE, Threshold
 from jaxad.report.charts import Series, histogram_svg, loss_svg, roc, roc_svg
-from jaxad.report.examples import Examples, flagged
+from jaxad.report.examples import Examples, is_anomalous
 from jaxad.report.pictures import contour, overlay
 from jaxad.report.runs import Run, load_run
 from jaxad.report.tables import ABSENT, Row, fraction, metric_names, with_means
@@ -26,15 +26,15 @@ TRUTH_COLOR = (0, 229, 255)
 PREDICTION_COLOR = (255, 31, 143)
 ORACLE_BADGE = '<span class="badge">ORACLE: chosen on the test set</span>'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may load for the page: nothing that is not in it."""
+"""The browser may load only what the page itself contains."""
 OPEN_RUNS = 4
-"""With more runs than this the page opens with all of them folded."""
+"""A report on more runs than this starts with all of them collapsed."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the report on one or several run directories as one HTML file, whole or not at all.
+    """Writes the report on one or several run directories as one HTML file, atomically.
 
-    Whatever a run lacks (labels, masks, pixel maps, threshold, scores) is left out of its part of the page.
+    Sections whose data a run lacks (labels, masks, pixel maps, threshold, scores) are left out.
 
     Args:
         run_dirs: folders `runs/<method>/<dataset>/<category>` with at least recipe.json, in the order of the page.
@@ -44,24 +44,24 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        FileNotFoundError: a folder without recipe.json.
-        ValueError: no folder at all, or a damaged file in one of them.
+        FileNotFoundError: a folder has no recipe.json.
+        ValueError: there is no folder, or a file in one of them is damaged.
     """
     if not run_dirs:
         raise ValueError("a report needs at least one run directory; got none: fit and score first")
     runs = [load_run(Path(run_dir)) for run_dir in run_dirs]
     style = importlib.resources.files("jaxad.report").joinpath("style.css").read_text(encoding="utf-8")
-    title = "jaxad: " + ", ".join(_distinct(runs, "dataset"))
+    title = "jaxad: " + ", ".join(_distinct_values(runs, "dataset"))
     page = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{escape(title)}</title><style>{style}</style></head><body>",
         *_header(runs),
-        *_metrics(runs),
+        *_metrics_table(runs),
     ]
     for number, run in enumerate(runs):
-        page += _run(number, run, len(runs) <= OPEN_RUNS, len(_distinct(runs, "seed")) > 1)
+        page += _run(number, run, len(runs) <= OPEN_RUNS, len(_distinct_values(runs, "seed")) > 1)
     page.append("</body></html>\n")
     with replacing(out) as temporary:
         temporary.write_text("".join(page), encoding="utf-8", errors="backslashreplace")
@@ -71,20 +71,20 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 def _header(runs: Sequence[Run]) -> Iterator[str]:
     versions = {name: version for run in runs for name, version in run.recipe.get("versions", {}).items()}
     yield '<header><p class="eyebrow">Anomaly detection report</p>'
-    yield f"<h1>{escape(', '.join(_distinct(runs, 'dataset')))}</h1>"
+    yield f"<h1>{escape(', '.join(_distinct_values(runs, 'dataset')))}</h1>"
     yield _facts(
         {
-            "Methods": ", ".join(_distinct(runs, "method")),
+            "Methods": ", ".join(_distinct_values(runs, "method")),
             "Runs": len(runs),
             "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-            "Device": ", ".join(_distinct(runs, "device")),
+            "Device": ", ".join(_distinct_values(runs, "device")),
             "Versions": " · ".join(f"{name} {version}" for name, version in versions.items()),
         }
     )
     yield "</header>"
 
 
-def _metrics(runs: Sequence[Run]) -> Iterator[str]:
+def _metrics_table(runs: Sequence[Run]) -> Iterator[str]:
     labels = [tuple(_text(run, name) for name in ("method", "dataset", "category")) for run in runs]
     rows = [
         Row(*label, metrics=run.metrics, reasons=run.reasons, seed=run.recipe.get("seed", 0))
@@ -100,7 +100,7 @@ def _metrics(runs: Sequence[Run]) -> Iterator[str]:
     yield "".join(f'<th class="group" colspan="{span}">{escape(kind)}</th>' for kind, span in spans.items())
     yield "</tr><tr>" + "".join(f'<th class="number">{escape(name.partition("_")[2])}</th>' for name in names)
     yield "</tr></thead><tbody>"
-    numbers = {label: number for number, label in reversed(list(enumerate(labels)))}
+    numbers = {label: number for number, label in reversed(list(enumerate(labels)))}  # the first run of each label
     for row, is_mean in with_means(rows):
         category = escape(row.category)
         if not is_mean:
@@ -120,11 +120,11 @@ def _metrics(runs: Sequence[Run]) -> Iterator[str]:
     yield f'<p class="note">{ABSENT} {escape("; ".join(reasons))}</p></section>' if reasons else "</section>"
 
 
-def _run(number: int, run: Run, unfolded: bool, seeds: bool) -> Iterator[str]:
+def _run(number: int, run: Run, is_open: bool, show_seed: bool) -> Iterator[str]:
     title = f"{_text(run, 'method')} · {_text(run, 'category')}"
-    title += f" · seed {_text(run, 'seed')}" if seeds else ""
+    title += f" · seed {_text(run, 'seed')}" if show_seed else ""
     auroc = run.metrics.get("image_AUROC", math.nan)
-    yield f'<details class="run"{" open" if unfolded else ""}><summary><h2>{escape(title)}</h2>'
+    yield f'<details class="run"{" open" if is_open else ""}><summary><h2>{escape(title)}</h2>'
     yield f'<span class="aside">{escape(_text(run, "dataset"))}</span>'
     if run.oracle:
         yield ORACLE_BADGE
@@ -169,46 +169,47 @@ def _scores(run: Run) -> Iterator[str]:
     series = [Series(name, scores) for name, scores in kinds.items() if len(scores)]
     value = None if run.threshold is None else run.threshold.value
     yield '<div class="charts"><figure><figcaption><h3>Scores</h3><p class="legend">'
-    yield " ".join(f'<span class="key {one.style}">{one.style} <i>{len(one.scores)}</i></span>' for one in series)
+    yield " ".join(f'<span class="key {kind.style}">{kind.style} <i>{len(kind.scores)}</i></span>' for kind in series)
     yield f"</p></figcaption>{histogram_svg(series, value)}"
-    yield f'<p class="note">{_threshold_words(run.threshold)}</p></figure>'
-    labeled = len(good) and len(anomalous)
-    missed = false_alarms = 0
+    yield f'<p class="note">{_threshold_note(run.threshold)}</p></figure>'
+    has_both_labels = len(good) and len(anomalous)
+    n_missed = n_false_alarms = 0
     if run.threshold is not None:
-        missed = int((~flagged(anomalous, run.threshold.value)).sum())
-        false_alarms = int(flagged(good, run.threshold.value).sum())
-    if labeled:
-        at = None if value is None else (false_alarms / len(good), 1 - missed / len(anomalous))
-        legend = '<p class="legend"><span class="key dot">at the threshold</span></p>' if at else ""
+        n_missed = int((~is_anomalous(anomalous, run.threshold.value)).sum())
+        n_false_alarms = int(is_anomalous(good, run.threshold.value).sum())
+    if has_both_labels:
+        point = None if value is None else (n_false_alarms / len(good), 1 - n_missed / len(anomalous))
+        legend = '<p class="legend"><span class="key dot">at the threshold</span></p>' if point else ""
         yield f"<figure><figcaption><h3>ROC</h3>{legend}</figcaption>"
-        yield f"{roc_svg(roc(run.scores[run.labels >= 0], run.labels[run.labels >= 0]), at)}</figure>"
+        yield f"{roc_svg(roc(run.scores[run.labels >= 0], run.labels[run.labels >= 0]), point)}</figure>"
     if value is not None and len(good) + len(anomalous):
         yield "<figure><figcaption><h3>At the threshold</h3></figcaption>"
-        yield '<table class="confusion"><thead><tr><td></td><th>called good</th><th>called anomalous</th></tr></thead>'
-        yield f"<tbody><tr><th>good</th><td>{len(good) - false_alarms}</td>{_errors(false_alarms)}</tr>"
-        yield f"<tr><th>anomalous</th>{_errors(missed)}<td>{len(anomalous) - missed}</td></tr></tbody></table>"
-        yield f'<p class="note">{_share(false_alarms, len(good), "good images raise a false alarm")}<br>'
-        yield f"{_share(missed, len(anomalous), 'defects are missed')}</p></figure>"
+        yield '<table class="confusion"><thead><tr>'
+        yield "<td></td><th>predicted good</th><th>predicted anomalous</th></tr></thead>"
+        yield f"<tbody><tr><th>good</th><td>{len(good) - n_false_alarms}</td>{_error_cell(n_false_alarms)}</tr>"
+        yield f"<tr><th>anomalous</th>{_error_cell(n_missed)}<td>{len(anomalous) - n_missed}</td></tr></tbody></table>"
+        yield f'<p class="note">{_share(n_false_alarms, len(good), "good images raise a false alarm")}<br>'
+        yield f"{_share(n_missed, len(anomalous), 'defects are missed')}</p></figure>"
     elif value is not None:
-        count = int(flagged(unknown, value).sum())
+        count = int(is_anomalous(unknown, value).sum())
         yield f'<figure><figcaption><h3>At the threshold</h3></figcaption><p class="figure">{count}</p>'
-        yield f'<p class="note">{_share(count, len(unknown), "images are called anomalous")}</p></figure>'
+        yield f'<p class="note">{_share(count, len(unknown), "images are predicted anomalous")}</p></figure>'
     yield "</div>"
 
 
-def _threshold_words(threshold: Threshold | None) -> str:
+def _threshold_note(threshold: Threshold | None) -> str:
     if threshold is None:
-        return "No threshold: nothing is called good or anomalous."
-    words = [escape(threshold.source)]
+        return "No threshold: the images are not classified."
+    parts = [escape(threshold.source)]
     if threshold.source == ORACLE:
-        words = [f"{ORACLE_BADGE} for the best F1 there: an upper bound, not what new images will see"]
+        parts = [f"{ORACLE_BADGE} for the best F1: an upper bound that new images will not reach"]
     if not math.isnan(threshold.fpr):
-        words.append(f"false-positive rate {100 * threshold.fpr:.3g}\u00a0%")
+        parts.append(f"false-positive rate {100 * threshold.fpr:.3g}\u00a0%")
     if threshold.n:
-        words.append(f"n = {threshold.n}")
+        parts.append(f"n = {threshold.n}")
     if threshold.guaranteed_fpr < 1:
-        words.append(f"at most {100 * threshold.guaranteed_fpr:.3g}\u00a0% guaranteed")
-    return "Threshold: " + ", ".join(words) + "."
+        parts.append(f"at most {100 * threshold.guaranteed_fpr:.3g}\u00a0% guaranteed")
+    return "Threshold: " + ", ".join(parts) + "."
 
 
 def _examples(run: Run, examples: Examples) -> Iterator[str]:
@@ -243,7 +244,7 @@ def _examples(run: Run, examples: Examples) -> Iterator[str]:
         yield f'<figure class="example"><figcaption><span class="kind {style}">{kind}</span>'
         yield f'<span class="score">{examples.score[i]:.4g}</span>'
         if value is not None:
-            yield f'<span class="aside">{_against(examples.score[i] - value)} the threshold</span>'
+            yield f'<span class="aside">{_distance(examples.score[i] - value)} the threshold</span>'
         yield f'<span class="path">{_path(examples.path[i])}</span></figcaption>'
         pictures = {"image": image}
         if masks is not None:
@@ -252,7 +253,7 @@ def _examples(run: Run, examples: Examples) -> Iterator[str]:
             pictures["heat map"] = overlay(image, heat[i], low, high)
         if heat is not None and run.pixel_threshold is not None:
             outlined = image if masks is None else contour(image, masks[i], TRUTH_COLOR)
-            predicted = flagged(heat[i], run.pixel_threshold.value)
+            predicted = is_anomalous(heat[i], run.pixel_threshold.value)
             pictures["contour"] = contour(outlined, predicted, PREDICTION_COLOR)
         for name, picture in pictures.items():
             yield f'<span class="cell" data-name="{name}">{_picture(picture, name)}</span>'
@@ -261,14 +262,14 @@ def _examples(run: Run, examples: Examples) -> Iterator[str]:
 
 
 def _kind(label: int, score: float, threshold: float | None) -> tuple[str, str]:
-    """What an example is, in words, and the CSS class that colors it."""
+    """The caption of an example, and the CSS class that colors it."""
     if threshold is None:
         return {0: ("good", "good"), 1: ("anomalous", "anomalous")}.get(label, ("unlabeled", "unlabeled"))
     if label < 0:
-        return ("called anomalous", "anomalous") if score > threshold else ("called good", "good")
+        return ("predicted anomalous", "anomalous") if score > threshold else ("predicted good", "good")
     if label == 1:
         return ("detected defect", "right") if score > threshold else ("missed defect", "wrong")
-    return ("false alarm", "wrong") if score > threshold else ("passed as good", "right")
+    return ("false alarm", "wrong") if score > threshold else ("correctly accepted", "right")
 
 
 def _recipe(run: Run) -> Iterator[str]:
@@ -276,22 +277,22 @@ def _recipe(run: Run) -> Iterator[str]:
     facts = {name.capitalize(): recipe.get(name) for name in ("method", "backbone")}
     facts |= {"Weights": weights.get("path"), "SHA-256": weights.get("sha256"), "Preprocess": recipe.get("preprocess")}
     facts |= {name.capitalize(): recipe.get(name) for name in ("source", "seed", "device", "versions", "command")}
-    hyperparameters = {name: _plain(value) for name, value in recipe.get("hyperparameters", {}).items()}
+    hyperparameters = {name: _format(value) for name, value in recipe.get("hyperparameters", {}).items()}
     yield f'<section class="recipe"><div><h3>Recipe</h3>{_facts(facts)}</div>'
-    yield f"<div><h3>Hyper-parameters</h3>{_facts(hyperparameters)}</div></section>"
+    yield f"<div><h3>Hyperparameters</h3>{_facts(hyperparameters)}</div></section>"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    """A list of names and values; those without a value are left out."""
-    items = ((escape(name), escape(_plain(value))) for name, value in facts.items() if value not in (None, ""))
+    """A definition list of names and values, without the entries that have no value."""
+    items = ((escape(name), escape(_format(value))) for name, value in facts.items() if value not in (None, ""))
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items) + "</dl>"
 
 
-def _plain(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+        return "; ".join(f"{name} {_format(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_format, value))
     return "none" if value is None else str(value)
 
 
@@ -299,7 +300,7 @@ def _text(run: Run, name: str) -> str:
     return str(run.recipe.get(name) or ABSENT)
 
 
-def _distinct(runs: Sequence[Run], name: str) -> list[str]:
+def _distinct_values(runs: Sequence[Run], name: str) -> list[str]:
     return list(dict.fromkeys(_text(run, name) for run in runs))
 
 
@@ -313,31 +314,31 @@ def _quantity(value: float | None, unit: str) -> str | None:
     return (f"{value:.3g}" if value < 1000 else f"{value:,.0f}") + f" <small>{unit}</small>"
 
 
-def _errors(count: int) -> str:
+def _error_cell(count: int) -> str:
     return f'<td class="wrong">{count}</td>' if count else "<td>0</td>"
 
 
-def _share(count: int, total: int, what: str) -> str:
-    return f"{count} of {total} {what}" + (f" ({100 * count / total:.3g}\u00a0%)." if total else ".")
+def _share(count: int, total: int, description: str) -> str:
+    return f"{count} of {total} {description}" + (f" ({100 * count / total:.3g}\u00a0%)." if total else ".")
 
 
-def _against(difference: float) -> str:
+def _distance(difference: float) -> str:
     return f"{abs(difference):.3g} {'above' if difference > 0 else 'below'}"
 
 
 def _path(path: str) -> str:
-    """The path as text that may break after its separators."""
+    """The path as text that may wrap after separators."""
     return re.sub(r"([/\\_-])", r"\1<wbr>", escape(path))
 
 
 def _picture(picture: np.ndarray, name: str) -> str:
-    """A photograph as JPEG, a mask as PNG, an empty mask in words."""
+    """An image as inline JPEG, a mask as inline PNG, or a note if the mask is empty."""
     buffer = io.BytesIO()
     if picture.dtype == np.uint8:
         Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
     elif picture.any():
         Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     else:
-        return '<span class="empty">nothing marked</span>'
+        return '<span class="empty">empty mask</span>'
     kind = "jpeg" if picture.dtype == np.uint8 else "png"
     return f'<img alt="{name}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,4 +1,4 @@
-"""Heat-map overlays and contours, and image files that are never half written."""
+"""Heat-map overlays, contours, and atomic writes of image files."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ def overlay(
     high: float,
     alpha: float = 0.5,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lay a heat map over an image.
+    """Overlays a heat map on an image.
 
-    Opacity grows with the heat, from none at `low` to full strength halfway to `high`. Take both limits from a whole
-    run, not from the one map: then a good image stays calm and looks like itself.
+    The opacity rises with the score, from 0 at `low` to `alpha` halfway to `high`. Take the limits from a whole run,
+    not from a single map, so that normal images stay nearly unchanged.
 
     Args:
         image: RGB, 0..255.
         heat: anomaly scores, one per pixel of `image`.
-        low: score that leaves the pixel as it is.
-        high: score that takes the hottest color; above it nothing changes.
-        alpha: greatest opacity, 0..1.
+        low: score at the lower end of the color scale; pixels below it stay unchanged.
+        high: score at the upper end of the color scale.
+        alpha: maximum opacity, 0..1.
 
     Raises:
         ValueError: shapes that differ, limits in the wrong order, or `alpha` outside 0..1.
@@ -41,16 +41,16 @@ def overlay(
         raise ValueError(f"low must not exceed high; got low={low}, high={high}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1; got {alpha}")
-    warmth = np.clip((heat.astype(np.float64) - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-    color = matplotlib.colormaps[COLORMAP](warmth)[..., :3] * 255
-    opacity = alpha * np.minimum(2 * warmth, 1)[..., None]
+    fraction = np.clip((heat.astype(np.float64) - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    color = matplotlib.colormaps[COLORMAP](fraction)[..., :3] * 255
+    opacity = alpha * np.minimum(2 * fraction, 1)[..., None]
     return np.rint(image * (1 - opacity) + color * opacity).astype(np.uint8)
 
 
 def contour(
     image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "height width"], color: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draw the outline of a mask: two pixels wide, one on each side of the edge; the frame of the image closes it.
+    """Draws the outline of a mask, two pixels wide, one on each side of the edge. It is closed at the image border.
 
     Raises:
         ValueError: shapes that differ.
@@ -62,12 +62,12 @@ def contour(
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w *channels"]) -> None:
-    """Write an image (RGB or gray) as PNG; folders are made, and the file appears whole or not at all."""
+    """Writes an RGB or gray image as PNG, atomically; creates missing folders."""
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
 
 
 def save_tiff(path: Path, heat: Float[np.ndarray, "h w"]) -> None:
-    """Write raw anomaly scores as a float32 TIFF; folders are made, and the file appears whole or not at all."""
+    """Writes raw anomaly scores as a float32 TIFF, atomically; creates missing folders."""
     with replacing(path) as temporary:
         Image.fromarray(heat.astype(np.float32)).save(temporary, format="TIFF")

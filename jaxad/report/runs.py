@@ -1,4 +1,4 @@
-"""A run directory (`runs/<method>/<dataset>/<category>/`) as the report reads it."""
+"""Reads a run directory (`runs/<method>/<dataset>/<category>/`) for the report."""
 
 import csv
 import math
@@ -15,17 +15,18 @@ from jaxad.report.examples import Examples, load_examples
 
 
 class Run(NamedTuple):
-    """One method fitted to one category. Only `recipe` is sure to be there: scoring may be yet to come."""
+    """One method fitted to one category. Everything but `recipe` is empty until the run is evaluated."""
 
     recipe: Mapping[str, Any]
     metrics: Mapping[str, float]
-    """Fractions; NaN where a metric is undefined, then `reasons` says why."""
+    """Fractions, or NaN with an entry in `reasons` if a metric is undefined."""
     reasons: Mapping[str, str]
     oracle: bool
-    """A threshold in use was chosen on the test set."""
+    """Whether a threshold was chosen on the test set."""
     threshold: Threshold | None
-    """Of the image scores."""
+    """Threshold on image scores."""
     pixel_threshold: Threshold | None
+    """Threshold on pixel scores."""
     scores: Float[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"]
     """0 normal, 1 anomalous, -1 unknown."""
@@ -33,23 +34,24 @@ class Run(NamedTuple):
 
 
 def load_run(run_dir: Path) -> Run:
-    """Read a run directory.
+    """Reads a run directory.
 
     Raises:
         FileNotFoundError: it has no recipe.json.
-        ValueError: one of its files is damaged; the message names it.
+        ValueError: a file is damaged; the message names it.
     """
     if not (run_dir / "recipe.json").is_file():
-        raise FileNotFoundError(f"{run_dir} has no recipe.json: give a run directory that `jaxad fit` has written")
+        raise FileNotFoundError(f"{run_dir} has no recipe.json: pass a run directory that `jaxad fit` wrote")
     metrics = _read_metrics(run_dir / "metrics.json")
-    edited = run_dir / "threshold.json"
-    threshold, pixel_threshold = pair_from_json(metrics.get("thresholds") or _read_json(edited), edited)
+    threshold_path = run_dir / "threshold.json"
+    stored = metrics.get("thresholds") or _read_json(threshold_path)
+    threshold, pixel_threshold = pair_from_json(stored, threshold_path)
     scores, labels = _read_scores(run_dir / "scores.csv")
     return Run(
         recipe=_read_json(run_dir / "recipe.json"),
         metrics=metrics.get("metrics", {}),
         reasons=metrics.get("reasons", {}),
-        oracle=metrics.get("oracle", False) or ORACLE in {one.source for one in (threshold, pixel_threshold) if one},
+        oracle=metrics.get("oracle", False) or ORACLE in {t.source for t in (threshold, pixel_threshold) if t},
         threshold=threshold,
         pixel_threshold=pixel_threshold,
         scores=scores,
@@ -63,12 +65,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
-    found = _read_json(path)
+    content = _read_json(path)
     try:
-        values = {name: math.nan if value is None else float(value) for name, value in found.get("metrics", {}).items()}
+        metrics = {name: math.nan if v is None else float(v) for name, v in content.get("metrics", {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold numbers by metric, got {found['metrics']!r}: evaluate again") from error
-    return found | {"metrics": values}
+        raise ValueError(f"{path} must hold numbers by metric, got {content['metrics']!r}: evaluate again") from error
+    return content | {"metrics": metrics}
 
 
 def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:

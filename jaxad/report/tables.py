@@ -1,4 +1,4 @@
-"""Tables of metrics, for the terminal and for the README."""
+"""Tables of metrics for the terminal and for Markdown documents."""
 
 import math
 import statistics
@@ -17,39 +17,42 @@ MEAN = "Mean"
 
 
 class Row(NamedTuple):
-    """One line of a table of metrics."""
+    """One row of a table of metrics."""
 
     method: str
     dataset: str
     category: str
     metrics: Mapping[str, float]
-    """Fractions; NaN where a metric is undefined."""
+    """Fractions, or NaN if a metric is undefined."""
     reasons: Mapping[str, str] = {}
     """Why a metric is NaN."""
     seed: int = 0
     spread: Mapping[str, float] = {}
-    """The standard deviation over seeds, where there are several."""
+    """The standard deviation over seeds, if there are several."""
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
-    """Every metric of the rows once, in order of appearance."""
+    """The names of all metrics in the rows, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.metrics))
 
 
 def with_means(rows: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
-    """The rows grouped by method and data set, each group of several categories followed by its mean, marked True.
+    """Groups rows by method and data set, and adds a mean to each group with several categories.
 
-    Rows that differ in the seed alone become one, with mean and standard deviation. The mean over categories is
-    unweighted; it is NaN, with the reason, as soon as one category has no value, since it would otherwise not compare
-    with the mean of another method.
+    Rows that differ only in the seed are merged into one, with mean and standard deviation. The mean over categories is
+    unweighted. If a category has no value, the mean is NaN with a reason, since means over different categories are not
+    comparable.
+
+    Yields:
+        A row, and whether it is a mean over categories.
     """
     for group in _grouped(rows, lambda row: (row.method, row.dataset)):
         categories = _grouped(group, lambda row: row.category)
-        for same in categories:
-            once = len({row.seed for row in same}) == len(same)
-            yield from ((row, False) for row in ([_over_seeds(same)] if once else same))
+        for runs in categories:
+            seeds_are_unique = len({row.seed for row in runs}) == len(runs)
+            yield from ((row, False) for row in ([_over_seeds(runs)] if seeds_are_unique else runs))
         if len(categories) > 1:
-            yield _over_seeds([_mean(same) for same in _grouped(group, lambda row: row.seed)]), True
+            yield _over_seeds([_mean(runs) for runs in _grouped(group, lambda row: row.seed)]), True
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
@@ -60,6 +63,7 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[R
 
 
 def _over_seeds(rows: Sequence[Row]) -> Row:
+    """The mean and standard deviation over seeds."""
     if len(rows) == 1:
         return rows[0]
     columns = {name: [row.metrics.get(name, math.nan) for row in rows] for name in metric_names(rows)}
@@ -70,7 +74,7 @@ def _over_seeds(rows: Sequence[Row]) -> Row:
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """Over categories."""
+    """The mean over categories."""
     metrics, reasons = {}, {}
     for name in metric_names(rows):
         column = [row.metrics.get(name, math.nan) for row in rows]
@@ -82,14 +86,14 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 
 def fraction(value: float, spread: float | None = None) -> str:
-    """A metric with three decimals, and its standard deviation if there is one; a dash for NaN."""
+    """Formats a metric with three decimals, and its standard deviation if there is one. NaN becomes a dash."""
     if math.isnan(value):
         return ABSENT
     return f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
 
 
 def metrics_table(rows: Sequence[Row]) -> Table:
-    """A table for the terminal: a line per category, a Mean line under several, below it why a dash is a dash."""
+    """A table for the terminal, with a row per category, mean rows, and the reasons for missing values as a caption."""
     names = metric_names(rows)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False, pad_edge=False, header_style="bold")
     for heading in ("method", "dataset", "category"):
@@ -111,22 +115,23 @@ def metrics_table(rows: Sequence[Row]) -> Table:
 
 
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-
-
 APART = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
-"""Files among the results that are not of a recipe."""
+"""Prefixes of result files that do not come from a recipe."""
 
 
 def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
-    """A table of measured and published numbers, of all data sets or of one, from `experiments/results/*.json`.
+    """A Markdown table of measured and published metrics, from `experiments/results/*.json`.
 
-    Those of benchmarks (`bench_*`), of the distillation (`distill_*`) and on foreign images (`nf_ood`) are not in it.
+    It has one row per recipe, ordered by data set, method and backbone. Metrics are means over seeds, with the standard
+    deviation if there are several. A numbered list below the table gives the sources of the published metrics. Results
+    that do not come from a recipe (`APART`) are left out.
 
-    One line per recipe, ordered by data set, method and backbone; means over seeds with their standard deviation where
-    there were several; the sources of the published numbers as a list below.
+    Args:
+        results_dir: the folder of the results.
+        dataset: the only data set to include; None for all.
 
     Raises:
-        ValueError: a file that is not a result; the message names it.
+        ValueError: a file is not a result; the message names it.
     """
     paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(APART))
     results = [result for result in map(_read_result, paths) if dataset in (None, result.get("dataset"))]
@@ -148,7 +153,7 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown, its first columns on the left and the others on the right."""
+    """A Markdown table; the first `left` columns are left-aligned, the others right-aligned."""
     lines = [headings, ["---"] * left + ["---:"] * (len(headings) - left), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
@@ -156,7 +161,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left:
 def _read_result(path: Path) -> dict[str, Any]:
     result = read_json(path)
     if not isinstance(result, dict) or not {"recipe", "metrics"} <= result.keys():
-        raise ValueError(f"{path} has no recipe and metrics: only results of experiments/run.py belong there")
+        raise ValueError(f"{path} lacks recipe or metrics: keep only results of experiments/run.py there")
     return result
 
 

@@ -1,1 +1,1 @@
-"""Synthetic anomalies, drawn on the device."""
+"""Generators of synthetic anomalies: pure functions of a key and one image, which jit and vmap on the device."""

@@ -1,4 +1,4 @@
-"""Features made anomalous: they climb the gradient of a loss, and are projected into a shell.
+"""Anomalous features: normal features that climb the gradient of a loss and are projected into a shell.
 
 Source: GLASS, ECCV 2024, arXiv:2407.09359, section 3.2.
 """
@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 
 
 def into_shell(x: Float[Array, "*b c"], center: Float[Array, "..."], radius: Float[Array, ""]) -> Float[Array, "*b c"]:
-    """Features moved along the line to their centers until they are `radius` to twice that away ."""
-    apart = x - center
-    distance = jnp.sqrt(jnp.sum(apart * apart, -1, keepdims=True) + 1e-20)
-    return center + apart * jnp.clip(distance, radius, 2 * radius) / distance
+    """Moves every feature along the line to its center until its distance lies in [radius, 2 * radius]."""
+    offset = x - center
+    distance = jnp.sqrt(jnp.sum(offset * offset, -1, keepdims=True) + 1e-20)
+    return center + offset * jnp.clip(distance, radius, 2 * radius) / distance
 
 
 def ascend(
@@ -25,15 +25,15 @@ def ascend(
     every: int,
     project: Callable[[Float[Array, "b h w c"]], Float[Array, "b h w c"]],
 ) -> Float[Array, "b h w c"]:
-    """Steps of every feature up the gradient of the loss, each of that length, and a projection after some.
+    """Gradient ascent of features, with a normalized gradient at every position.
 
     Args:
-        loss: Of all features.
-        x: Where they begin.
+        loss: A scalar function of all features.
+        x: The features to start from.
         steps: Number of steps.
-        length: Of a step.
+        length: Euclidean length of a step.
         every: Steps from one projection to the next.
-        project: What they are moved by.
+        project: Applied to all features after every `every` steps.
     """
 
     def step(i: Array, x: Array) -> Array:

@@ -1,6 +1,4 @@
-"""Changes of color, of images in [0, 1]."""
-
-from typing import Any
+"""Color changes, of images with values in [0, 1]."""
 
 import dm_pix
 import jax
@@ -9,44 +7,67 @@ from jaxtyping import Array, Bool, Float
 
 from jaxad.base import Key
 
-GRAY = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601), as in Pillow and torchvision."""
+ROUNDING = 1e-6
+"""Channels that differ by less are equal up to rounding: the pixel is gray."""
 
 
 def gray_of(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 1"]:
-    """The brightness of pixels."""
-    return jnp.sum(image * jnp.asarray(GRAY), -1, keepdims=True)
+    """The luma of every pixel."""
+    return jnp.sum(image * jnp.asarray(LUMA), -1, keepdims=True)
 
 
 def apart_from(base: Float[Array, "..."], image: Float[Array, "..."], factor: Float[Array, "..."]) -> Array:
-    """An image that differs `factor` times as much from `base`.
+    """Scales the difference between an image and `base` by a factor, and clips to [0, 1].
 
-    A change of brightness if that is black, of contrast if it is the image's mean, of saturation if it is gray.
+    This changes the brightness if `base` is black, the contrast if it is the mean luma of the image, and the
+    saturation if it is the gray image.
     """
     return jnp.clip(base + factor * (image - base), 0, 1)
 
 
-def other_hue(
-    image: Float[Array, "*b h w 3"], shift: Float[Array, ""], more: float | Float[Array, ""] = 0.0
+def rgb_to_hsv(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
+    """Hue, saturation and value of every pixel, all in [0, 1]; gray has the hue 0.
+
+    The channels are compared with each other. `dm_pix.rgb_to_hsv` compares each to their maximum for equality, and gets
+    another hue where XLA computes an input twice, in two fusions, and rounds it differently.
+    """
+    red, green, blue = jnp.moveaxis(image, -1, 0)
+    value = image.max(-1)
+    spread = value - image.min(-1)
+    colored = spread > ROUNDING
+    scale = 1 / (6 * jnp.where(colored, spread, 1))
+    hue = jnp.where(green >= blue, scale * (blue - red) + 2 / 6, scale * (red - green) + 4 / 6)
+    hue = jnp.where((red >= green) & (red >= blue), scale * (green - blue), hue)
+    saturation = spread / jnp.where(value > 0, value, 1)
+    return jnp.stack([jnp.where(colored, hue % 1, 0), saturation, value], -1)
+
+
+def change_hue(
+    image: Float[Array, "*b h w 3"], shift: Float[Array, ""], saturation: float | Float[Array, ""] = 0.0
 ) -> Float[Array, "*b h w 3"]:
-    """The hue moved by a share of the color circle, and `more` saturation, both of HSV."""
-    with jax.numpy_dtype_promotion("standard"):  # dm_pix adds truth values to numbers
-        hsv: Any = dm_pix.rgb_to_hsv(image)
-        hsv = jnp.stack([(hsv[..., 0] + shift) % 1, jnp.clip(hsv[..., 1] + more, 0, 1), hsv[..., 2]], -1)
-        other: Any = dm_pix.hsv_to_rgb(hsv)
-    return jnp.clip(other, 0, 1)
+    """Adds `shift` to the hue, as a fraction of the color circle, and `saturation` to the saturation, both of HSV."""
+    hue, old, value = jnp.moveaxis(rgb_to_hsv(image), -1, 0)
+    hsv = jnp.stack([(hue + shift) % 1, jnp.clip(old + saturation, 0, 1), value], -1)
+    return jnp.clip(jnp.asarray(dm_pix.hsv_to_rgb(hsv)), 0, 1)
 
 
 def color_jitter(
     key: Key, image: Float[Array, "h w 3"], strength: float, where: Bool[Array, "h w"] | None = None
 ) -> Float[Array, "h w 3"]:
-    """Another brightness, contrast, saturation and hue.
+    """Random brightness, contrast, saturation and hue, as torchvision's `ColorJitter`, but always in this order.
 
-    The first three by a factor of 1 - strength to 1 + strength each, the hue by so much of the circle at most. As
-    torchvision's `ColorJitter`, but always in this order; the contrast is that of the pixels `where`.
+    Args:
+        key: Draws the four changes.
+        image: In [0, 1].
+        strength: Brightness, contrast and saturation are scaled by a factor in [1 - strength, 1 + strength], the hue is
+            shifted by at most this fraction of the color circle.
+        where: The pixels whose mean luma the contrast refers to; all by default.
     """
     *factors, shift = jax.random.uniform(key, (4,), minval=-strength, maxval=strength)
     image = apart_from(jnp.zeros(()), image, 1 + factors[0])
     mean = jnp.mean(gray_of(image), where=True if where is None else where[..., None])
     image = apart_from(mean, image, 1 + factors[1])
     image = apart_from(gray_of(image), image, 1 + factors[2])
-    return other_hue(image, shift)
+    return change_hue(image, shift)

@@ -1,9 +1,9 @@
-"""Natural synthetic anomalies: pieces of another normal image, resized and cloned in without a seam.
+"""Natural synthetic anomalies (NSA): patches of another normal image, resized and cloned in without a visible border.
 
 Source: Natural Synthetic Anomalies for Self-Supervised Anomaly Detection and Localization, ECCV 2022, arXiv:2109.15222.
-What differs from its code: labels average changes over a neighborhood of 11 pixels, where it takes the median of a
-disk, and are not cut to the objects; what has changed is told before levels are rounded, and is not beyond the border;
-a place for a piece is sought 32 times, not 200, and judged on 16 x 16 of its points; small pieces are not dropped.
+Differences from its code: labels average the change over 11 x 11 pixels instead of taking the median of a disk, and are
+not restricted to the objects; the change is measured before values are rounded to levels, and zero outside the image;
+32 places of a patch are tried instead of 200, and compared at 16 x 16 points; small patches are kept.
 """
 
 import math
@@ -19,48 +19,51 @@ from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.synthesis.poisson import seamless_clone
 
 TRIES = 32
-"""Places of a piece that are drawn; the first that suits is taken, and no piece where none does."""
+"""Random places of a patch; the first valid one is used, and the patch is left out if none is valid."""
 POINTS = 16
-"""Rows and columns of the points by which two foregrounds are compared."""
+"""Rows and columns of the points at which two foregrounds are compared."""
 CHANGED = 1 / 255
-"""Mean change of the channels above which a pixel is anomalous."""
-NEAR = 11
-"""Height and width of the neighborhood over which a change is averaged."""
+"""Mean absolute change of the channels above which a pixel is anomalous."""
+LABEL_WINDOW = 11
+"""Height and width of the neighborhood over which labels average the change."""
 
 
 Label = Literal["binary", "intensity", "logistic"]
-"""Whether a pixel has changed, by how much, and the logistic function of that."""
+"""Label of a changed pixel: 1, its mean change, or a logistic function of that; 0 for all others."""
 
 
 class Sizes(NamedTuple):
-    """How large pieces are, as shares of the image."""
+    """Distribution of half the height and width of a patch, as fractions of the image's.
+
+    A Gamma distribution of the given shape and scale is shifted by the offset and clipped to [least, most].
+    """
 
     least: float = 0.03
     most: float = 0.4
     gamma: tuple[float, float, float] = (2.0, 0.05, 0.03)
-    """Half a side is drawn from a Gamma distribution of this shape and scale, and moved by the last."""
+    """Shape, scale and offset."""
 
 
-def share_of(mask: Bool[Array, "h w"], corner: Float[Array, "n 2"], size: Float[Array, "n 2"]) -> Float[Array, "n"]:
-    """The shares of rectangles that are marked."""
+def coverage(mask: Bool[Array, "h w"], corner: Float[Array, "n 2"], size: Float[Array, "n 2"]) -> Float[Array, "n"]:
+    """The fraction of every rectangle that lies in the mask."""
     sums = jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.float32), 0), 1), ((1, 0), (1, 0)))
-    (top, left), (bottom, right) = (jnp.round(at).astype(jnp.int32).T for at in (corner, corner + size))
+    (top, left), (bottom, right) = (jnp.round(edge).astype(jnp.int32).T for edge in (corner, corner + size))
     total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     return total / jnp.maximum((bottom - top) * (right - left), 1).astype(jnp.float32)
 
 
-def first_of(suits: Bool[Array, "n"], x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Bool[Array, ""]]:
-    """The first that suits, and whether there is one."""
-    return x[jnp.argmax(suits)], suits.any()
+def first_valid(valid: Bool[Array, "n"], x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Bool[Array, ""]]:
+    """The first valid row, and whether there is one."""
+    return x[jnp.argmax(valid)], valid.any()
 
 
 def half_sides(key: Key, dims: Float[Array, "2"], sizes: Sizes) -> Float[Array, "2"]:
-    """Half the height and width of what is cut out, in pixels."""
-    shape, scale, least = sizes.gamma
-    return jnp.clip((least + scale * jax.random.gamma(key, shape, (2,))) * dims, sizes.least * dims, sizes.most * dims)
+    """Half the height and width of a random patch in pixels, for images of height and width `dims`."""
+    shape, scale, offset = sizes.gamma
+    return jnp.clip((offset + scale * jax.random.gamma(key, shape, (2,))) * dims, sizes.least * dims, sizes.most * dims)
 
 
-def add_piece(
+def add_patch(
     key: Key,
     target: Float[Array, "h w 3"],
     source: Float[Array, "h w 3"],
@@ -71,50 +74,51 @@ def add_piece(
     least_overlap: float,
     mixed: Bool[Array, ""],
 ) -> Float[Array, "h w 3"]:
-    """The target with one piece more."""
+    """The target with one random patch of the source; the arguments are those of `natural`."""
     dims = jnp.asarray(target.shape[:2], jnp.float32)
     low, high = sizes.least * dims, sizes.most * dims
-    side, center, grow, place = jax.random.split(key, 4)
-    half = half_sides(side, dims, sizes)
-    middle = low + jax.random.uniform(center, (TRIES, 2)) * (dims - 2 * low)
-    corners = jnp.round(jnp.maximum(middle - half, 0))
-    lengths = jnp.round(jnp.minimum(middle + half, dims)) - corners
-    suits = jnp.ones(TRIES, bool) if foregrounds is None else share_of(foregrounds[1], corners, lengths) > least_object
-    found, there = first_of(suits, jnp.concatenate([corners, lengths], 1))
-    corner, length = found[:2], found[2:]
-    factor = jnp.clip(1 + 0.5 * jax.random.normal(grow), *resize)
+    side_key, center_key, resize_key, place_key = jax.random.split(key, 4)
+    half = half_sides(side_key, dims, sizes)
+    centers = low + jax.random.uniform(center_key, (TRIES, 2)) * (dims - 2 * low)
+    corners = jnp.round(jnp.maximum(centers - half, 0))
+    lengths = jnp.round(jnp.minimum(centers + half, dims)) - corners
+    valid = jnp.ones(TRIES, bool) if foregrounds is None else coverage(foregrounds[1], corners, lengths) > least_object
+    box, has_box = first_valid(valid, jnp.concatenate([corners, lengths], 1))
+    corner, length = box[:2], box[2:]
+    factor = jnp.clip(1 + 0.5 * jax.random.normal(resize_key), *resize)
     factor = jnp.clip(factor, (low / length).max(), (high / length).min())
     size = jnp.floor(jnp.minimum(factor * length, high))
-    goals = jnp.floor(jax.random.uniform(place, (TRIES, 2)) * (dims - size + 1))
+    places = jnp.floor(jax.random.uniform(place_key, (TRIES, 2)) * (dims - size + 1))
+    valid = jnp.ones(TRIES, bool)
     if foregrounds is not None:
-        own, other = foregrounds
+        target_object, source_object = foregrounds
         points = (jnp.arange(POINTS, dtype=jnp.float32) + 0.5) / POINTS
 
-        def seen(mask: Array, corner: Array, length: Array) -> Array:
+        def sample(mask: Array, corner: Array, length: Array) -> Array:
             row, column = (jnp.floor(c + points * n).astype(jnp.int32) for c, n in zip(corner, length, strict=True))
             return mask[row[:, None], column[None, :]]
 
-        piece = seen(other, corner, length)
-        both = jax.vmap(lambda goal: (seen(own, goal, size) & piece).mean())(goals)
-        suits = both > least_overlap * jnp.maximum(piece.mean(), 1e-6)
-    goal, fits = first_of(suits if foregrounds is not None else jnp.ones(TRIES, bool), goals)
+        object_points = sample(source_object, corner, length)
+        overlap = jax.vmap(lambda place: (sample(target_object, place, size) & object_points).mean())(places)
+        valid = overlap > least_overlap * jnp.maximum(object_points.mean(), 1e-6)
+    place, has_place = first_valid(valid, places)
 
     window = tuple(min(n, math.ceil(sizes.most * n) + 1) for n in target.shape[:2])
-    start = jnp.minimum(goal, dims - jnp.asarray(window, jnp.float32)).astype(jnp.int32)
-    within = goal - start.astype(jnp.float32)
-    row, column = (jnp.arange(n, dtype=jnp.float32) - w for n, w in zip(window, within, strict=True))
-    at = ((i + 0.5) * n / s - 0.5 + c for i, n, s, c in zip((row, column), length, size, corner, strict=True))
-    y, x = jnp.meshgrid(*at, indexing="ij")
-    piece = jax.vmap(lambda plane: map_coordinates(plane, [y, x], 1, "nearest"), -1, -1)(source)
-    down, across = ((i > 0) & (i < s - 1) for i, s in zip((row, column), size, strict=True))
-    begin, extent = (*start, jnp.int32(0)), (*window, 3)
-    cut = jax.lax.dynamic_slice(target, begin, extent)
-    cloned = seamless_clone(cut, piece, down[:, None] & across[None, :] & there & fits, mixed)
+    start = jnp.minimum(place, dims - jnp.asarray(window, jnp.float32)).astype(jnp.int32)
+    offset = place - start.astype(jnp.float32)
+    row, column = (jnp.arange(n, dtype=jnp.float32) - o for n, o in zip(window, offset, strict=True))
+    grid = ((i + 0.5) * n / s - 0.5 + c for i, n, s, c in zip((row, column), length, size, corner, strict=True))
+    y, x = jnp.meshgrid(*grid, indexing="ij")
+    patch = jax.vmap(lambda channel: map_coordinates(channel, [y, x], 1, "nearest"), -1, -1)(source)
+    in_rows, in_columns = ((i > 0) & (i < s - 1) for i, s in zip((row, column), size, strict=True))
+    mask = in_rows[:, None] & in_columns[None, :] & has_box & has_place
+    begin = (*start, jnp.int32(0))
+    cloned = seamless_clone(jax.lax.dynamic_slice(target, begin, (*window, 3)), patch, mask, mixed)
     return jax.lax.dynamic_update_slice(target, cloned, begin)
 
 
-def around(x: Float[Array, "h w"], side: int) -> Float[Array, "h w"]:
-    """The mean of the neighborhood of every pixel; beyond the image are zeros."""
+def local_mean(x: Float[Array, "h w"], side: int) -> Float[Array, "h w"]:
+    """The mean of the side x side neighborhood of every pixel, with zeros outside the image."""
     return neighborhood_mean(x[None, ..., None], side)[0, ..., 0]
 
 
@@ -133,35 +137,37 @@ def natural(
     labels: Label = "logistic",
     logistic: tuple[float, float] = (1 / 6, 20.0),
 ) -> tuple[Float[Array, "h w 3"], Float[Array, "h w"]]:
-    """NSA's anomaly and its label, in [0, 1]: how much a pixel has changed.
+    """NSA's anomaly: the target with patches of the source, and the label of every pixel, in [0, 1].
 
     Args:
-        key: Draws all that is random.
+        key: Draws number, places and sizes of the patches.
         target: The image to change, in [0, 1].
-        source: Another normal image, where the pieces come from.
-        foregrounds: The objects on both; pieces show an object, and where they go it overlaps the other.
-        pieces: At most so many; after the first one each is there with even odds.
-        sizes: Of the pieces.
-        resize: Least and largest factor by which a piece is resized.
-        least_object: Least share of a piece that shows the object.
-        least_overlap: Least share of that which lies on the target's object.
-        mixed: Whether the larger gradients of both images are cloned (for textures).
-        labels: What the label tells.
-        logistic: Slope and middle, in levels of 255, of the logistic function of the change.
+        source: Another normal image in [0, 1], from which the patches come.
+        foregrounds: Masks of the objects in target and source. A patch must show an object, and overlap the target's.
+        pieces: Largest number of patches; each one after the first is present with probability 1/2.
+        sizes: Distribution of the patch size.
+        resize: Range of the factor by which a patch is resized.
+        least_object: Least fraction of a patch that shows the object; read only with `foregrounds`.
+        least_overlap: Least fraction of the patch's object that lies on the target's; read only with `foregrounds`.
+        mixed: Whether to clone the larger gradients of both images, as for textures.
+        labels: Kind of the label.
+        logistic: Slope and midpoint of the logistic function, for changes in levels of 255.
+
+    Source: NSA, ECCV 2022, arXiv:2109.15222.
     """
     image = target
-    for i, k in enumerate(jax.random.split(key, pieces)):
-        draw, odds = jax.random.split(k)
+    for i, patch_key in enumerate(jax.random.split(key, pieces)):
+        draw_key, presence_key = jax.random.split(patch_key)
         options = (foregrounds, sizes, resize, least_object, least_overlap, jnp.asarray(mixed))
-        more = add_piece(draw, image, source, *options)
-        image = more if i == 0 else jnp.where(jax.random.bernoulli(odds), more, image)
+        patched = add_patch(draw_key, image, source, *options)
+        image = patched if i == 0 else jnp.where(jax.random.bernoulli(presence_key), patched, image)
     change = jnp.abs(image - target).mean(-1)
-    mask = around((change > CHANGED).astype(jnp.float32), 5) > 0.5
+    mask = local_mean((change > CHANGED).astype(jnp.float32), 5) > 0.5
     label = mask.astype(jnp.float32)
     if labels == "binary":
         return image, label
-    intensity = around(change * label, NEAR) / jnp.maximum(around(label, NEAR), 1e-6)
+    intensity = local_mean(change * label, LABEL_WINDOW) / jnp.maximum(local_mean(label, LABEL_WINDOW), 1e-6)
     if labels == "intensity":
         return image, label * intensity
-    slope, middle = logistic
-    return image, label * jax.nn.sigmoid(slope * (255 * intensity - middle))
+    slope, midpoint = logistic
+    return image, label * jax.nn.sigmoid(slope * (255 * intensity - midpoint))

@@ -1,4 +1,4 @@
-"""Perlin noise of any size, and masks of random shapes made of it."""
+"""Perlin noise of any size, and random masks from it."""
 
 import math
 
@@ -11,35 +11,36 @@ from jaxad.synthesis.warp import rotate
 
 
 def perlin_noise(
-    key: Key, size: tuple[int, int], cells: tuple[int, int] | Int[Array, "2"], most: int | None = None
+    key: Key, size: tuple[int, int], cells: tuple[int, int] | Int[Array, "2"], max_cells: int | None = None
 ) -> Float[Array, "h w"]:
     """Perlin's gradient noise, in [-1, 1].
 
-    A pixel is interpolated from the random gradients of a lattice. Its weights are products of one of its row and one
-    of its column, so that the image is two products of matrices: no loop and no gather.
+    Every pixel interpolates the random gradients of a lattice. The weights are separable into rows and columns, so the
+    image is a sum of two matrix products, without a loop or a gather.
 
     Args:
         key: Draws the gradients.
-        size: Height and width in pixels, multiples of `cells` or not.
-        cells: Of the lattice, down and across.
-        most: At least the larger of both, where `cells` is traced.
+        size: Height and width in pixels; they need not be multiples of `cells`.
+        cells: Lattice cells along the height and along the width.
+        max_cells: An upper bound of both, required if `cells` is traced.
 
-    Source: Perlin, Improving noise, SIGGRAPH 2002 (the fifth-degree weights), scaled by sqrt(2) as DRAEM does.
+    Source: Perlin, Improving noise, SIGGRAPH 2002 (fifth-degree weights), scaled by sqrt(2) as in DRAEM's code.
     """
-    most = max(map(int, cells)) if most is None else most
-    angle = jax.random.uniform(key, (most + 1, most + 1), maxval=2 * jnp.pi)
+    max_cells = max(map(int, cells)) if max_cells is None else max_cells
+    angle = jax.random.uniform(key, (max_cells + 1, max_cells + 1), maxval=2 * jnp.pi)
 
     def lattice(n: int, cells: Array) -> tuple[Array, Array]:
-        """How far every pixel lies behind every line of the lattice, and its weight there."""
-        behind = jnp.arange(n, dtype=jnp.float32)[:, None] * (cells / n) - jnp.arange(most + 1, dtype=jnp.float32)
-        near = jnp.clip(1 - jnp.abs(behind), 0, 1)
-        return behind, near**3 * (near * (6 * near - 15) + 10)
+        """Offsets of n pixels from every lattice line, in cells, and the weights of the lines."""
+        lines = jnp.arange(max_cells + 1, dtype=jnp.float32)
+        offset = jnp.arange(n, dtype=jnp.float32)[:, None] * (cells / n) - lines
+        near = jnp.clip(1 - jnp.abs(offset), 0, 1)
+        return offset, near**3 * (near * (6 * near - 15) + 10)
 
-    (down, rows), (across, columns) = (
+    (dy, rows), (dx, columns) = (
         lattice(n, jnp.asarray(c, jnp.float32)) for n, c in zip(size, (cells[0], cells[1]), strict=True)
     )
     with jax.default_matmul_precision("highest"):
-        noise = (rows * down) @ jnp.sin(angle) @ columns.T + rows @ jnp.cos(angle) @ (columns * across).T
+        noise = (rows * dy) @ jnp.sin(angle) @ columns.T + rows @ jnp.cos(angle) @ (columns * dx).T
     return jnp.sqrt(2.0) * noise
 
 
@@ -49,19 +50,20 @@ def fractal_noise(
     cells: tuple[int, int] | Int[Array, "2"],
     octaves: int,
     persistence: float = 0.5,
-    most: int | None = None,
+    max_cells: int | None = None,
 ) -> Float[Array, "h w"]:
-    """Perlin noise of several scales, with the variance of one alone; few values lie outside [-1, 1].
+    """A sum of octaves of Perlin noise with the variance of one octave; few values lie outside [-1, 1].
 
-    Each has twice the cells of the one before and is `persistence` times as strong; the rest is as in `perlin_noise`.
+    Every octave doubles the cells and scales the amplitude by `persistence`. `size`, `cells` and `max_cells` (of the
+    first octave) are those of `perlin_noise`.
     """
-    most = max(map(int, cells)) if most is None else most
-    strength = [persistence**i for i in range(octaves)]
+    max_cells = max(map(int, cells)) if max_cells is None else max_cells
+    amplitudes = [persistence**i for i in range(octaves)]
     layers = [
-        s * perlin_noise(jax.random.fold_in(key, i), size, jnp.asarray(cells) << i, most << i)
-        for i, s in enumerate(strength)
+        amplitude * perlin_noise(jax.random.fold_in(key, i), size, jnp.asarray(cells) << i, max_cells << i)
+        for i, amplitude in enumerate(amplitudes)
     ]
-    return jnp.stack(layers).sum(0) / math.hypot(*strength)
+    return jnp.stack(layers).sum(0) / math.hypot(*amplitudes)
 
 
 def perlin_mask(
@@ -72,23 +74,23 @@ def perlin_mask(
     degrees: float = 90.0,
     octaves: int = 1,
 ) -> Bool[Array, "h w"]:
-    """Where rotated Perlin noise exceeds a threshold; in some draws nowhere.
+    """The pixels where rotated Perlin noise exceeds a threshold; some masks are empty.
 
     Args:
         key: Draws the noise, its cells and the rotation.
         size: Height and width in pixels.
-        exponents: The cells down and across are powers of two, from 2 to the first of these to below that to the last;
-            None: from one cell to cells of about 8 pixels in the last octave (DRAEM's 0 and 6 of 256 px).
+        exponents: (low, high): the cells along each axis are 2**k with k uniform in [low, high). By default, low
+            is 0 and the smallest cells of the last octave have about 8 pixels, as (0, 6) at DRAEM's 256 pixels.
         threshold: Of the noise.
-        degrees: It is rotated by so much at most, either way; nothing exceeds the threshold beyond its corners.
-        octaves: Scales of the noise; several make fractal shapes, whose borders are rough.
+        degrees: Largest rotation, in both directions; the corners that it uncovers are not in the mask.
+        octaves: Octaves of the noise; more make rougher borders.
 
     Source: DRAEM, ICCV 2021, arXiv:2108.07610, section 3.3.
     """
-    which, draw, turn = jax.random.split(key, 3)
+    cells_key, noise_key, angle_key = jax.random.split(key, 3)
     exponents = (0, max(1, round(math.log2(min(size) / 4)) + 1 - octaves)) if exponents is None else exponents
-    cells = 2 ** jax.random.randint(which, (2,), *exponents)
-    noise = fractal_noise(draw, size, cells, octaves, most=2 ** (exponents[1] - 1))
+    cells = 2 ** jax.random.randint(cells_key, (2,), *exponents)
+    noise = fractal_noise(noise_key, size, cells, octaves, max_cells=2 ** (exponents[1] - 1))
     if degrees:
-        noise = rotate(noise, jax.random.uniform(turn, minval=-degrees, maxval=degrees))
+        noise = rotate(noise, jax.random.uniform(angle_key, minval=-degrees, maxval=degrees))
     return noise > threshold

@@ -2,8 +2,8 @@
 
     python tests/backbones/make_golden.py [NAME ...]
 
-It needs torch, torchvision and timm, which the project does not need; the files are committed. `synthetic` draws weights
-and batch-norm statistics from the names of the tensors, so the files hold only a few entries of every feature map.
+It needs torch, torchvision and timm, which the project does not need; the files are committed. `synthetic` draws
+weights and batch-norm statistics from the names of the tensors, so the files hold only a few entries of every map.
 """
 
 # pyright: reportMissingImports=false

@@ -1,4 +1,4 @@
-"""Decoding, resizing, cropping and the way back, against numpy formulas and plain PIL."""
+"""Decoding, resizing, cropping and mapping back, compared with numpy formulas and plain PIL."""
 
 import io
 
@@ -27,7 +27,7 @@ def gray(pixels):
 @settings(max_examples=25, deadline=None)
 @given(h=SIDES, w=SIDES, seed=SEEDS)
 @pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "I;16 tiff", "F", "bmp", "16-bit RGB"])
-def test_every_kind_of_file_is_read_exactly(tmp_path_factory, kind, h, w, seed):
+def test_every_image_format_is_decoded_exactly(tmp_path_factory, kind, h, w, seed):
     random = np.random.default_rng(seed)
     path = tmp_path_factory.getbasetemp() / f"{kind.replace(' ', '')}.png"
     rgb = random.integers(0, 256, (h, w, 3), np.uint8)
@@ -78,7 +78,7 @@ def test_every_kind_of_file_is_read_exactly(tmp_path_factory, kind, h, w, seed):
     assert np.abs(image.astype(int) - np.asarray(expected, float)).max() <= tolerance
 
 
-def test_cmyk_and_transparent_palette(tmp_path):
+def test_cmyk_and_transparent_palettes_become_rgb(tmp_path):
     cyan = Image.new("CMYK", (8, 6), (255, 0, 0, 0))
     cyan.save(tmp_path / "cmyk.tif")
     assert (read(tmp_path / "cmyk.tif", "cmyk") == (0, 255, 255)).all()
@@ -114,38 +114,38 @@ def test_exif_orientation_is_applied_to_images_and_masks(tmp_path, orientation, 
     assert np.array_equal(read_mask(path, "turned", threshold=200), (expected > 200).any(2))
 
 
-def test_resize_and_crop_are_those_of_pil(tmp_path):
+def test_resize_and_crop_equal_pil(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
     path = save(tmp_path / "a.png", pixels)
-    direct = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BILINEAR).crop((9, 5, 39, 35))
-    assert np.array_equal(read(path, "a", Preprocess((40, 48), (30, 30))), np.asarray(direct))
+    expected = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BILINEAR).crop((9, 5, 39, 35))
+    assert np.array_equal(read(path, "a", Preprocess((40, 48), (30, 30))), np.asarray(expected))
     assert read(path, "a", PAPER).shape == (224, 224, 3)
     assert np.array_equal(read(path, "a", Preprocess(None, (11, 13))), pixels[25:36, 35:48])
 
 
-def test_a_large_jpeg_is_decoded_small_without_harm(tmp_path):
+def test_reduced_jpeg_decoding_hardly_changes_the_result(tmp_path):
     y, x = np.mgrid[:900, :1200] / 100
     pixels = (127 + 60 * np.stack([np.sin(x * y), np.cos(3 * x), np.sin(7 * y)], -1)).astype(np.uint8)
     path = save(tmp_path / "big.jpg", pixels, quality=95)
     with Image.open(path) as image:
-        direct = np.asarray(image.resize((200, 150), Image.Resampling.BILINEAR), float)
-    difference = np.abs(read(path, "big", Preprocess((150, 200))) - direct)
+        expected = np.asarray(image.resize((200, 150), Image.Resampling.BILINEAR), float)
+    difference = np.abs(read(path, "big", Preprocess((150, 200))) - expected)
     assert difference.mean() < 0.6 and difference.max() < 8
     assert read(path, "big").shape == (900, 1200, 3)
 
 
 @settings(max_examples=40, deadline=None)
 @given(h=SIDES, w=SIDES, new_h=SIDES, new_w=SIDES, seed=SEEDS)
-def test_masks_take_the_nearest_pixel_as_pil_does(h, w, new_h, new_w, seed):
+def test_masks_are_resized_by_nearest_neighbor_like_in_pil(h, w, new_h, new_w, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (h, w), np.uint8)
-    direct = Image.fromarray(pixels).resize((new_w, new_h), Image.Resampling.NEAREST)
+    expected = Image.fromarray(pixels).resize((new_w, new_h), Image.Resampling.NEAREST)
     mask = read_mask(pixels, "m", Preprocess((new_h, new_w)), 127)
-    # A center on the border between two pixels has no nearest one.
+    # A center on the border between two pixels has no unique nearest pixel.
     rows, columns = ((2 * np.arange(new) + 1) * old % (2 * new) > 0 for old, new in ((h, new_h), (w, new_w)))
-    assert np.array_equal(mask[rows][:, columns], np.asarray(direct)[rows][:, columns] > 127)
+    assert np.array_equal(mask[rows][:, columns], np.asarray(expected)[rows][:, columns] > 127)
 
 
-def test_a_mask_pixel_counts_above_the_threshold_in_its_own_units(tmp_path):
+def test_mask_pixels_above_the_threshold_are_anomalous(tmp_path):
     values = np.array([[0, 1, 127, 128, 255]], np.uint8)
     assert read_mask(values, "m").tolist() == [[False, True, True, True, True]]
     assert read_mask(values, "m", threshold=127).tolist() == [[False, False, False, True, True]]
@@ -154,13 +154,13 @@ def test_a_mask_pixel_counts_above_the_threshold_in_its_own_units(tmp_path):
     assert read_mask(deep, "m").tolist() == [[False, True, True]]
     colored = save(tmp_path / "rgb.png", np.array([[[0, 0, 0], [0, 0, 9]]], np.uint8))
     assert read_mask(colored, "m").tolist() == [[False, True]]
-    both = read_mask(np.eye(8, dtype=np.uint8), "m", Preprocess((16, 16), (8, 8)))
-    assert np.array_equal(both, np.kron(np.eye(8), np.ones((2, 2)))[4:12, 4:12] > 0)
+    resized = read_mask(np.eye(8, dtype=np.uint8), "m", Preprocess((16, 16), (8, 8)))
+    assert np.array_equal(resized, np.kron(np.eye(8), np.ones((2, 2)))[4:12, 4:12] > 0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(h=st.integers(8, 90), w=st.integers(8, 90), crop=st.booleans(), seed=SEEDS)
-def test_a_heat_map_returns_to_where_it_came_from(h, w, crop, seed):
+def test_a_heat_map_returns_to_its_place_in_the_original(h, w, crop, seed):
     preprocess = Preprocess((32, 40), (24, 32) if crop else None)
     size = preprocess.output_size((h, w))
     assert np.allclose(to_original(np.full(size, 3.5, np.float32), (h, w), preprocess), 3.5)
@@ -168,32 +168,33 @@ def test_a_heat_map_returns_to_where_it_came_from(h, w, crop, seed):
     row, column = random.integers(4, size[0] - 4), random.integers(4, size[1] - 4)
     heat = np.zeros(size, np.float32)
     heat[row - 2 : row + 3, column - 2 : column + 3] = 1
-    back = to_original(heat, (h, w), preprocess)
-    assert back.shape == (h, w) and back.dtype == np.float32 and back.min() >= 0 and back.max() <= 1 + 1e-5
+    restored = to_original(heat, (h, w), preprocess)
+    assert restored.shape == (h, w) and restored.dtype == np.float32
+    assert restored.min() >= 0 and restored.max() <= 1 + 1e-5
     top, left = ((32 - 24) / 2, (40 - 32) / 2) if crop else (0, 0)
     y, x = np.mgrid[:h, :w] + 0.5
-    center = (back * y).sum() / back.sum(), (back * x).sum() / back.sum()
+    center = (restored * y).sum() / restored.sum(), (restored * x).sum() / restored.sum()
     expected = (row + 0.5 + top) * h / 32, (column + 0.5 + left) * w / 40
     assert np.allclose(center, expected, atol=0.6 * max(h / 32, w / 40, 1))
 
 
-def test_the_cropped_border_holds_the_minimum():
+def test_the_cropped_border_gets_the_minimum():
     heat = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
-    back = to_original(heat, (12, 12), Preprocess(None, (8, 8)))
-    assert np.array_equal(back[2:10, 2:10], heat)
-    back[2:10, 2:10] = heat.min()
-    assert (back == heat.min()).all()
+    restored = to_original(heat, (12, 12), Preprocess(None, (8, 8)))
+    assert np.array_equal(restored[2:10, 2:10], heat)
+    restored[2:10, 2:10] = heat.min()
+    assert (restored == heat.min()).all()
     with pytest.raises(ValueError, match=r"preprocessed image \(8, 8\), got \(4, 4\)"):
         to_original(np.zeros((4, 4), np.float32), (12, 12), Preprocess(None, (8, 8)))
 
 
-def test_threads_keep_order_and_raise():
+def test_threads_keep_the_order_and_raise_errors():
     assert in_threads(lambda i: i * i, range(50)) == [i * i for i in range(50)]
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda i: 1 // i, range(3))
 
 
-def broken(kind):
+def broken_file(kind):
     encoded = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(encoded, "png")
     data = bytearray(encoded.getvalue())
@@ -206,14 +207,14 @@ def broken(kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "damaged", "text", "empty", "header"])
-def test_a_corrupt_file_is_named(tmp_path, kind):
+def test_the_error_names_a_corrupt_file(tmp_path, kind):
     path = tmp_path / "part_017.png"
-    path.write_bytes(broken(kind))
+    path.write_bytes(broken_file(kind))
     with pytest.raises(ImageError, match=r"cannot decode .*part_017.png \(.+\): repair or remove it$"):
         read(path, str(path))
 
 
-def test_other_bad_images(tmp_path):
+def test_other_invalid_images_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image file not found: gone\.png"):
         read(tmp_path / "gone.png", "gone.png")
     hot = save(tmp_path / "hot.tif", np.full((4, 4), 1.5, np.float32))
@@ -232,7 +233,7 @@ def test_other_bad_images(tmp_path):
         read(np.zeros((4, 4), np.uint8), "small", Preprocess(None, (9, 9)))
 
 
-def test_a_file_too_large_to_decode_is_named(tmp_path, monkeypatch):
+def test_the_error_names_a_file_that_is_too_large(tmp_path, monkeypatch):
     path = save(tmp_path / "huge.png", np.zeros((30, 30), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"huge.png is too large to decode \(.*\): cut it into tiles"):

@@ -1,4 +1,4 @@
-"""Every layout and every fault of a source."""
+"""Every layout and every kind of invalid source."""
 
 import dataclasses
 import subprocess
@@ -26,16 +26,16 @@ def save(path, pixels=RED):
 def category(root, mask_name="{}_mask.png", good="good"):
     for i in range(3):
         save(root / f"train/{good}/{i:03d}.png")
-    for kind in (good, "crack", "dent"):
+    for defect in (good, "crack", "dent"):
         for i in range(2):
-            save(root / f"test/{kind}/{i:03d}.png")
-            if kind != good and mask_name:
-                save(root / "ground_truth" / kind / mask_name.format(f"{i:03d}"), SPOT)
+            save(root / f"test/{defect}/{i:03d}.png")
+            if defect != good and mask_name:
+                save(root / "ground_truth" / defect / mask_name.format(f"{i:03d}"), SPOT)
     return root
 
 
 @pytest.mark.parametrize("mask_name", ["{}_mask.png", "{}.png", "{}.bmp"])
-def test_mvtec_layout_of_one_category(tmp_path, mask_name):
+def test_mvtec_layout_with_one_category(tmp_path, mask_name):
     data = open_data(category(tmp_path / "screw", mask_name), preprocess=Preprocess((12, 16)))
     assert list(data) == ["screw"]
     train, test = data["screw"]
@@ -49,7 +49,7 @@ def test_mvtec_layout_of_one_category(tmp_path, mask_name):
     assert np.array_equal(test.original(1), RED) and test.original_size(1) == (12, 16)
 
 
-def test_mvtec_layout_of_many_categories(tmp_path):
+def test_mvtec_layout_with_several_categories(tmp_path):
     category(tmp_path / "set/nut")
     category(tmp_path / "set/bolt", mask_name=None, good="ok")
     save(tmp_path / "set/about/cover.png")
@@ -61,7 +61,7 @@ def test_mvtec_layout_of_many_categories(tmp_path):
     assert list(open_data(tmp_path / "set", category="all")) == ["bolt", "nut"]
 
 
-def test_training_images_directly_in_train(tmp_path):
+def test_training_images_may_lie_directly_in_train(tmp_path):
     save(tmp_path / "train/a.png")
     save(tmp_path / "test/good/b.png")
     save(tmp_path / "test/hole/c.png")
@@ -69,7 +69,7 @@ def test_training_images_directly_in_train(tmp_path):
     assert len(train) == 1 and test.labels.tolist() == [0, 1]
 
 
-def test_labelled_training_anomalies_stay_out_unless_wanted(tmp_path):
+def test_training_anomalies_are_dropped_by_default(tmp_path):
     category(tmp_path)
     save(tmp_path / "train/crack/9.png")
     save(tmp_path / "ground_truth/crack/9_mask.png", SPOT)
@@ -78,7 +78,7 @@ def test_labelled_training_anomalies_stay_out_unless_wanted(tmp_path):
     assert train.labels.tolist().count(1) == 1 and train.masks(range(4)).any((1, 2)).tolist().count(True) == 1
 
 
-def test_flat_folder_is_read_at_any_depth(tmp_path):
+def test_a_flat_folder_includes_its_subfolders(tmp_path):
     for name in ("b.PNG", "a.jpg", "deep/er/c.tif", ".hidden.png", "notes.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,20 +87,20 @@ def test_flat_folder_is_read_at_any_depth(tmp_path):
     assert test is None and not train.has_masks
     assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.jpg", "b.PNG", "deep/er/c.tif"]
     assert train.images(range(3)).shape == (3, 224, 224, 3)
-    assert len(open_data(category(tmp_path / "x"), layout="flat")["x"].train) == 13  # the masks, too
+    assert len(open_data(category(tmp_path / "x"), layout="flat")["x"].train) == 13  # including the masks
 
 
-def test_what_jaxad_wrote_into_a_flat_folder_is_no_training_image(tmp_path):
+def test_a_flat_folder_excludes_output_of_jaxad(tmp_path):
     for name in ("a.png", "runs/patchcore/a/a/scores/new/overlays/a.png", "heat/overlays/a.png", "mine/b.png"):
         save(tmp_path / name)
     (tmp_path / "runs/patchcore/a/a/model.safetensors").touch()
     (tmp_path / "heat/scores.jsonl").touch()
-    (tmp_path / "scores.jsonl").touch()  # of the folder itself: its images count
+    (tmp_path / "scores.jsonl").touch()  # in the folder itself, whose images are read
     (train, _) = open_data(tmp_path)[tmp_path.name]
     assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.png", "mine/b.png"]
 
 
-def test_files_and_one_file(tmp_path):
+def test_lists_of_files_and_single_files(tmp_path):
     paths = [save(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8)) for i in (3, 1, 2)]
     train = open_data(paths, preprocess=Preprocess(None))["files"].train
     assert train.images([2, 0])[:, 0, 0, 0].tolist() == [2, 3]
@@ -124,7 +124,7 @@ def test_visa_layout(tmp_path):
     assert test.defects == ("good", "anomaly") and np.array_equal(test.masks([1])[0], SPOT > 0)
 
 
-def test_csv(tmp_path):
+def test_csv_files(tmp_path):
     for name in ("a", "b", "c", "d"):
         save(tmp_path / f"images/{name}.png")
     save(tmp_path / "masks/c.png", SPOT)
@@ -144,10 +144,10 @@ def test_csv(tmp_path):
 
 
 def test_kolektor_layout(tmp_path):
-    for split, bad in (("train", (1,)), ("test", (0,))):
+    for split, anomalous in (("train", (1,)), ("test", (0,))):
         for i in range(3):
             save(tmp_path / f"{split}/{i}.png")
-            save(tmp_path / f"{split}/{i}_GT.png", SPOT * (i in bad))
+            save(tmp_path / f"{split}/{i}_GT.png", SPOT * (i in anomalous))
     train, test = open_data(tmp_path)["ksdd2"]
     assert len(train) == 2 and test.labels.tolist() == [1, 0, 0] and test.masks(range(3)).any((1, 2)).tolist()[0]
 
@@ -174,7 +174,7 @@ def test_magnetic_tile_layout(tmp_path):
     channels=st.sampled_from([None, 1, 3]),
     dtype=st.sampled_from(["uint8", "uint16", "float32", "float64"]),
 )
-def test_arrays(n, h, w, channels, dtype):
+def test_arrays_of_every_type(n, h, w, channels, dtype):
     random = np.random.default_rng(0)
     bytes_ = random.integers(0, 256, (n, h, w) if channels is None else (n, h, w, channels), np.uint8)
     scale = {"uint8": 1, "uint16": 257, "float32": 1 / 255, "float64": 1 / 255}[dtype]
@@ -196,7 +196,7 @@ def test_arrays_with_labels_masks_and_categories():
     assert mixed.images([1, 0]).shape == (2, 224, 224, 3) and mixed.original_size(1) == (5, 6)
 
 
-def test_subset(tmp_path):
+def test_subsets(tmp_path):
     test = open_data(category(tmp_path / "a"))["a"].test
     assert test.subset(test.labels == 0).defects == ("good", "good")
     assert test.subset([3, -1, 0]).defects == ("dent", "good", "crack")
@@ -204,7 +204,7 @@ def test_subset(tmp_path):
     assert len(test.subset(np.array([], int))) == 0
 
 
-def test_nothing_is_decoded_before_it_is_asked_for(tmp_path):
+def test_images_are_decoded_on_request(tmp_path):
     category(tmp_path / "a")
     (tmp_path / "a/train/good/001.png").write_bytes(b"broken")
     train = open_data(tmp_path / "a")["a"].train
@@ -213,10 +213,10 @@ def test_nothing_is_decoded_before_it_is_asked_for(tmp_path):
         train.images([0, 1])
 
 
-def test_reading_folders_imports_no_tfds():
+def test_reading_folders_does_not_import_tfds():
     code = "import sys, jaxad.data; print([m for m in ('tensorflow_datasets', 'tensorflow') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 def csv_file(tmp_path, text):
@@ -225,28 +225,28 @@ def csv_file(tmp_path, text):
     return tmp_path / "t.csv"
 
 
-def latin_csv(tmp_path):
+def latin1_csv(tmp_path):
     (tmp_path / "t.csv").write_bytes("image_path,label,split\ncafé.png,good,train\n".encode("latin-1"))
     return tmp_path / "t.csv"
 
 
-def sized_masks(tmp_path):
+def mask_of_another_size(tmp_path):
     save(category(tmp_path / "a") / "ground_truth/dent/001_mask.png", SPOT[:7])
     return tmp_path / "a"
 
 
-def lost_mask(tmp_path):
+def missing_mask(tmp_path):
     (category(tmp_path / "a") / "ground_truth/dent/001_mask.png").unlink()
     return tmp_path / "a"
 
 
-def without_normals(tmp_path):
+def no_normal_images(tmp_path):
     save(tmp_path / "a/train/crack/1.png")
     save(tmp_path / "a/test/good/1.png")
     return tmp_path / "a"
 
 
-def mixture(tmp_path):
+def good_next_to_bad(tmp_path):
     save(tmp_path / "good/1.png")
     save(tmp_path / "bad/1.png")
     return tmp_path
@@ -261,12 +261,12 @@ def mixed_sizes(tmp_path):
 FAULTS = {
     "missing folder": (lambda t: t / "gone", {}, "no such file or folder: .*gone"),
     "no images": (lambda t: t, {}, r"no images found in .*: expected files ending in \.bmp"),
-    "no normals": (without_normals, {}, "category 'a' of a has no normal training images: expected train/good"),
+    "no normals": (no_normal_images, {}, "category 'a' of a has no normal training images: expected train/good"),
     "unknown category": (lambda t: category(t / "a"), {"category": "b"}, "no category 'b' in a: choose one of a"),
     "unknown layout": (lambda t: t, {"layout": "coco"}, "no layout 'coco': choose auto or one of visa, mtd"),
-    "good beside bad": (mixture, {}, "normal images only, got good beside bad in .*: pass .*good, or move"),
-    "mask of another size": (sized_masks, {}, "got 7 x 16 for the 12 x 16 image .*dent/001.png"),
-    "mask missing": (lost_mask, {}, "every anomalous image needs a mask, or none: 1 have none, .*dent/001.png"),
+    "good next to bad": (good_next_to_bad, {}, "normal images only, got good next to bad in .*: pass .*good, or move"),
+    "mask of another size": (mask_of_another_size, {}, "got 7 x 16 for the 12 x 16 image .*dent/001.png"),
+    "mask missing": (missing_mask, {}, "but 1 of them have none, the first is .*dent/001.png"),
     "mixed sizes": (
         mixed_sizes,
         {"preprocess": Preprocess(None)},
@@ -281,7 +281,7 @@ FAULTS = {
     "bad resize": (mixed_sizes, {"preprocess": Preprocess((0, 8))}, r"resize must be two positive numbers .*\(0, 8\)"),
     "csv columns": (lambda t: csv_file(t, "image_path,kind\n"), {}, "lacks the columns label, split: its first line"),
     "csv encoding": (
-        latin_csv,
+        latin1_csv,
         {},
         "t.csv must be UTF-8 text, but .*: save it again as CSV UTF-8",
     ),
@@ -318,25 +318,25 @@ FAULTS = {
     "no array": (lambda t: np.zeros((0, 5, 5)), {}, r"got \(0, 5, 5\)"),
     "label count": (lambda t: Arrays([RED], [RED], [0, 1]), {}, r"one entry per test image \(1\), got 2"),
     "label value": (lambda t: Arrays([RED], [RED], [7]), {}, "must be 0 .* or 1 .*, got 7 at position 0"),
-    "labels alone": (lambda t: Arrays([RED], None, [0]), {}, "labels and masks belong to test images"),
+    "labels without images": (lambda t: Arrays([RED], None, [0]), {}, "labels and masks belong to test images"),
     "array mask": (lambda t: Arrays([RED], [RED], [1], [SPOT[:7]]), {}, r"got 7 x 16 for the 12 x 16 image array\[0\]"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_gives_one_clear_line(tmp_path, fault):
-    source, options, message = FAULTS[fault]
-    made = source(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        open_data(made, **options)
-    assert "\n" not in str(caught.value)
+def test_an_invalid_source_gives_one_clear_line(tmp_path, fault):
+    make_source, options, message = FAULTS[fault]
+    source = make_source(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        open_data(source, **options)
+    assert "\n" not in str(error.value)
 
 
-def test_mixed_sizes_that_show_only_on_reading():
+def test_mixed_sizes_are_reported_on_reading_at_the_latest():
     train = open_data([RED, RED], preprocess=Preprocess(None))["arrays"].train
-    late = train.records[1]._replace(image=lambda: RED[:5])
+    smaller = train.records[1]._replace(image=lambda: RED[:5])
     with pytest.raises(ValueError, match=r"got 5 x 16 in array\[1\] but 12 x 16 in array\[0\]"):
-        dataclasses.replace(train, records=(train.records[0], late)).images([0, 1])
+        dataclasses.replace(train, records=(train.records[0], smaller)).images([0, 1])
 
 
 def test_real_folders(shared):
@@ -345,7 +345,7 @@ def test_real_folders(shared):
     assert set(mtd.test.defects) == {"good", "blowhole", "break", "crack", "fray", "uneven"}
     bottle = open_data(shared / "data/mvtec_bottle", category="bottle")["bottle"]
     assert (len(bottle.train), len(bottle.test), int(bottle.test.labels.sum())) == (209, 83, 63)
-    chosen = [0, 30, 80]
-    assert np.array_equal(bottle.test.masks(chosen).any((1, 2)), bottle.test.labels[chosen] == 1)
+    indices = [0, 30, 80]
+    assert np.array_equal(bottle.test.masks(indices).any((1, 2)), bottle.test.labels[indices] == 1)
     pills = open_data(shared / "data/pillqc")["pillqc"]
     assert (len(pills.train), len(pills.test), pills.test.has_masks) == (100, 230, False)

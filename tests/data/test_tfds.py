@@ -1,4 +1,4 @@
-"""TFDS builders and the reader, with small dummy data in each published layout and without TensorFlow."""
+"""TFDS builders and the TFDS reader, without TensorFlow, on small synthetic data in each published layout."""
 
 import sys
 
@@ -14,44 +14,44 @@ SPOT = np.zeros((10, 14), np.uint8)
 SPOT[2:5, 3:9] = 255
 
 
-def image(path, gray=False):
+def save_image(path, gray=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(RANDOM.integers(0, 256, (10, 14) if gray else (10, 14, 3), np.uint8)).save(path)
 
 
-def mask(path, pixels=SPOT):
+def save_mask(path, pixels=SPOT):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
-def folders(root, names, good, bad, pattern):
+def mvtec_folders(root, names, good, defects, pattern):
     for name in names:
         for i in range(3):
-            image(root / name / f"train/{good}/{i}.png")
-        image(root / name / f"test/{good}/9.png")
-        for kind in bad:
-            image(root / name / f"test/{kind}/0.bmp")
-            mask(root / name / "ground_truth" / kind / pattern.format(0))
+            save_image(root / name / f"train/{good}/{i}.png")
+        save_image(root / name / f"test/{good}/9.png")
+        for defect in defects:
+            save_image(root / name / f"test/{defect}/0.bmp")
+            save_mask(root / name / "ground_truth" / defect / pattern.format(0))
 
 
 def mvtec_ad(root):
-    folders(root, ["bottle", "grid"], "good", ["broken", "dirty"], "{}_mask.png")
+    mvtec_folders(root, ["bottle", "grid"], "good", ["broken", "dirty"], "{}_mask.png")
 
 
 def mpdd(root):
-    folders(root, ["tubes"], "good", ["rust"], "{}_mask.png")
+    mvtec_folders(root, ["tubes"], "good", ["rust"], "{}_mask.png")
 
 
 def btad(root):
-    folders(root, ["01", "02"], "ok", ["ko"], "{}.bmp")
+    mvtec_folders(root, ["01", "02"], "ok", ["ko"], "{}.bmp")
 
 
 def visa(root):
     lines = ["object,split,label,image,mask"]
     for i, (split, label) in enumerate([("train", "normal")] * 2 + [("test", "normal"), ("test", "anomaly")]):
-        image(root / f"pcb1/Data/Images/{i}.JPG")
+        save_image(root / f"pcb1/Data/Images/{i}.JPG")
         lines.append(f"pcb1,{split},{label},pcb1/Data/Images/{i}.JPG,{'pcb1/m.png' if label == 'anomaly' else ''}")
-    mask(root / "pcb1/m.png", SPOT // 255)
+    save_mask(root / "pcb1/m.png", SPOT // 255)
     (root / "split_csv").mkdir()
     (root / "split_csv/1cls.csv").write_text("\n".join(lines))
 
@@ -59,15 +59,15 @@ def visa(root):
 def ksdd2(root):
     for split in ("train", "test"):
         for i in range(3):
-            image(root / f"{split}/1000{i}.png")
-            mask(root / f"{split}/1000{i}_GT.png", SPOT if i == 2 else SPOT * 0)
+            save_image(root / f"{split}/1000{i}.png")
+            save_mask(root / f"{split}/1000{i}_GT.png", SPOT if i == 2 else SPOT * 0)
 
 
 def mtd(root):
     for kind in ("Free", "Crack"):
         for i in range(2):
-            image(root / f"MT_{kind}/Imgs/exp{i}.jpg", gray=True)
-            mask(root / f"MT_{kind}/Imgs/exp{i}.png", np.where(SPOT * (kind == "Crack"), 255, 9).astype(np.uint8))
+            save_image(root / f"MT_{kind}/Imgs/exp{i}.jpg", gray=True)
+            save_mask(root / f"MT_{kind}/Imgs/exp{i}.png", np.where(SPOT * (kind == "Crack"), 255, 9).astype(np.uint8))
     (root / "mtd_train_filenames.txt").write_text("exp1.jpg\n")
 
 
@@ -75,41 +75,41 @@ LAYOUTS = {"mvtec_ad": mvtec_ad, "visa": visa, "btad": btad, "mpdd": mpdd, "ksdd
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_prepared_data_are_those_of_the_folder(tmp_path, name):
+def test_prepared_data_equal_the_folder(tmp_path, name):
     root = tmp_path / "manual"
     root.mkdir()
     LAYOUTS[name](root)
-    written = prepare(name, root, tmp_path / "tfds")
-    assert any(written.glob("*.array_record*")) and "tensorflow" not in sys.modules
+    data_dir = prepare(name, root, tmp_path / "tfds")
+    assert any(data_dir.glob("*.array_record*")) and "tensorflow" not in sys.modules
     options = {"preprocess": Preprocess(None), "mask_threshold": 127 if name == "mtd" else 0}
     from_folder = open_data(root, **options)
     prepared = open_data(f"tfds:{name}:{tmp_path / 'tfds'}", preprocess=Preprocess(None))
     assert list(prepared) == list(from_folder)
     for category, (train, test) in from_folder.items():
-        for ours, theirs in ((prepared[category].train, train), (prepared[category].test, test)):
-            assert len(ours) == len(theirs) and ours.has_masks
-            order = [theirs.paths.index(str(root / path.removeprefix(f"{name}/"))) for path in ours.paths]
-            assert ours.defects == tuple(theirs.defects[i] for i in order)
-            every = range(len(ours))
-            assert np.array_equal(ours.images(every), theirs.images(order))
-            assert np.array_equal(ours.masks(every), theirs.masks(order))
-            assert np.array_equal(ours.masks(every).any((1, 2)), ours.labels == 1)
+        for data, expected in ((prepared[category].train, train), (prepared[category].test, test)):
+            assert len(data) == len(expected) and data.has_masks
+            order = [expected.paths.index(str(root / path.removeprefix(f"{name}/"))) for path in data.paths]
+            assert data.defects == tuple(expected.defects[i] for i in order)
+            indices = range(len(data))
+            assert np.array_equal(data.images(indices), expected.images(order))
+            assert np.array_equal(data.masks(indices), expected.masks(order))
+            assert np.array_equal(data.masks(indices).any((1, 2)), data.labels == 1)
 
 
-def test_the_folder_may_lie_in_the_manual_directory(tmp_path):
+def test_the_data_set_may_be_a_subfolder_of_the_manual_directory(tmp_path):
     mpdd(tmp_path / "MPDD")
     prepare("mpdd", tmp_path, tmp_path / "tfds")
     assert len(open_data(f"tfds:mpdd:1.0.0:{tmp_path / 'tfds'}")["tubes"].train) == 3
 
 
-def test_every_builder_has_a_layout_here_and_a_card(request):
+def test_every_builder_is_tested_and_has_a_card(request):
     names = {builder.name for builder in InspectionBuilder.__subclasses__()}
     assert names == set(LAYOUTS)
     cards = {path.stem for path in (request.config.rootpath / "data").glob("*.md")}
     assert names | {"README", "demo"} <= cards
 
 
-def test_classes_without_a_normal_one_are_read_one_vs_rest(shared):
+def test_classes_without_a_normal_class_are_read_one_vs_rest(shared):
     data = open_data(f"tfds:cifar10:{shared / 'data/tfds'}", category="cat", preprocess=Preprocess((32, 32)))
     train, test = data["cat"]
     assert (len(train), len(test), int((test.labels == 0).sum()), test.has_masks) == (5000, 10000, 1000, False)
@@ -118,10 +118,10 @@ def test_classes_without_a_normal_one_are_read_one_vs_rest(shared):
     assert "tensorflow" not in sys.modules
 
 
-def test_faults(tmp_path):
-    with pytest.raises(ValueError, match="must read tfds:NAME or tfds:NAME:DATA_DIR, got 'tfds:'"):
+def test_invalid_sources_are_reported(tmp_path):
+    with pytest.raises(ValueError, match="must have the form tfds:NAME or tfds:NAME:DATA_DIR, got 'tfds:'"):
         open_data("tfds:")
-    with pytest.raises(FileNotFoundError, match="TFDS knows no data set 'no_such_set' in"):
+    with pytest.raises(FileNotFoundError, match="TFDS has no data set 'no_such_set' in"):
         open_data(f"tfds:no_such_set:{tmp_path}")
     with pytest.raises(FileNotFoundError, match=r"tfds:mpdd:.* is not prepared in .*: run .*download_and_prepare"):
         open_data(f"tfds:mpdd:{tmp_path}")

@@ -1,4 +1,4 @@
-"""The exact metrics against scikit-learn and against a slow reading of the definition of AUPRO."""
+"""The exact metrics, compared with scikit-learn and with a slow implementation of the definition of AUPRO."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from jaxad import metrics
 
 
 def samples(seed, n=400, levels=None, dtype=np.float64):
-    """Overlapping normal and anomalous scores; few `levels` make heavy ties."""
+    """Overlapping scores of normal and anomalous samples; few `levels` give many ties."""
     rng = np.random.default_rng(seed)
     labels = rng.random(n) < rng.uniform(0.02, 0.98)
     labels[:2] = 0, 1
@@ -39,30 +39,30 @@ def test_rank_metrics_equal_scikit_learn(levels, dtype):
         assert metrics.f1_max(scores, labels) == pytest.approx(f1.max(), abs=1e-12)
 
 
-def test_hand_computed():
+def test_metrics_match_hand_computed_values():
     scores, labels = [0.9, 0.8, 0.8, 0.1], [1, 1, 0, 0]
     assert metrics.auroc(scores, labels) == 0.875  # three pairs won, one tied
     assert metrics.average_precision(scores, labels) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert metrics.f1_max(scores, labels) == pytest.approx(2 * 2 / (2 * 2 + 1))
 
 
-def floods(mask):
-    """8-connected regions of one mask as lists of pixels, by flood fill."""
-    left = set(zip(*np.nonzero(mask), strict=True))
-    while left:
-        region, edge = [], [left.pop()]
+def connected_regions(mask):
+    """The 8-connected regions of one mask as lists of pixels, by flood fill."""
+    unvisited = set(zip(*np.nonzero(mask), strict=True))
+    while unvisited:
+        region, edge = [], [unvisited.pop()]
         while edge:
             row, column = edge.pop()
             region.append((row, column))
-            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
-            left -= near
-            edge.extend(near)
+            neighbors = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & unvisited
+            unvisited -= neighbors
+            edge.extend(neighbors)
         yield region
 
 
 def slow_aupro(scores, masks, limit):
-    """AUPRO by its definition: every threshold, every region, in fractions."""
-    regions = [[(i, *pixel) for pixel in region] for i, mask in enumerate(masks) for region in floods(mask)]
+    """AUPRO by its definition, over every threshold and region, in exact fractions."""
+    regions = [[(i, *pixel) for pixel in region] for i, mask in enumerate(masks) for region in connected_regions(mask)]
     limit = Fraction(str(limit))
     curve = [(Fraction(0), Fraction(0))]
     for threshold in sorted(set(scores.ravel().tolist()), reverse=True):
@@ -80,10 +80,10 @@ def slow_aupro(scores, masks, limit):
     return float(area / limit)
 
 
-def maps(seed, levels=None, shape=(4, 7, 6)):
+def random_maps(seed, levels=None, shape=(4, 7, 6)):
     rng = np.random.default_rng(seed)
     masks = rng.random(shape) < 0.25
-    masks[0] = False  # a good image, whose pixels count in the false-positive rate
+    masks[0] = False  # a normal image, whose pixels count in the false-positive rate
     scores = rng.normal(size=shape) + masks
     return (np.round(scores * levels) / levels if levels else scores).astype(np.float32), masks
 
@@ -92,18 +92,18 @@ def maps(seed, levels=None, shape=(4, 7, 6)):
 @pytest.mark.parametrize("levels", [None, 3, 0.5])
 def test_aupro_equals_its_definition(limit, levels):
     for seed in range(3):
-        scores, masks = maps(seed, levels)
+        scores, masks = random_maps(seed, levels)
         assert metrics.aupro(scores, masks, limit) == pytest.approx(slow_aupro(scores, masks, limit), abs=1e-12)
 
 
-def test_aupro_of_perfect_blind_and_inverted_maps():
-    _, masks = maps(0)
+def test_aupro_of_perfect_constant_and_inverted_maps():
+    _, masks = random_maps(0)
     assert metrics.aupro(masks.astype(np.float32), masks) == 1.0
-    assert metrics.aupro(np.zeros(masks.shape), masks) == pytest.approx(0.15)  # one tie: the diagonal up to 0.3
+    assert metrics.aupro(np.zeros(masks.shape), masks) == pytest.approx(0.15)  # all tied: the diagonal
     assert metrics.aupro(-masks.astype(np.float32), masks) == 0.0
 
 
-def test_regions_touch_at_corners_but_not_across_images():
+def test_regions_connect_at_corners_but_not_across_images():
     masks = np.zeros((2, 3, 4), bool)
     masks[0, 0, 0] = masks[0, 1, 1] = masks[0, 0, 3] = masks[1, 0, 0] = True
     weights = metrics.region_weights(masks)
@@ -121,8 +121,8 @@ def test_small_regions_weigh_as_much_as_large_ones():
     assert metrics.aupro(scores, masks, 1e-9) == pytest.approx(0.5)
 
 
-def test_evaluate_is_the_single_metrics_together():
-    scores, masks = maps(5)
+def test_evaluate_equals_the_single_metrics():
+    scores, masks = random_maps(5)
     image_scores, labels = scores.max((1, 2)), masks.any((1, 2))
     report = metrics.evaluate(image_scores, labels.astype(np.int32), scores, masks.astype(np.uint8), fpr_limit=0.1)
     assert tuple(report.values) == metrics.METRICS and report.reasons == {}
@@ -141,11 +141,11 @@ def test_evaluate_is_the_single_metrics_together():
         ([0, 1], np.eye(2)[None].repeat(2, 0), np.zeros((2, 2, 2)), "pixel", "none of the 8 pixels is anomalous"),
         ([0, 1], np.eye(2)[None].repeat(2, 0), np.ones((2, 2, 2)), "pixel", "none of the 8 pixels is normal"),
         ([0, 1], None, np.ones((2, 2, 2)), "pixel", "the method gives no anomaly maps"),
-        ([0, 1], np.ones((2, 2, 2)), None, "pixel", "the data have no masks"),
+        ([0, 1], np.ones((2, 2, 2)), None, "pixel", "the data set has no masks"),
         ([], np.ones((0, 2, 2)), np.ones((0, 2, 2)), "", "none of the 0"),
     ],
 )
-def test_undefined_metrics_are_nan_with_the_reason(labels, maps, masks, nans, reason):
+def test_undefined_metrics_are_nan_with_a_reason(labels, maps, masks, nans, reason):
     report = metrics.evaluate(np.arange(len(labels)), labels, maps, masks)
     assert tuple(report.values) == metrics.METRICS
     expected = {name for name in metrics.METRICS if name.startswith(nans)}
@@ -175,7 +175,7 @@ def test_single_metrics_are_nan_when_undefined():
         (([1.0, 2.0], [0, 1], None, None, 1.5), "got 1.5"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, message):
+def test_invalid_input_gives_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         metrics.evaluate(*arguments)
     assert "\n" not in str(error.value)
@@ -195,16 +195,17 @@ def test_bad_input_is_one_clear_line(arguments, message):
         ]
     ),
 )
-def test_rank_metrics_do_not_change_under_monotone_maps(ranks, masks, increasing):
-    assert (np.diff(increasing(np.arange(-40, 41))) > 0).all()  # strictly, also in the type of the scores
+def test_metrics_are_invariant_under_monotone_functions(ranks, masks, increasing):
+    assert (np.diff(increasing(np.arange(-40, 41))) > 0).all()  # strictly increasing in the type of the scores
     labels = masks.any((1, 2))
-    before = metrics.evaluate(ranks.max((1, 2)), labels, ranks, masks)
-    after = metrics.evaluate(increasing(ranks).max((1, 2)), labels, increasing(ranks), masks)
-    assert before.reasons == after.reasons
-    np.testing.assert_equal(before.values, after.values)
+    scores = increasing(ranks)
+    expected = metrics.evaluate(ranks.max((1, 2)), labels, ranks, masks)
+    report = metrics.evaluate(scores.max((1, 2)), labels, scores, masks)
+    assert report.reasons == expected.reasons
+    np.testing.assert_equal(report.values, expected.values)
 
 
-def test_values_keep_their_precision():
+def test_scores_keep_their_precision():
     base = 16777216.0  # 2^24: base + 1 is a float64, and would tie with base in float32
     assert metrics.auroc(np.array([base, base + 1]), [0, 1]) == 1.0
     assert metrics.auroc(np.array([3e38, -3e38], np.float32), [1, 0]) == 1.0

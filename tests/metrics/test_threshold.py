@@ -1,4 +1,4 @@
-"""Thresholds: the finite-sample guarantee, the oracle and what is stored."""
+"""Thresholds: the finite-sample guarantee, the oracle and the JSON format."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from jaxad import metrics
         (99, 0.05, 95, 0.05),
         (99, 0.29, 71, 0.29),  # 100 * 0.29 is 28.999... in floating point
         (100, 0.05, 96, 5 / 101),
-        (5, 0.1, 5, 1 / 6),  # too few normals for the wanted rate: their maximum
+        (5, 0.1, 5, 1 / 6),  # too few normals for the target rate: the maximum
         (5, 0.0, 5, 1 / 6),
         (1, 0.99, 1, 0.5),
     ],
 )
-def test_rank_and_guarantee(n, fpr, rank, guaranteed):
+def test_the_rank_and_the_guarantee_follow_the_formula(n, fpr, rank, guaranteed):
     scores = np.random.default_rng(0).permutation(n) + 1.0
     threshold = metrics.conformal_threshold(scores, fpr)
     assert threshold == metrics.Threshold(rank, fpr, threshold.guaranteed_fpr, n, "held-out normals")
@@ -29,19 +29,19 @@ def test_rank_and_guarantee(n, fpr, rank, guaranteed):
 
 
 @pytest.mark.parametrize(("n", "fpr"), [(19, 0.1), (30, 0.1), (7, 0.01)])
-def test_guarantee_holds_on_new_normals(n, fpr):
+def test_the_guarantee_holds_on_new_normals(n, fpr):
     rng = np.random.default_rng(1)
     trials = 6_000
     normals = rng.normal(size=(trials, n + 1))
     thresholds = [metrics.conformal_threshold(row[:n], fpr) for row in normals]
-    false = np.mean(normals[:, n] > [t.value for t in thresholds])
+    fpr_on_new = np.mean(normals[:, n] > [t.value for t in thresholds])
     guaranteed = thresholds[0].guaranteed_fpr
     error = math.sqrt(guaranteed * (1 - guaranteed) / trials)
-    assert abs(false - guaranteed) < 4 * error  # it is exact for continuous scores: neither too many nor too few
+    assert abs(fpr_on_new - guaranteed) < 4 * error  # the rate is exact for continuous scores
     assert guaranteed <= fpr or guaranteed == 1 / (n + 1)
 
 
-def test_pixel_threshold_counts_images_not_pixels():
+def test_a_pixel_threshold_bounds_the_rate_of_images():
     rng = np.random.default_rng(2)
     maps = rng.normal(size=(39, 6, 5)).astype(np.float32)
     threshold = metrics.conformal_threshold(maps, 0.1)
@@ -52,7 +52,7 @@ def test_pixel_threshold_counts_images_not_pixels():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("levels", [2, 100])
-def test_oracle_reaches_the_best_f1(dtype, levels):
+def test_the_oracle_reaches_the_best_f1(dtype, levels):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         labels = rng.random(50) < 0.4
@@ -66,18 +66,18 @@ def test_oracle_reaches_the_best_f1(dtype, levels):
         assert (threshold.source, threshold.guaranteed_fpr, threshold.n) == ("oracle (test set)", 1.0, 50)
 
 
-def test_oracle_that_flags_everything():
+def test_an_oracle_may_predict_everything_anomalous():
     threshold = metrics.oracle_threshold(np.zeros(3, np.float32), [1, 1, 0])
     assert threshold.value < 0 and threshold.fpr == 1.0
 
 
-def test_json_round_trip():
+def test_thresholds_survive_a_json_round_trip():
     scores = np.random.default_rng(3).normal(size=20).astype(np.float32)
     for threshold in (metrics.conformal_threshold(scores, 0.1), metrics.oracle_threshold(scores, scores > 0.3)):
         stored = json.dumps(metrics.to_json(threshold), allow_nan=False)
         assert metrics.from_json(json.loads(stored)) == threshold
-    by_hand = metrics.from_json(json.loads(json.dumps(metrics.to_json(metrics.edited(2)), allow_nan=False)))
-    assert by_hand.value == 2.0 and by_hand.source == "edited by hand" and math.isnan(by_hand.fpr)
+    manual = metrics.from_json(json.loads(json.dumps(metrics.to_json(metrics.manual_threshold(2)), allow_nan=False)))
+    assert manual.value == 2.0 and manual.source == "edited by hand" and math.isnan(manual.fpr)
 
 
 def test_edits_in_the_file_are_recognized():
@@ -96,12 +96,12 @@ def test_edits_in_the_file_are_recognized():
         (lambda: metrics.conformal_threshold([1.0], -0.1), "got -0.1"),
         (lambda: metrics.conformal_threshold([1.0], math.nan), "got nan"),
         (lambda: metrics.oracle_threshold([1.0, 2.0], [0, 0]), "needs normal and anomalous samples: none of the 2"),
-        (lambda: metrics.edited(math.inf), "finite number, got inf"),
+        (lambda: metrics.manual_threshold(math.inf), "finite number, got inf"),
         (lambda: metrics.from_json({"value": "high"}), "finite number, got 'high'"),
         (lambda: metrics.from_json({"fpr": 0.1}), r"needs the field 'value', got \['fpr'\]"),
-        (lambda: metrics.from_json({"value": 1.0, "computed": 1.0}), "has the fields"),
+        (lambda: metrics.from_json({"value": 1.0, "computed": 1.0}), "must have the fields"),
     ],
 )
-def test_bad_input_is_one_clear_line(call, message):
+def test_invalid_input_gives_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -206,9 +206,8 @@ def test_rows_go_around_in_shards():
 
 def test_coresets_do_not_move_points():
     points = by_rows(array(1 << 20, 32))
-    assert (
-        largest_exchange(lambda points: greedy_coreset(points, 3000), points) <= coreset.CANDIDATES**2 < points.size / 8
-    )
+    largest = largest_exchange(lambda points: greedy_coreset(points, 3000), points)
+    assert largest <= coreset.CANDIDATES**2 < points.size / 8
 
 
 @pytest.mark.parametrize("batch", ["data", None])
@@ -222,9 +221,7 @@ def test_knn_does_not_move_the_bank(batch):
 
 def test_devices_share_the_sketches_of_queries(monkeypatch):
     """All devices compute little more in total than one device computes without a mesh."""
-    monkeypatch.setattr(
-        knn_module, "BLOCK_ELEMENTS", 1 << 30
-    )  # one round of each loop, since flops of a loop are counted once
+    monkeypatch.setattr(knn_module, "BLOCK_ELEMENTS", 1 << 30)  # one round of loops, which are counted once
     args = array(512, 1600), array(32768, 1600), array(32768, dtype=bool)
     bank_sketch = jax.eval_shape(sketch, *args[1:])
 
@@ -250,11 +247,8 @@ def test_gaussians_do_not_move(batch):
     b, p, d = 8, 256, 40
     x, valid = on_mesh(array(b, p, d), batch), on_mesh(array(b, dtype=bool), batch)
     mean, scatter = by_rows(array(p, d)), by_rows(array(p, d, d))
-    assert (
-        largest_exchange(moments_update, Moments(on_mesh(array()), mean, scatter), x, valid)
-        <= x.size
-        < scatter.size / 2
-    )
+    moments = Moments(on_mesh(array()), mean, scatter)
+    assert largest_exchange(moments_update, moments, x, valid) <= x.size < scatter.size / 2
     assert largest_exchange(functools.partial(jnp.linalg.cholesky, symmetrize_input=False), scatter) == 0
     assert largest_exchange(mahalanobis, x, mean, scatter) <= x.size
 

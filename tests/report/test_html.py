@@ -1,4 +1,4 @@
-"""The report, on run directories made here: parsed, and opened in a browser."""
+"""The report on synthetic run directories, parsed and rendered in a browser."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxad.metrics.threshold import conformal_threshold, edited, oracle_threshold, to_json
+from jaxad.metrics.threshold import conformal_threshold, manual_threshold, oracle_threshold, to_json
 from jaxad.report.charts import roc
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.html import OPEN_RUNS, write_report
@@ -30,7 +30,7 @@ def make_run(
     maps: bool = True,
     scored: bool = True,
 ) -> Path:
-    """A run directory as the command line leaves it."""
+    """Writes a run directory like the command line does."""
     run_dir = folder / method / "demo" / category
     run_dir.mkdir(parents=True)
     rng = np.random.default_rng(len(category))
@@ -39,7 +39,7 @@ def make_run(
     image_threshold = {
         "held-out": conformal_threshold(np.linspace(-2, 2, 10), 0.1),
         "oracle": oracle_threshold(scores, truth),
-        "edited": edited(0.75),
+        "manual": manual_threshold(0.75),
         None: None,
     }[threshold]
     recipe = {
@@ -65,24 +65,24 @@ def make_run(
     if not scored:
         return run_dir
     fields = None if image_threshold is None else to_json(image_threshold)
-    pixel = to_json(edited(0.5)) if image_threshold is not None and maps else None
+    pixel = to_json(manual_threshold(0.5)) if image_threshold is not None and maps else None
     (run_dir / "threshold.json").write_text(json.dumps({"image": fields, "pixel": pixel}))
     if labels:
         metrics = {"image_AUROC": 0.91234, "pixel_AUROC": 0.87 if masks else None}
         reasons = {} if masks else {"pixel_AUROC": 'no "masks"'}
         (run_dir / "metrics.json").write_text(json.dumps({"metrics": metrics, "reasons": reasons, "oracle": False}))
-    shown = truth if labels else np.full(50, -1)
+    known_labels = truth if labels else np.full(50, -1)
     lines = ["path,label,defect,score,prediction"]
-    lines += [f"{i}.png,{shown[i] if labels else ''},good,{scores[i]},0" for i in range(50)]
+    lines += [f"{i}.png,{known_labels[i] if labels else ''},good,{scores[i]},0" for i in range(50)]
     (run_dir / "scores.csv").write_text("\n".join(lines) + "\n")
-    chosen = choose_examples(scores, shown, None if image_threshold is None else image_threshold.value)
+    indices = choose_examples(scores, known_labels, None if image_threshold is None else image_threshold.value)
     mask = np.zeros((8, 32, 32), bool)
     mask[:4, 8:20, 8:20] = True
     examples = Examples(
         image=rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
-        path=[HOSTILE, *(f"test/{i}.png" for i in chosen[1:])],
-        label=shown[chosen],
-        score=scores[chosen],
+        path=[HOSTILE, *(f"test/{i}.png" for i in indices[1:])],
+        label=known_labels[indices],
+        score=scores[indices],
         mask=mask if masks else None,
         map=rng.random((8, 32, 32), np.float32) if maps else None,
     )
@@ -91,14 +91,14 @@ def make_run(
 
 
 class Page(HTMLParser):
-    """The page as a list of tags and its visible text; refuses tags that do not nest."""
+    """The tags and the visible text of a page. Fails if tags are not nested correctly."""
 
     def __init__(self, source: str):
         super().__init__()
         self.tags, self.open, self.words = [], [], []
         self.feed(source)
         self.close()
-        assert not self.open, f"never closed: {self.open}"
+        assert not self.open, f"not closed: {self.open}"
         self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
 
     def handle_starttag(self, tag, attrs):
@@ -108,15 +108,15 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         if tag not in VOID:
-            assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+            assert self.open and self.open.pop() == tag, f"</{tag}> does not match the open tag"
 
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.words.append(data)
 
     def all(self, tag, **attributes):
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return [found for name, found in self.tags if name == tag and wanted.items() <= found.items()]
+        required = {name.rstrip("_"): value for name, value in attributes.items()}
+        return [present for name, present in self.tags if name == tag and required.items() <= present.items()]
 
 
 def report(tmp_path, *run_dirs) -> Page:
@@ -125,7 +125,7 @@ def report(tmp_path, *run_dirs) -> Page:
     return Page(out.read_text(encoding="utf-8"))
 
 
-def test_everything_is_there_and_nothing_is_fetched(tmp_path):
+def test_the_page_is_complete_and_self_contained(tmp_path):
     page = report(tmp_path, make_run(tmp_path), make_run(tmp_path, category="felt", masks=False))
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object"}
@@ -135,13 +135,13 @@ def test_everything_is_there_and_nothing_is_fetched(tmp_path):
         if "src" in attributes:
             assert tag == "img" and attributes["src"].startswith("data:image/")
     assert "url(" not in (tmp_path / "out" / "report.html").read_text().partition("</style>")[0]
-    for words in (
+    for text in (
         *("Mean", "0.912", "Metrics", "ROC", "AUROC", "threshold", "anomaly score", "false positive rate"),
         *("held-out normals, false-positive rate 10 %, n = 10", "at most 9.09 % guaranteed"),
         *("1.25 s", "10.5 min", "80 images/s", "12.5 ms", "1.5 GB", "0a1b" * 16, "n_features 100", "Seed 7"),
         *("jaxad fit --method padim <demo>", "layer1, layer2", "missed defect", "false alarm", "resize 32, 32"),
     ):
-        assert words in page.text, words
+        assert text in page.text, text
     assert "ORACLE" not in page.text and "nan" not in page.text.lower()
     assert len(page.all("svg")) == 4
     assert len(page.all("figure", class_="example")) == 16
@@ -152,21 +152,21 @@ def test_everything_is_there_and_nothing_is_fetched(tmp_path):
     assert len(page.all("details", open=None)) == 2
 
 
-def test_file_names_are_text(tmp_path):
+def test_file_names_are_escaped(tmp_path):
     page = report(tmp_path, make_run(tmp_path, category="<img src=x onerror=alert(1)>"))
     assert not page.all("script") and not page.all("img", src="x")
-    assert HOSTILE.replace("/", "/ ") in page.text  # as text, with a chance to break after each slash
+    assert HOSTILE.replace("/", "/ ") in page.text  # as text that may wrap after each slash
     assert "<img src=x onerror=alert(1)>" in page.text
 
 
 def test_confusion_counts_follow_the_threshold(tmp_path):
-    run_dir = make_run(tmp_path, threshold="edited")
+    run_dir = make_run(tmp_path, threshold="manual")
     table = np.genfromtxt(run_dir / "scores.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
-    called, truth = table["score"] > 0.75, table["label"] == 1
+    predicted, truth = table["score"] > 0.75, table["label"] == 1
     page = report(tmp_path, run_dir)
-    assert f"{(called & ~truth).sum()} of 30 good images raise a false alarm" in page.text
-    assert f"{(~called & truth).sum()} of 20 defects are missed" in page.text
-    assert f"good {(~called & ~truth).sum()} {(called & ~truth).sum()} anomalous" in page.text
+    assert f"{(predicted & ~truth).sum()} of 30 good images raise a false alarm" in page.text
+    assert f"{(~predicted & truth).sum()} of 20 defects are missed" in page.text
+    assert f"good {(~predicted & ~truth).sum()} {(predicted & ~truth).sum()} anomalous" in page.text
     assert "Threshold: edited by hand." in page.text
 
 
@@ -176,7 +176,7 @@ def test_an_oracle_is_marked(tmp_path):
     assert len(page.all("span", class_="badge")) == 2
 
 
-def test_without_threshold(tmp_path):
+def test_a_run_without_thresholds(tmp_path):
     page = report(tmp_path, make_run(tmp_path, threshold=None))
     assert "No threshold" in page.text and "false alarm" not in page.text and not page.all("table", class_="confusion")
     assert not page.all("span", **{"data-name": "contour"}) and not page.all("circle")
@@ -184,19 +184,19 @@ def test_without_threshold(tmp_path):
 
 
 @pytest.mark.parametrize("threshold", ["held-out", None])
-def test_without_labels_masks_and_maps(tmp_path, threshold):
+def test_a_run_without_labels_masks_and_maps(tmp_path, threshold):
     page = report(tmp_path, make_run(tmp_path, labels=False, masks=False, maps=False, threshold=threshold))
     assert "Metrics" not in page.text and "ROC" not in page.text and "unlabeled" in page.text
-    assert ("images are called anomalous" in page.text) == (threshold is not None)
+    assert ("images are predicted anomalous" in page.text) == (threshold is not None)
     assert len(page.all("span", class_="cell")) == 8 and "Highest scores" in page.text
 
 
-def test_a_run_that_is_only_fitted(tmp_path):
+def test_a_run_that_has_not_been_evaluated(tmp_path):
     page = report(tmp_path, make_run(tmp_path, scored=False))
     assert "n_features" in page.text and not page.all("svg") and not page.all("img")
 
 
-def test_links_lead_to_their_run_though_the_table_is_grouped(tmp_path):
+def test_links_of_the_grouped_table_lead_to_the_right_run(tmp_path):
     runs = [("padim", "bolt"), ("spade", "bolt"), ("padim", "felt")]
     page = report(tmp_path, *(make_run(tmp_path, *run) for run in runs))
     assert [link["href"] for link in page.all("a")] == ["#run-0", "#run-2", "#run-1"]
@@ -204,7 +204,7 @@ def test_links_lead_to_their_run_though_the_table_is_grouped(tmp_path):
     assert titles == sorted(titles)
 
 
-def test_many_runs_are_folded(tmp_path):
+def test_many_runs_start_collapsed(tmp_path):
     page = report(tmp_path, *(make_run(tmp_path, category=f"c{i}") for i in range(OPEN_RUNS + 1)))
     assert len(page.all("details")) == OPEN_RUNS + 1 and not page.all("details", open=None)
     assert {link["href"] for link in page.all("a")} == {f"#run-{i}" for i in range(OPEN_RUNS + 1)}
@@ -221,7 +221,7 @@ def test_many_runs_are_folded(tmp_path):
         ("scores.csv", "path,label,score\na,1,0.5\nb,1,inf\n", "the score of b is not finite"),
     ],
 )
-def test_damaged_runs_are_named(tmp_path, file, content, message):
+def test_the_error_names_a_damaged_file(tmp_path, file, content, message):
     run_dir = make_run(tmp_path)
     (run_dir / file).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -229,28 +229,28 @@ def test_damaged_runs_are_named(tmp_path, file, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_no_runs(tmp_path):
+def test_missing_runs_are_reported(tmp_path):
     with pytest.raises(ValueError, match="at least one run directory"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
         write_report([tmp_path], tmp_path / "report.html")
 
 
-def test_roc_is_the_probability_of_the_right_order():
+def test_the_roc_area_is_the_probability_of_the_right_order():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     scores = (rng.normal(size=300) + labels).round(1)  # with ties
-    good, bad = scores[labels == 0], scores[labels == 1]
-    expected = (np.greater.outer(bad, good) + 0.5 * np.equal.outer(bad, good)).mean()
+    normal, anomalous = scores[labels == 0], scores[labels == 1]
+    expected = (np.greater.outer(anomalous, normal) + 0.5 * np.equal.outer(anomalous, normal)).mean()
     curve = roc(scores, labels)
     assert curve.area == pytest.approx(expected, abs=1e-12)
     assert curve.true_positive_rate[[0, -1]].tolist() == curve.false_positive_rate[[0, -1]].tolist() == [0, 1]
-    separated = roc(np.arange(1000.0), np.repeat([0, 1], 500))
-    assert separated.area == 1 and len(separated.true_positive_rate) == 3
+    perfect = roc(np.arange(1000.0), np.repeat([0, 1], 500))
+    assert perfect.area == 1 and len(perfect.true_positive_rate) == 3
 
 
-def test_charts_survive_constant_scores_and_a_far_threshold(tmp_path):
-    run_dir = make_run(tmp_path, threshold="edited")
+def test_charts_accept_constant_scores_and_a_distant_threshold(tmp_path):
+    run_dir = make_run(tmp_path, threshold="manual")
     for threshold in (0.5, 1000.0):
         (run_dir / "scores.csv").write_text("path,label,score\na,0,0.5\nb,1,0.5\n")
         (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": threshold}}))
@@ -262,21 +262,21 @@ def browse(page, folder, *flags) -> str:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [chromium, "--headless", "--no-sandbox", *quiet.split(), "--disable-sync", "--hide-scrollbars"]
+    options = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [chromium, "--headless", "--no-sandbox", *options.split(), "--disable-sync", "--hide-scrollbars"]
     command += [f"--user-data-dir={folder}", *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_in_a_browser(tmp_path):
+def test_the_page_renders_in_a_browser(tmp_path):
     page = write_report([make_run(tmp_path), make_run(tmp_path, "spade", threshold="oracle")], tmp_path / "report.html")
-    picture = tmp_path / "shot.png"
-    browse(page, tmp_path / "one", f"--screenshot={picture}", "--window-size=1300,3000")
-    with Image.open(picture) as shot:
-        pixels = np.asarray(shot.convert("RGB"))
+    screenshot = tmp_path / "screenshot.png"
+    browse(page, tmp_path / "profile1", f"--screenshot={screenshot}", "--window-size=1300,3000")
+    with Image.open(screenshot) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape == (3000, 1300, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500  # photographs, not a blank or an error page
     assert (pixels[:1500].std((1, 2)) > 0).mean() > 0.5
-    dom = Page(browse(page, tmp_path / "two", "--dump-dom"))
+    dom = Page(browse(page, tmp_path / "profile2", "--dump-dom"))
     assert len(dom.all("svg")) == 5 and len(dom.all("figure", class_="example")) == 16
     assert "ORACLE: chosen on the test set" in dom.text and not dom.all("script")

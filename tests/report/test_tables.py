@@ -10,7 +10,7 @@ from jaxad.report.tables import Row, metrics_table, results_markdown, with_means
 NAN = math.nan
 
 
-def printed(rows) -> list[str]:
+def print_table(rows) -> list[str]:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(metrics_table(rows))
     return console.export_text().splitlines()
@@ -24,7 +24,7 @@ def rows():
     ]
 
 
-def test_means_follow_their_group_and_single_categories_have_none():
+def test_only_groups_of_several_categories_have_a_mean():
     lines = list(with_means(rows()))
     assert [(row.method, row.category) for row, _ in lines] == [
         ("padim", "bolt"),
@@ -39,14 +39,14 @@ def test_means_follow_their_group_and_single_categories_have_none():
     assert mean.reasons == {"pixel_AUROC": "no value for bolt"}
 
 
-def test_a_metric_that_one_category_lacks_has_no_mean():
+def test_a_metric_that_a_category_lacks_has_no_mean():
     lines = [Row("m", "d", "a", {"image_AUROC": 1.0, "pixel_AP": 0.5}), Row("m", "d", "b", {"image_AUROC": 0.0})]
     mean = next(row for row, is_mean in with_means(lines) if is_mean)
     assert mean.metrics["image_AUROC"] == 0.5 and math.isnan(mean.metrics["pixel_AP"])
 
 
-def test_terminal_table():
-    lines = printed(rows())
+def test_the_terminal_table_shows_means_and_reasons():
+    lines = print_table(rows())
     text = "\n".join(lines)
     bolt = next(line for line in lines if "padim" in line and "bolt" in line)
     assert "0.900" in bolt and "–" in bolt
@@ -55,30 +55,30 @@ def test_terminal_table():
     assert "[red]felt" in text and "– bolt pixel_AUROC: no masks" in text and "nan" not in text.lower()
 
 
-def result(path, **fields):
-    base = {"recipe": path.stem, "method": "padim", "dataset": "mtd", "category": "tile", "backbone": "resnet50"}
-    path.write_text(json.dumps(base | fields))
+def write_result(path, **fields):
+    defaults = {"recipe": path.stem, "method": "padim", "dataset": "mtd", "category": "tile", "backbone": "resnet50"}
+    path.write_text(json.dumps(defaults | fields))
 
 
-def test_readme_table(tmp_path):
-    result(
+def test_the_markdown_table_shows_measured_and_published_metrics(tmp_path):
+    write_result(
         tmp_path / "b.json",
         metrics={"image_AUROC": {"mean": 0.93456, "std": 0.0}, "pixel_AUROC": {"mean": None}},
         published={"image_AUROC": {"value": 0.9, "source": "PaDiM, Table 1 | a"}, "pixel_AUROC": {"value": 0.95}},
     )
-    result(
+    write_result(
         tmp_path / "a.json",
         method="spade",
         metrics={"image_AUROC": {"mean": 0.8, "std": 0.012}},
         published={"image_AUROC": {"value": 0.868, "source": "IM-IAD"}},
     )
-    result(tmp_path / "c.json", dataset="demo", category=None, metrics={}, published=None)
+    write_result(tmp_path / "c.json", dataset="demo", category=None, metrics={}, published=None)
     (tmp_path / "bench_knn.json").write_text("not even json")
     lines = results_markdown(tmp_path).splitlines()
-    measured = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-    head = f"| recipe | backbone | {' | published | '.join(measured)} | published |"
+    metrics = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
+    header = f"| recipe | backbone | {' | published | '.join(metrics)} | published |"
     assert lines == [
-        head,
+        header,
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| `c` | resnet50 | – | – | – | – | – | – | – | – |",
         "| `b` | resnet50 | 0.935 | 0.900 [1] | – | 0.950 | – | – | – | – |",
@@ -90,7 +90,7 @@ def test_readme_table(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"method": "padim"}'])
-def test_a_damaged_result_is_named(tmp_path, text):
+def test_the_error_names_a_damaged_result(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x\.json"):
         results_markdown(tmp_path)

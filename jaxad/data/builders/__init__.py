@@ -1,8 +1,8 @@
-"""TFDS builders of public inspection data sets, from files that their licenses make one download by hand.
+"""TFDS builders of public inspection data sets, whose files have to be downloaded by hand.
 
-`prepare("mvtec_ad", "path/to/mvtec_ad")` writes array_record files that `open_data("tfds:mvtec_ad")` reads; neither
-needs TensorFlow. Importing this module registers the builders, so that `tfds.builder("mvtec_ad")` knows them, too. The
-cards in the project's folder `data/` say where each data set is to be had.
+`prepare("mvtec_ad", "path/to/mvtec_ad")` writes array_record files that `open_data("tfds:mvtec_ad")` reads. Neither
+needs TensorFlow. Importing this module registers the builders with TFDS, so `tfds.builder("mvtec_ad")` works, too. The
+cards in the folder `data/` of the repository say where to download each data set.
 """
 
 import io
@@ -19,24 +19,24 @@ from jaxad.data.records import GOOD, Record
 
 
 class InspectionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What all of them share: image, mask, label, defect and category, read by one of `folders.LAYOUTS`.
+    """Base class: examples with image, mask, label, defect and category, read by one of `folders.LAYOUTS`.
 
-    The masks are stored clean (0 or 255); those of normal images are empty.
+    Masks are stored as 0 or 255. The masks of normal images are empty.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     LAYOUT: ClassVar[str] = "mvtec"
-    """One of `folders.LAYOUTS`: how the files are arranged."""
+    """How the files are arranged: a key of `folders.LAYOUTS`."""
     FOLDER: ClassVar[str]
-    """The folder within TFDS's manual directory, which may also be the data set's folder itself."""
+    """The folder inside TFDS's manual directory. The manual directory may also be this folder."""
     HOMEPAGE: ClassVar[str]
     CHANNELS: ClassVar[int] = 3
     MASK_THRESHOLD: ClassVar[int] = 0
-    """A mask pixel counts where it is above."""
+    """A mask pixel is anomalous if its value is above this threshold."""
 
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
-        """Where the files are expected."""
+        """Tells the user where to put the files."""
         return f"Download the data set from {self.HOMEPAGE} and unpack it as {self.FOLDER}."
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -56,11 +56,11 @@ class InspectionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         root = Path(dl_manager.manual_dir)
         root = root / self.FOLDER if (root / self.FOLDER).is_dir() else root
         _, records = folders.read(root, self.LAYOUT)
-        chosen = list(records)
-        if not chosen:
+        records = list(records)
+        if not records:
             raise ValueError(f"no images of {self.name} in {root}: expected the {self.LAYOUT} layout")
         return {
-            split: self._generate_examples(root, [record for record in chosen if record.split == split])
+            split: self._generate_examples(root, [record for record in records if record.split == split])
             for split in ("train", "test")
         }
 
@@ -116,7 +116,7 @@ class Mpdd(InspectionBuilder):
 
 
 class Ksdd2(InspectionBuilder):
-    """KolektorSDD2: one surface, 3335 images; its training split has defects, which one-class methods leave out."""
+    """KolektorSDD2: one surface, 3335 images; its training split has defects, which one-class methods drop."""
 
     LAYOUT = "ksdd2"
     FOLDER = "KolektorSDD2"
@@ -124,7 +124,7 @@ class Ksdd2(InspectionBuilder):
 
 
 class Mtd(InspectionBuilder):
-    """Magnetic tile defects: 1344 gray images in DifferNet's split, masks cut at 127."""
+    """Magnetic tile defects: 1344 gray images in DifferNet's split, masks thresholded at 127."""
 
     LAYOUT = "mtd"
     FOLDER = "mtd"
@@ -134,19 +134,19 @@ class Mtd(InspectionBuilder):
 
 
 def prepare(name: str, folder: str | Path, data_dir: str | Path | None = None) -> Path:
-    """Prepares one of these data sets; does nothing where that has been done.
+    """Prepares one of these data sets, unless that has been done before.
 
     Args:
         name: mvtec_ad, visa, btad, mpdd, ksdd2 or mtd.
-        folder: where it was unpacked.
+        folder: the unpacked data set.
         data_dir: where to write; None for TFDS's default folder.
 
     Returns:
-        The folder that was written.
+        The folder of the prepared data set.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no such data set, or no image in the folder.
+        ValueError: there is no such data set, or the folder has no images.
     """
     classes = {builder.name: builder for builder in InspectionBuilder.__subclasses__()}
     if name not in classes:

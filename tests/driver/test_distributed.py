@@ -19,7 +19,7 @@ from PIL import Image
 from jaxad import files
 from jaxad.backbones import backbone
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"bolt": 12, "nut": 7}
 
 

@@ -1,0 +1,270 @@
+"""The commands from end to end on tiny images."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from PIL import Image
+
+import jaxad
+from jaxad import files, methods
+from jaxad.cli import main
+from jaxad.data import Dataset, open_data
+from jaxad.driver.execution import Execution
+from jaxad.learning import load_frozen
+from jaxad.methods import METHODS
+from jaxad.report.runs import load_run
+from jaxad.runs import directory as rundir
+from jaxad.runs.fitting import Job, fit_runs, job_groups, shared_caches
+from jaxad.settings import Settings
+from tests.cli.images import MODEL, files_below, read_csv
+
+
+def test_fit_of_a_flat_folder_writes_a_model_and_the_recipe(flat_run: Path):
+    assert files_below(flat_run) >= MODEL and not (flat_run / "checkpoint").exists()
+    recipe = files.read_json(flat_run / "recipe.json")
+    assert (recipe["method"], recipe["dataset"], recipe["category"]) == ("patchcore", "photos", "photos")
+    assert recipe["hyperparameters"]["coreset_sampling_ratio"] == 0.1
+    assert recipe["n_train"] == 7 and recipe["n_heldout"] == 2
+    assert recipe["seconds"]["compile"] > 0 and recipe["seconds"]["fit"] > 0 and recipe["peak_bytes"] > 0
+    assert recipe["command"].startswith("jaxad fit ")
+    threshold = files.read_json(flat_run / "threshold.json")
+    assert threshold["image"]["source"] == threshold["pixel"]["source"] == "held-out normals"
+
+
+def test_score_writes_rows_and_pictures_in_the_folders_of_the_images(flat_run: Path, photos: Path, tmp_path: Path):
+    assert main(["score", str(flat_run), str(photos), "--output", str(tmp_path), "--overlays", "--maps"]) == 0
+    names = {str(path.relative_to(photos)) for path in photos.rglob("*.*")}
+    assert files_below(tmp_path / "overlays") == {f"{name}.png" for name in names}
+    assert files_below(tmp_path / "maps") == {f"{name}.tiff" for name in names}
+    rows = read_csv(tmp_path / "scores.csv")
+    threshold = files.read_json(flat_run / "threshold.json")["image"]["value"]
+    assert {row["path"] for row in rows} == {str(photos / name) for name in names}
+    assert {(row["label"], row["defect"]) for row in rows} == {("", "")}
+    assert [row["prediction"] for row in rows] == [str(int(float(row["score"]) > threshold)) for row in rows]
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["score"]) for line in lines] == [(row["path"], float(row["score"])) for row in rows]
+    assert {(line["label"], line["defect"]) for line in lines} == {(None, None)}
+    prediction = jaxad.load(flat_run).predict(photos)
+    np.testing.assert_allclose([float(row["score"]) for row in rows], prediction.pred_score, rtol=1e-5)
+    assert prediction.anomaly_map is not None
+    for name, heat in zip(prediction.paths, prediction.anomaly_map, strict=True):
+        relative = Path(name).relative_to(photos)
+        with Image.open(name) as image, Image.open(tmp_path / "maps" / f"{relative}.tiff") as heat_map:
+            assert heat_map.mode == "F" and heat_map.size == image.size
+            np.testing.assert_allclose(np.asarray(heat_map).mean(), heat.mean(), rtol=0.05)
+        with Image.open(tmp_path / "overlays" / f"{relative}.png") as overlay:
+            assert overlay.size == image.size
+
+
+def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: Path, mvtec: Path):
+    source = mvtec / "bolt" / "test"  # good beside scratch: no folder to learn from, but one to score
+    assert main(["score", str(flat_run), str(source)]) == 0
+    assert len(read_csv(flat_run / "scores" / "test" / "scores.csv")) == 6
+
+
+def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = parts_runs / "padim" / "parts"
+    before = (folder / "bolt" / "threshold.json").read_bytes()
+    page = tmp_path / "report.html"
+    assert main(["evaluate", str(parts_runs), "--report", str(page)]) == 0
+    table = capsys.readouterr().out
+    assert [word in table for word in ("bolt", "nut", "Mean", "AUPRO")] == [True] * 4
+    assert (folder / "bolt" / "threshold.json").read_bytes() == before
+    assert page.read_text().count("<details") == 2
+    for category in ("bolt", "nut"):
+        assert files_below(folder / category) == MODEL | {"metrics.json", "scores.csv", "scores.jsonl", "examples.npz"}
+        metrics = files.read_json(folder / category / "metrics.json")
+        assert (metrics["n_test"], metrics["n_anomalous"], metrics["oracle"]) == (6, 3, False)
+        rows = read_csv(folder / category / "scores.csv")
+        assert [(row["label"], row["defect"]) for row in rows] == [("0", "good")] * 3 + [("1", "scratch")] * 3
+        good, bad = np.array([float(row["score"]) for row in rows]).reshape(2, 3)
+        assert metrics["metrics"]["image_AUROC"] == pytest.approx((bad[:, None] > good).mean())
+        assert files.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
+
+
+def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_path: Path):
+    run_dir = tmp_path / "nut"
+    shutil.copytree(parts_runs / "padim" / "parts" / "nut", run_dir)
+    before = (run_dir / "threshold.json").read_bytes()
+    assert main(["evaluate", str(run_dir), "--oracle"]) == 0
+    metrics = files.read_json(run_dir / "metrics.json")
+    sources = [metrics["thresholds"][kind]["source"] for kind in ("image", "pixel")]
+    assert metrics["oracle"] is True and sources == ["oracle (test set)"] * 2
+    assert load_run(run_dir).threshold.source == "oracle (test set)"
+    assert (run_dir / "threshold.json").read_bytes() == before  # no other command sees them
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert files.read_json(run_dir / "metrics.json")["oracle"] is False
+    assert load_run(run_dir).threshold.source == "held-out normals"
+    score_run = ["score", str(run_dir), files.read_json(run_dir / "recipe.json")["source"]]
+    assert main([*score_run, "--output", str(tmp_path)]) == 0
+    assert [row["label"] for row in read_csv(tmp_path / "scores.csv")] == ["0"] * 3 + ["1"] * 3
+
+
+def test_benchmark_gives_what_fit_and_evaluate_give(
+    mvtec: Path, flat_run: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = [str(mvtec), "--category", "bolt", *backbone_options]
+    command = ["benchmark", *common, "--methods", "patchcore", "--seeds", "2", "--output", str(tmp_path)]
+    assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
+    captured = capsys.readouterr()
+    assert "±" in captured.out and "standard deviation over 2 seeds" in captured.out
+    assert captured.err.rstrip().endswith("report.html")
+    assert main(["fit", *common, "--seed", "1", "--output", str(tmp_path)]) == 0
+    single = tmp_path / "patchcore" / "parts" / "bolt"
+    assert main(["evaluate", str(single)]) == 0
+    benchmarked = files.read_json(tmp_path / "seed1" / "patchcore" / "parts" / "bolt" / "metrics.json")
+    assert benchmarked["metrics"] == pytest.approx(files.read_json(single / "metrics.json")["metrics"], abs=1e-3)
+
+
+def test_a_benchmark_of_all_methods_leaves_out_those_that_the_backbone_does_not_suit(
+    mvtec: Path,
+    backbone_options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(methods, "names", lambda: ("efficientad", "padim", "stfpm"))
+    assert main(["benchmark", str(mvtec), *backbone_options, "--output", str(tmp_path)]) == 0
+    messages = capsys.readouterr().err
+    assert "without efficientad: efficientad learns from photographs of other things" in messages
+    assert "without stfpm: " in messages and sorted(path.name for path in tmp_path.iterdir()) == ["padim"]
+
+
+def test_categories_of_similar_numbers_of_images_share_a_program() -> None:
+    """The rest would be padded."""
+    counts = {"a": 30, "b": 5, "c": 12, "d": 6, "e": 11, "f": 10}
+    opened = open_data({name: np.zeros((n, 64, 64, 3), np.uint8) for name, n in counts.items()})
+    trains = {name: opened[name].train for name in counts}
+    groups = job_groups(Settings.of("padim"), trains, 2, False, None)
+    assert [tuple(job.category for job in jobs) for jobs in groups] == [("a",) * 2, ("b", "d", "f") * 2, ("c", "e") * 2]
+
+
+def test_methods_on_the_same_features_share_them(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decoded = []
+    images = Dataset.images
+    monkeypatch.setattr(Dataset, "images", lambda self, indices: decoded.extend(indices) or images(self, indices))
+    options = {"weights": backbone_options[3], "image_size": 64, "layers": ("layer2",)}
+    settings = [Settings.of("patchcore", **options), Settings.of("padim", n_features=4, **options)]
+    train, frozen = open_data(mvtec, category="bolt", preprocess=settings[0].preprocess)["bolt"].train, None
+    shared = shared_caches(settings)
+    assert shared[0] is shared[1] is not None and shared_caches([settings[0]]) == [None]
+    frozen = load_frozen(settings[0])
+    for method, cache in zip(settings, shared, strict=True):
+        jobs, execution = [Job(method, "bolt", train)], Execution(cache=cache)
+        learned = fit_runs(jobs, [tmp_path / method.method], {}, frozen=frozen, execution=execution)
+    assert len(decoded) == len(train)
+    limits = jaxad.Detector.from_settings(settings[1], learned.models[0], frozen).color_limits()
+    np.testing.assert_allclose(limits, jaxad.Detector.from_settings(settings[1]).fit(train).color_limits(), rtol=1e-5)
+
+
+def test_all_categories_at_once_are_the_categories_one_by_one(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also when they are fitted in steps, and on a mesh of eight devices."""
+    all_at_once, single = tmp_path / "all", tmp_path / "single"
+    common = [str(mvtec), *backbone_options, "--method", "patchcore"]
+    assert main(["fit", *common, "--category", "nut", "--output", str(single)]) == 0
+    nut = single / "patchcore" / "parts" / "nut"
+    expected = safetensors.numpy.load_file(nut / "model.safetensors")
+    for i, more in enumerate([[], ["--classes-per-step", "1"], ["--devices", "8"]]):
+        output = all_at_once / str(i)
+        assert main(["fit", *common, *more, "--output", str(output)]) == 0
+        assert "2 categories" in capsys.readouterr().err
+        run_dir = output / "patchcore" / "parts"
+        state = safetensors.numpy.load_file(run_dir / "nut" / "model.safetensors")
+        assert {name: leaf.shape for name, leaf in state.items()} == {n: leaf.shape for n, leaf in expected.items()}
+        for name, leaf in state.items():
+            np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5)
+        assert sorted(path.name for path in run_dir.iterdir()) == ["bolt", "nut"]
+        assert files_below(run_dir / "nut") == MODEL
+        thresholds = [files.read_json(path / "threshold.json") for path in (run_dir / "nut", nut)]
+        assert thresholds[0]["image"]["value"] == pytest.approx(thresholds[1]["image"]["value"], rel=1e-4)
+        assert main(["evaluate", str(run_dir / "nut")]) == 0
+
+
+def test_one_model_for_all_categories(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["benchmark", str(mvtec), "--unified", "--methods", "padim", *backbone_options, "--output", str(tmp_path)]
+    assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
+    table = capsys.readouterr().out
+    assert "parts (unified)" in table and all(word in table for word in ("bolt", "nut", "Mean"))
+    run_dir = tmp_path / "padim" / "parts" / "unified"
+    assert files_below(run_dir) > MODEL and {path.name for path in run_dir.iterdir() if path.is_dir()} == {
+        "bolt",
+        "nut",
+    }
+    recipe = files.read_json(run_dir / "recipe.json")
+    assert recipe["category"] == "unified" and recipe["n_train"] + recipe["n_heldout"] == 12
+    before = files.read_json(run_dir / "bolt" / "metrics.json")
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert files.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
+    assert rundir.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
+    assert rundir.find([tmp_path], "model.json") == [run_dir]
+
+
+@pytest.mark.parametrize(("name", "values"), [("coreset_sampling_ratio", ("0.1", "0.02")), ("num_neighbors", (1, 3))])
+def test_a_sweep_is_a_fit_for_each_value(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys, name: str, values: tuple
+):
+    """One fit, whose smaller coresets and fewer neighbors are those of separate fits."""
+    common = [str(mvtec), *backbone_options]
+    swept = ["--sweep", f"{name}={values[0]},{values[1]}", "--output", str(tmp_path / "swept")]
+    assert main(["benchmark", *common, "--methods", "patchcore", *swept]) == 0
+    out = capsys.readouterr().out
+    assert all(f"patchcore {name}={value}" in " ".join(out.split()) for value in values)
+    for value in values:
+        single, option = tmp_path / str(value), f"--{name.replace('_', '-')}"
+        assert main(["fit", *common, option, str(value), "--output", str(single)]) == 0
+        assert main(["evaluate", str(single)]) == 0
+        for category in ("bolt", "nut"):
+            run_dir = tmp_path / "swept" / f"{name}={value}" / "patchcore" / "parts" / category
+            pair = run_dir, single / "patchcore" / "parts" / category
+            swept_state, expected = (safetensors.numpy.load_file(d / "model.safetensors") for d in pair)
+            assert swept_state["bank"].shape == expected["bank"].shape and swept_state["size"] == expected["size"]
+            np.testing.assert_allclose(swept_state["bank"], expected["bank"], rtol=1e-4, atol=1e-5)
+            assert swept_state["neighbors"] == expected["neighbors"]
+            metrics = [files.read_json(d / "metrics.json")["metrics"] for d in pair]
+            assert metrics[0] == pytest.approx(metrics[1], abs=1e-4)
+            loaded = jaxad.load(run_dir)
+            assert loaded.settings.hyperparameters[name] == float(value)
+
+
+def test_help_shows_the_options_of_the_method(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--help", "--method", "padim"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert raised.value.code == 0
+    assert "--n-features {None}|INT|{all} Channels drawn at random" in text and "(default: 0.01)" in text
+    assert "--holdout FLOAT" in text and "--coreset-sampling-ratio" not in text
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]):
+    assert main(["list"]) == 0 and main(["weights", "list"]) == 0 and main([]) == 0
+    text = capsys.readouterr().out
+    assert [word in text for word in ("patchcore", "arXiv:2106.08265", "wide_resnet50_2", "benchmark")] == [True] * 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_help_page(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "demo", "--method", name, "--help"])
+    assert raised.value.code == 0 and "--batch-size" in capsys.readouterr().out
+
+
+def test_outputs_are_files_and_links_stay_links(flat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert main(["report", str(flat_run), "--output", str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink() and "</html>" in (tmp_path / "page.html").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["report", str(flat_run), "--output", str(tmp_path / "pipe")]) == 2
+    assert f"the output must be a file, but {tmp_path / 'pipe'} is something else" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()

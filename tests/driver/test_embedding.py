@@ -1,0 +1,86 @@
+"""Images are decoded and embedded once, and cached in the host's memory or on the devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxad
+from jaxad.driver import embedding
+from jaxad.driver.embedding import EmbeddingCache, Storage
+from jaxad.driver.fit import fit, fit_classes
+from jaxad.driver.scoring import score_all, score_classes
+from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, LONG, TOY, N, assert_equal, execution, mean_color
+
+
+def test_images_are_decoded_once_for_all_stages_and_epochs(decoded):
+    fit(TOY, FROZEN, DATA, KEY)
+    assert sorted(decoded) == list(range(N))
+
+
+def test_images_are_decoded_once_for_all_methods_of_a_cache(decoded):
+    cache = EmbeddingCache()
+    state = fit(TOY, FROZEN, DATA, KEY, execution(cache=cache)).state
+    fit(LONG, FROZEN, DATA.subset(range(N)), KEY, execution(cache=cache))
+    score_all(TOY, state, FROZEN, DATA, execution(cache=cache))
+    assert sorted(decoded) == list(range(N))
+    score_all(TOY, state, FROZEN, DATA.subset([3, 4]), execution(cache=cache))
+    assert sorted(decoded) == sorted([*range(N), 0, 1])
+
+
+def test_a_cache_distinguishes_weights():
+    cache = EmbeddingCache()
+    fit(TOY, FROZEN, DATA, KEY, execution(cache=cache))
+    other = jnp.float32(0.5)
+    assert_equal(fit(TOY, other, DATA, KEY, execution(cache=cache)).state, fit(TOY, other, DATA, KEY).state)
+    assert [part.frozen for part in cache.values()] == [FROZEN, other]  # referenced, so that their ids stay unique
+
+
+@pytest.mark.parametrize("axes", [None, (3, 2)])
+def test_embeddings_cached_on_the_device_are_those_of_the_host(axes, decoded):
+    mesh = None if axes is None else jaxad.make_mesh(shape=axes)
+    cache = EmbeddingCache(Storage("device"))
+    on_device = fit_classes(TOY, FROZEN, CLASSES, KEY, execution(mesh=mesh, cache=cache)).state
+    assert len(decoded) == 21 + 9 + 3
+    assert all(
+        isinstance(leaf, jax.Array) for part in cache.values() for leaf in jax.tree.leaves(part.get(np.arange(2)))
+    )
+    assert_equal(on_device, fit_classes(TOY, FROZEN, CLASSES, KEY, execution(mesh=mesh)).state)
+    for c, index, scores in score_classes(TOY, on_device, FROZEN, CLASSES, execution(mesh=mesh, cache=cache)):
+        state = jax.tree.map(lambda leaf, c=c: leaf[c], on_device)
+        np.testing.assert_allclose(scores.image, score_all(TOY, state, FROZEN, CLASSES[c]).image[index], rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_embeddings_cached_in_bfloat16_are_rounded_from_the_first_epoch_on(place):
+    def rounded(frozen, image):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), mean_color(frozen, image))
+
+    cache = EmbeddingCache(Storage(place, "bfloat16"))
+    half = fit(TOY, FROZEN, DATA, KEY, execution(cache=cache)).state
+    assert_equal(half, fit(TOY._replace(embed=rounded), FROZEN, DATA, KEY).state)
+    assert next(iter(cache.values())).room == (N * 3 * 2, N * 3 * 2)
+    assert next(iter(cache.values())).get(np.arange(2))["color"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("storage", [Storage("disk"), Storage(dtype="int8")])  # pyright: ignore[reportArgumentType]
+def test_a_cache_in_another_place_or_type_is_refused(storage):
+    with pytest.raises(ValueError, match=r'^cache(_dtype)? must be "\w+" or "\w+", got "\w+"$'):
+        EmbeddingCache(storage)
+
+
+def test_embeddings_that_do_not_fit_are_computed_anew(decoded, monkeypatch):
+    cached = fit(TOY, FROZEN, DATA, KEY).state
+    decoded.clear()
+    monkeypatch.setattr(embedding, "CACHE_BYTES", 10)
+    assert_equal(fit(TOY, FROZEN, DATA, KEY).state, cached)
+    assert N + 30 < len(decoded) <= N + 3 * 20  # an image that a chunk holds twice is decoded once
+
+
+def test_classes_are_decoded_once(decoded):
+    cache = EmbeddingCache()
+    state = fit_classes(TOY, FROZEN, CLASSES, KEY, execution(cache=cache)).state
+    list(score_classes(TOY, state, FROZEN, CLASSES, execution(cache=cache)))
+    assert len(decoded) == 21 + 9 + 3
+    fit_classes(TOY, FROZEN, CLASSES[1:], KEY, execution(cache=cache))
+    assert len(decoded) == 21 + 9 + 3

@@ -1,0 +1,73 @@
+"""NSA: the distribution of patch sizes, labels against scipy, objects."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from scipy import ndimage, stats
+
+from jaxad.synthesis import nsa
+from tests.synthesis.inputs import SEEDS, SIZE, SOURCE, noise
+
+
+def test_half_sides_follow_a_clipped_gamma_distribution():
+    dims = jnp.asarray([200.0, 300.0])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    halves = np.asarray(jax.vmap(lambda key: nsa.half_sides(key, dims, nsa.Sizes(0.06, 0.2)) / dims)(keys))
+    gamma = stats.gamma(2.0, loc=0.03, scale=0.05)
+    np.testing.assert_allclose((halves.min(), halves.max()), (0.06, 0.2), rtol=1e-6)
+    for share, clipped in ((gamma.cdf(0.06), halves < 0.06001), (gamma.sf(0.2), halves > 0.19999)):
+        np.testing.assert_allclose(clipped.mean(), share, atol=0.03)
+    between = halves[(halves > 0.06001) & (halves < 0.19999)]
+    low, high = gamma.cdf([0.06, 0.2])
+    assert stats.kstest(between, lambda x: (gamma.cdf(x) - low) / (high - low)).pvalue > 1e-3
+
+
+PROGRAMS = {
+    labels: jax.jit(functools.partial(nsa.natural, pieces=1, sizes=nsa.Sizes(0.2, 0.4), labels=labels))
+    for labels in get_args(nsa.Label)
+}
+
+
+@given(SEEDS)
+@settings(deadline=None, max_examples=15)
+def test_patches_have_sizes_in_range_and_labels_by_change(seed):
+    image = jnp.broadcast_to(jnp.asarray(0.5), (*SIZE, 3))
+    output, _ = PROGRAMS["binary"](jax.random.key(seed), image, SOURCE)
+    changed = np.asarray(jnp.abs(output - image).max(-1)) > 1e-5
+    for side, n in zip((changed.any(1).sum(), changed.any(0).sum()), SIZE, strict=True):
+        assert 0.2 * n - 4 <= side <= 0.4 * n + 1
+    change = np.abs(np.asarray(output, np.float64) - 0.5).mean(-1)
+    mean = functools.partial(ndimage.uniform_filter, mode="constant")
+    mask = mean((change > 1 / 255).astype(float), 5) > 0.5
+    intensity = 255 * mean(change * mask, 11) / np.maximum(mean(mask.astype(float), 11), 1e-6)
+    for labels, expected in (
+        ("logistic", mask / (1 + np.exp(-(intensity - 20) / 6))),
+        ("intensity", mask * intensity / 255),
+        ("binary", mask),
+    ):
+        same_output, label = PROGRAMS[labels](jax.random.key(seed), image, SOURCE)
+        np.testing.assert_allclose(same_output, output, atol=1e-5)
+        assert (np.abs(np.asarray(label) - expected) < 5e-3).mean() > 0.99
+
+
+def test_patches_show_the_object_and_overlap_the_targets():
+    left, right = (np.zeros(SIZE, bool) for _ in range(2))
+    left[:, :32], right[:, 32:] = True, True
+    image = noise(0)
+    draw = jax.jit(functools.partial(nsa.natural, pieces=1, labels="binary"))
+
+    def overlaps(least: float) -> list[float]:
+        """The share of each patch on the target's object; at least a quarter of the patch shows the source's."""
+        options = dict(foregrounds=(left, right), least_overlap=least)
+        masks = [np.asarray(draw(jax.random.key(i), image, SOURCE, **options)[1]) for i in range(12)]
+        return [float(mask[left].mean() / mask.mean() / 2) for mask in masks if mask.any()]
+
+    low, high = overlaps(0.25), overlaps(0.8)
+    assert len(low) > 6 and min(low) > 0.05
+    assert len(high) > 6 and min(high) > 0.8 * 0.25 - 0.05 and np.mean(high) > np.mean(low)
+    nowhere = draw(jax.random.key(0), image, SOURCE, foregrounds=(left, np.zeros(SIZE, bool)), least_overlap=0.25)
+    np.testing.assert_array_equal(nowhere[0], image)
