@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import Backbone, features
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.nn import ConvNorm
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import neighborhood_mean, upsample_blur
 from jaxad.training import cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import torch_adam
@@ -42,8 +42,8 @@ class Predictor(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
         """The predicted patches; with `train` batch norm uses the statistics of the batch."""
-        around = 9 * nn.avg_pool(x, (3, 3), padding="SAME") - x
-        hidden = nn.relu(ConvNorm(self.hidden, 1)(around / 8, train=train))
+        around = (9 * neighborhood_mean(x, 3) - x) / 8
+        hidden = nn.relu(ConvNorm(self.hidden, 1)(around, train=train))
         return nn.Dense(x.shape[-1])(hidden)
 
 

@@ -48,7 +48,7 @@ def settings_of(
     smoke: bool = False,
     **hyperparameters: Any,
 ) -> Settings:
-    """The settings of a recipe; those of a smoke run are for small images and a small backbone.
+    """The settings of a recipe; those of a smoke run are for small images, a small backbone and one epoch.
 
     Args:
         recipe: What to run.
@@ -58,6 +58,8 @@ def settings_of(
         smoke: Whether this is a smoke run.
         hyperparameters: Those that differ from the recipe's.
     """
+    if smoke and "epochs" in inspect.signature(METHODS[recipe.method]).parameters:
+        hyperparameters = {"epochs": 1, **hyperparameters}
     return Settings.of(
         recipe.method,
         backbone=recipe.smoke_backbone if smoke else recipe.backbone,

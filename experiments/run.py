@@ -51,7 +51,7 @@ class Options:
     checkpoints: Path | None = None
     """Where progress is kept until the recipe is done; None: nowhere."""
     smoke: bool = False
-    """A few small demo images and random weights."""
+    """A few small demo images, random weights and one epoch."""
 
 
 def run(name: str, recipe: Recipe, options: Options) -> None:

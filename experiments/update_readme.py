@@ -13,8 +13,16 @@ from statistics import fmean
 from typing import Any
 
 from experiments.command import RESULTS, ROOT, start
+from jaxad import methods
 from jaxad.files import read_json, write_atomically
-from jaxad.report.tables import ABSENT, fraction, markdown_table, results_markdown
+from jaxad.report.tables import (
+    ABSENT,
+    fraction,
+    markdown_table,
+    metric_cells,
+    read_results,
+    results_markdown,
+)
 
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
 NO_RESULT = "There is no result yet: run `python -m experiments.{}`.\n"
@@ -184,6 +192,25 @@ EXPERIMENTS = {
 """Experiments with a table of their own: the function that makes it, and the module that writes the result."""
 
 
+def best_results(results: Path, dataset: str) -> str:
+    """One row per method, grouped by family: its recipe with the highest image_AUROC on a data set."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in read_results(results, dataset):
+        others = best.setdefault(result["method"], result)["metrics"]["image_AUROC"]["mean"]
+        if result["metrics"]["image_AUROC"]["mean"] > others:
+            best[result["method"]] = result
+    rows, sources = [], {}
+    for description in sorted(map(methods.describe, best), key=lambda one: (one.family, one.name)):
+        result = best[description.name]
+        year = re.search(r"\b(20\d\d)\b", description.paper)
+        name = f"{description.title}, {year[1]}" if year else description.title
+        metrics = metric_cells(result, ("image_AUROC", "pixel_AUPRO"), sources)
+        rows.append([description.family, name, f"`{result['recipe']}`", *metrics])
+    headings = ["family", "method", "recipe", "image_AUROC", "published", "pixel_AUPRO", "published"]
+    listed = ", ".join(f"[{number}] {source.replace(', ', ' ')}" for source, number in sources.items())
+    return markdown_table(headings, rows, left=3) + (f"\nPublished: {listed}.\n" if sources else "")
+
+
 def updated(document: str, results: Path) -> str:
     """The text of a document with the tables of a folder of results between their markers.
 
@@ -196,7 +223,8 @@ def updated(document: str, results: Path) -> str:
         if name in EXPERIMENTS:
             path, (table, module) = results / f"{name}.json", EXPERIMENTS[name]
             return match[1] + (table(read_json(path)) if path.exists() else NO_RESULT.format(module))
-        table = results_markdown(results, name or None)
+        dataset = name.removeprefix("best_")
+        table = results_markdown(results, name or None) if dataset == name else best_results(results, dataset)
         return match[1] + (table if table.count("\n") > 2 else NO_RESULT.format("run"))  # more than the head
 
     names = [match[2] for match in MARKED.finditer(document)]

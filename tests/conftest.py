@@ -18,7 +18,7 @@ import pytest
 
 from jaxad.driver.embedding import embed_program
 from jaxad.driver.programs import fit_programs, score_program
-from tests import rows
+from tests import rows as fitted_rows
 from tests.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +30,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what `make test` leaves to `make test-all`")
+    parser.addoption("--rows", default="", help="of tests of rows of the conformance table, run those of these, a,b,...")
     parser.addoption("--method", default="", help="run only the tests of one method: its rows, its file, its recipes")
 
 
@@ -40,11 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Selects tests; those of one row of the conformance table run in one process, which fits it once."""
-    method, slow = config.getoption("--method"), config.getoption("--slow")
+    method, slow, rows = (config.getoption(option) for option in ("--method", "--slow", "--rows"))
     chosen = [
         item
         for item in items
-        if (slow or item.get_closest_marker("slow") is None) and (not method or _is_about(item, method))
+        if (slow or item.get_closest_marker("slow") is None)
+        and (not method or _is_about(item, method))
+        and (not rows or _row(item) is None or _row(item) in rows.split(","))
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = sorted(chosen, key=lambda item: _row(item) or "")
@@ -74,7 +77,7 @@ def _group(item: pytest.Item) -> Path | str:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """A process may map some 65,000 pieces of memory and a program takes a few: programs are freed group by group."""
     if nextitem is None or _group(item) != _group(nextitem):
-        for cached in (rows.row, fit_programs, score_program, embed_program):
+        for cached in (fitted_rows.row, fit_programs, score_program, embed_program):
             cached.cache_clear()
         jax.clear_caches()
 

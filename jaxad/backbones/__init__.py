@@ -6,9 +6,14 @@ All functions here take it in place of a name, except for those about files of w
 `network.init(key)` or `network.fold(tensors)`.
 """
 
-from jaxad.backbones.architecture import Backbone, ResidualBlocks, Student, normalize
-from jaxad.backbones.networks import FAMILIES, backbone, features, residual_blocks, stride, student
-from jaxad.backbones.weights import Weights, available, cache_dir, fetch, import_file, load, of_file, resolve, source
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxad.backbones.architecture import Backbone, ResidualBlocks, Student, normalize
+    from jaxad.backbones.networks import FAMILIES, backbone, features, residual_blocks, stride, student
+    from jaxad.backbones.store import Weights, available, cache_dir
+    from jaxad.backbones.weights import fetch, import_file, load, of_file, resolve, source
 
 __all__ = [
     "FAMILIES",
@@ -31,3 +36,18 @@ __all__ = [
     "stride",
     "student",
 ]
+
+_MODULES = {
+    "architecture": ("Backbone", "ResidualBlocks", "Student", "normalize"),
+    "networks": ("FAMILIES", "backbone", "features", "residual_blocks", "stride", "student"),
+    "store": ("Weights", "available", "cache_dir"),
+    "weights": ("fetch", "import_file", "load", "of_file", "resolve", "source"),
+}
+"""Module -> the public names that it defines. Modules are imported on first use: `jaxad list` needs no JAX."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

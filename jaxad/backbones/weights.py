@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.typing import DTypeLike
 
 from jaxad.backbones import registry
 from jaxad.backbones.networks import backbone
+from jaxad.backbones.store import cache_dir, places
 from jaxad.base import Frozen
 
 ATTEMPTS = 3
@@ -39,38 +39,6 @@ CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with (bytes so far, total bytes)."""
-
-
-class Weights(NamedTuple):
-    """A set of weights that `load` knows by name."""
-
-    name: str
-    plain: str | None
-    """The plain name for this set, if it has one."""
-    state: str
-    """`cached`, `embedded` (in the package) or `not fetched`."""
-    path: Path | None
-    url: str | None
-    """None: there is no official file; use `import_file`."""
-    sha256: str | None
-
-
-def cache_dir() -> Path:
-    """The folder of fetched and imported weights: $JAXAD_CACHE, or jaxad/weights in the user's cache folder."""
-    if folder := os.environ.get("JAXAD_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxad" / "weights"
-
-
-def available() -> list[Weights]:
-    """All registered weights and their location."""
-    rows = []
-    for entry in registry.ENTRIES.values():
-        path = next((p for p in _places(entry) if p.is_file()), None)
-        state = "not fetched" if path is None else "cached" if path.parent == cache_dir() else "embedded"
-        plain = entry.architecture if registry.PLAIN[entry.architecture] is entry else None
-        rows.append(Weights(entry.name, plain, state, path, entry.url, entry.sha256))
-    return rows
 
 
 def resolve(name: str, weights: str | Path | None) -> str:
@@ -198,7 +166,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         OSError: `JAXAD_OFFLINE` is set, the server cannot be reached, or it closes the connection.
     """
     entry = registry.lookup(name)
-    local = next((path for path in _places(entry) if path.is_file()), None)
+    local = next((path for path in places(entry) if path.is_file()), None)
     if local is not None:
         return local
     url = entry.url
@@ -319,11 +287,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _places(entry: registry.Entry) -> tuple[Path, ...]:
-    """Where the weights can be: the cache, the package."""
-    return cache_dir() / f"{entry.name}.safetensors", Path(__file__).with_name(f"{entry.name}.safetensors")
-
-
 def _variant(entry: registry.Entry, path: Path) -> registry.Entry | None:
     """The variant of the architecture that the stem of a file names, if any."""
     variant = registry.ENTRIES.get(path.stem)
@@ -338,7 +301,7 @@ def _locate(name: str, weights: str | Path | None) -> Path:
             raise FileNotFoundError(f"no weights file {path}; `jaxad weights list` shows those known by name")
         return path
     entry = registry.lookup(name)
-    for path in _places(entry):
+    for path in places(entry):
         if path.is_file():
             return path
     fetch_or = f"run `jaxad weights fetch {name}`, or " if entry.url else ""

@@ -1,5 +1,5 @@
 """The command line."""
 
-from jaxad.cli.main import main, refuse
+from jaxad.cli.main import COMMANDS, main, refuse
 
-__all__ = ["main", "refuse"]
+__all__ = ["COMMANDS", "main", "refuse"]

@@ -16,7 +16,7 @@ def list_methods(argv: Sequence[str]) -> None:
     if argv:
         if {"-h", "--help"} & set(argv):
             print("usage: jaxad list\n\nList the methods and backbones.")
-            return
+            sys.exit(0)
         raise ValueError(f"jaxad list takes no options, got {' '.join(argv)}")
     table = Table("method", "what it does", "paper")
     descriptions = sorted(map(methods.describe, methods.names()), key=lambda one: (one.family, one.name))

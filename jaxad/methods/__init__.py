@@ -25,6 +25,8 @@ class Description(NamedTuple):
     """What the docstring of a method's file says."""
 
     name: str
+    title: str
+    """The method's name as its paper writes it."""
     summary: str
     """The first sentence, behind the method's name and without the final period."""
     family: str
@@ -57,8 +59,9 @@ def describe(name: str) -> Description:
     _check(name)
     source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     text = ast.get_docstring(ast.parse(source)) or ""
-    summary = " ".join(text.partition("\n\n")[0].split()).partition(": ")[2].partition(". ")[0].removesuffix(".")
-    return Description(name, summary, _section(text, "Family"), _section(text, "Paper"))
+    title, _, rest = " ".join(text.partition("\n\n")[0].split()).partition(": ")
+    summary = rest.partition(". ")[0].removesuffix(".")
+    return Description(name, title, summary, _section(text, "Family"), _section(text, "Paper").removesuffix("."))
 
 
 def _check(name: str) -> None:

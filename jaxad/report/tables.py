@@ -115,7 +115,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
 
 
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-APART = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
+OF_EXPERIMENTS = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
 """Prefixes of result files that do not come from a recipe."""
 
 
@@ -123,8 +123,7 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     """A Markdown table of measured and published metrics, from `experiments/results/*.json`.
 
     It has one row per recipe, ordered by data set, method and backbone. Metrics are means over seeds, with the standard
-    deviation if there are several. A numbered list below the table gives the sources of the published metrics. Results
-    that do not come from a recipe (`APART`) are left out.
+    deviation if there are several. A numbered list below the table gives the sources of the published metrics.
 
     Args:
         results_dir: the folder of the results.
@@ -133,23 +132,34 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     Raises:
         ValueError: a file is not a result; the message names it.
     """
-    paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(APART))
-    results = [result for result in map(_read_result, paths) if dataset in (None, result.get("dataset"))]
-    results.sort(key=lambda result: tuple(str(result.get(key)) for key in ("dataset", "method", "backbone", "recipe")))
-    headings = ["recipe", "backbone"]
-    for name in MARKDOWN_METRICS:
-        headings += [name, "published"]
-    rows: list[list[str]] = []
-    sources: dict[str, int] = {}
-    for result in results:
+    rows, sources = [], {}
+    for result in read_results(results_dir, dataset):
         backbone = result.get("backbone") or ABSENT
         cells = [f"`{result['recipe']}`", backbone if isinstance(backbone, str) else ", ".join(backbone)]
-        for name in MARKDOWN_METRICS:
-            published = (result.get("published") or {}).get(name) or {}
-            cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
-        rows.append(cells)
-    footnotes = "".join(f"{number}. {source}\n" for source, number in sources.items())
-    return markdown_table(headings, rows, left=2) + (f"\n{footnotes}" if footnotes else "")
+        rows.append(cells + metric_cells(result, MARKDOWN_METRICS, sources))
+    headings = ["recipe", "backbone", *(heading for name in MARKDOWN_METRICS for heading in (name, "published"))]
+    return markdown_table(headings, rows, left=2) + footnotes(sources)
+
+
+def read_results(results_dir: Path, dataset: str | None = None) -> list[dict[str, Any]]:
+    """The results of recipes, ordered by data set, method and backbone; arguments and errors as `results_markdown`."""
+    paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(OF_EXPERIMENTS))
+    results = [result for result in map(_read_result, paths) if dataset in (None, result.get("dataset"))]
+    return sorted(results, key=lambda one: tuple(str(one.get(k)) for k in ("dataset", "method", "backbone", "recipe")))
+
+
+def metric_cells(result: Mapping[str, Any], names: Sequence[str], sources: dict[str, int]) -> list[str]:
+    """The measured and the published value of each metric; new sources are added to `sources`, numbered from 1."""
+    cells = []
+    for name in names:
+        published = (result.get("published") or {}).get(name) or {}
+        cells += [_measured(result["metrics"].get(name)), _published(published, sources)]
+    return cells
+
+
+def footnotes(sources: Mapping[str, int]) -> str:
+    """The numbered sources, as Markdown below a table."""
+    return "".join(["\n", *(f"{number}. {source}\n" for source, number in sources.items())]) if sources else ""
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

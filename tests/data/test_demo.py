@@ -67,10 +67,10 @@ def test_specimens_of_a_product_vary_moderately(category):
 def test_written_images_equal_rendered_images(tmp_path):
     options = {"train": 2, "good": 1, "per_defect": 1, "size": 48, "seed": 5}
     root = demo.write_demo(tmp_path / "deep/demo", **options)
-    written = open_data(root, preprocess=Preprocess(None))
+    data_on_disk = open_data(root, preprocess=Preprocess(None))
     records = {record.path: record for record in demo.records(**options)}
-    assert list(written) == CATEGORIES and len(records) == 4 * 8
-    for split in written.values():
+    assert list(data_on_disk) == CATEGORIES and len(records) == 4 * 8
+    for split in data_on_disk.values():
         for data in split:
             indices = range(len(data))
             for path, image, mask in zip(data.paths, data.images(indices), data.masks(indices), strict=True):

@@ -237,7 +237,7 @@ def test_a_detector_needs_photographs_to_fit_but_not_to_predict(tmp_path):
     for i, pixels in enumerate(IMAGES[:3]):
         Image.fromarray(pixels).save(photographs / f"{i}.png")
     options = dict(image_size=64, holdout=0.5, epochs=1, train_batch_size=4)
-    with pytest.raises(ValueError, match="learns from photographs of other things too: give"):
+    with pytest.raises(ValueError, match="efficientad learns from photographs of other things too: set auxiliary"):
         Detector("efficientad", **options).fit(IMAGES)
     detector = Detector("efficientad", auxiliary=photographs, **options).fit(IMAGES)
     detector.save(tmp_path / "model")

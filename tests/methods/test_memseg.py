@@ -188,13 +188,13 @@ def test_loss_is_a_weighted_sum_of_absolute_and_focal_errors(monkeypatch, frozen
     maps = {k: v for k, v in jax.jit(method.embed)(frozen, defective).items() if k != "image"}
     differences = {k: (maps[k] - v) ** 2 for k, v in nearest(model.memory, maps).items()}
     variables = {"params": model.params, "batch_stats": model.stats}
-    normalized = (defective - frozen["mean"]) / frozen["std"]
+    normalized = (255 * defective - frozen["mean"]) / frozen["std"]
     logits, _ = Segmenter().apply(variables, normalized, maps, differences, train=True, mutable=["batch_stats"])
     logits = np.asarray(logits, np.float64)
     probability = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
     of_label = np.where(mask, probability, 1 - probability)
     expected = 0.6 * np.mean(1 - of_label) + 0.4 * np.mean(-((1 - of_label) ** 4) * np.log(of_label))
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=5e-3)  # batch norm of few positions magnifies rounding
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-3)  # batch norm of few positions magnifies rounding
     steps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), updated.model.params, model.params)
     rate = float(warmup_cosine(jnp.float32(0.05)))
     assert 0.9 * rate < max(jax.tree.leaves(steps)) / 1e-3 < 1.1 * rate

@@ -8,15 +8,15 @@ LABELS = np.array([0, 0, 0, 1, 1, 1, 1, 1])
 
 
 def test_missed_defects_then_false_alarms_then_the_closest_calls():
-    chosen = choose_examples(SCORES, LABELS, 0.5, n=8)
+    indices = choose_examples(SCORES, LABELS, 0.5, n=8)
     # missed defects, lowest first; false alarms, highest first; correct images, closest to the threshold first
-    assert chosen.tolist() == [3, 4, 6, 0, 2, 7, 1, 5]
+    assert indices.tolist() == [3, 4, 6, 0, 2, 7, 1, 5]
 
 
 def test_both_kinds_of_error_are_chosen_alternately():
     scores, labels = np.arange(100.0), np.array([1] * 40 + [0] * 60)
-    chosen = choose_examples(scores, labels, 50.0, n=6)
-    assert chosen.tolist() == [0, 1, 2, 99, 98, 97]
+    indices = choose_examples(scores, labels, 50.0, n=6)
+    assert indices.tolist() == [0, 1, 2, 99, 98, 97]
     assert choose_examples(scores, np.array([1] * 99 + [0]), 50.0, n=4).tolist() == [0, 1, 2, 99]
 
 
