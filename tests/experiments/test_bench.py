@@ -61,6 +61,7 @@ def test_coreset_of_a_whole_data_set(tmp_path: Path) -> None:
     assert result["patches"] == 6 * 64 and result["coreset"] == 38 and result["radius"] > 0
 
 
+@pytest.mark.slow
 def test_classes_in_one_program_give_the_numbers_of_the_loop(tmp_path: Path) -> None:
     classes.main(classes.Options(methods=("patchcore", "padim"), results=tmp_path, smoke=True))
     result = json.loads((tmp_path / "bench_classes.json").read_text())
@@ -75,6 +76,7 @@ def test_classes_in_one_program_give_the_numbers_of_the_loop(tmp_path: Path) -> 
             assert set(contender["phases"]) == {"start", "collect", "finish", "score"}
 
 
+@pytest.mark.slow
 def test_devices_share_the_work_and_a_stream_is_covered_within_its_bounds(tmp_path: Path) -> None:
     scaling.main(scaling.Options(results=tmp_path, smoke=True))
     programs = json.loads((tmp_path / "bench_scaling.json").read_text())["programs"]
@@ -109,6 +111,7 @@ def test_bodies_of_loops_count_once_per_round() -> None:
     assert cost[3] == pytest.approx(3 * 5 * product, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_speed_of_flows(tmp_path: Path) -> None:
     flows.main(flows.Options(methods=("nf",), peers=("cflow",), results=tmp_path, smoke=True))
@@ -150,6 +153,7 @@ def test_sheet_of_generators(tmp_path: Path) -> None:
         generators.main(generators.Options(generators=("glitter",), smoke=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_place_of_synthesis(tmp_path: Path) -> None:
     path = tmp_path / "bench_synthesis.json"
@@ -165,6 +169,7 @@ def test_place_of_synthesis(tmp_path: Path) -> None:
     assert "| by the host | cpu | 32 | 2 | 2 |" in update_readme.place_of_synthesis({"devices": {"cpu": result}})
 
 
+@pytest.mark.slow
 def test_profile_of_training(tmp_path: Path) -> None:
     path = tmp_path / "profile_draem.json"
     path.write_text(json.dumps({"devices": {"another": {}}}))
@@ -194,6 +199,7 @@ def test_gpu_works_while_a_kernel_runs() -> None:
     np.testing.assert_allclose(spans, [(15e-9, 35e-9)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_latency(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(latency.NETWORKS, "efficientad", ("efficientad_small",))

@@ -14,6 +14,7 @@ from experiments.distill import teacher as distill_teacher
 from jaxad.backbones import backbone, features, load
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")  # optax's AdamW counts steps in integers
 def test_distilled_backbone_learns_resumes_and_loads(tmp_path: Path) -> None:
     random = np.random.default_rng(0)

@@ -39,7 +39,7 @@ SMOKE = (
     *("padim_bottle", "mahalanobis_ad_mtd_npca"),  # closed form
     *("patchcore_mtd", "spade_mtd"),  # memory bank
     "nf_demo",  # flow
-    "uninformed_students_bottle_17",  # distillation
+    "stfpm_bottle",  # distillation
     "simplenet_bottle",  # synthetic
 )
 """Recipes of every family whose smoke run takes a few seconds."""
@@ -94,6 +94,7 @@ def test_committed_results_match_their_recipes() -> None:
         assert "--smoke" not in result["command"], path.name
 
 
+@pytest.mark.slow
 def test_recipes_without_a_result_can_be_traced() -> None:
     """They are for machines that were not available."""
     waiting = RECIPES.keys() - {path.stem for path in RESULTS.glob("*.json")}

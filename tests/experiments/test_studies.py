@@ -14,6 +14,7 @@ from experiments.update_readme import foreign_images, transfer
 from jaxad.base import Method, Stage
 
 
+@pytest.mark.slow
 def test_learning_rates_are_compared_on_held_out_images(tmp_path: Path) -> None:
     rates = (1e-12, 1e-5)
     select_rate.main(
@@ -46,6 +47,7 @@ def test_recipe_with_photographs_is_opened_with_them(tmp_path: Path) -> None:
         open_recipe("efficientad_demo", epochs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_metrics_of_test_images_by_epoch(tmp_path: Path) -> None:
     path = tmp_path / "epochs_fastflow_demo.json"
@@ -73,6 +75,7 @@ def test_curve_refuses_recipes_without_steps_or_with_other_blocks(tmp_path: Path
         epoch_curve.main(epoch_curve.Options("patchcore_demo", results=tmp_path, smoke=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_likelihoods_of_foreign_images(tmp_path: Path) -> None:
     names = ("RealNVP, cycle mask", "RealNVP on embeddings", "RealNVP on ADBench's embeddings")
@@ -120,6 +123,7 @@ def test_method_is_fitted_to_vectors() -> None:
     np.testing.assert_array_equal(nf_ood.fit_vectors(method, x, "layer3").state, x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_ablation_of_generators(tmp_path: Path) -> None:
     names = ("confetti", "feature noise", "feature ascent")

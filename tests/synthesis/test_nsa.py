@@ -58,7 +58,7 @@ def test_patches_show_the_object_and_overlap_the_targets():
     left, right = (np.zeros(SIZE, bool) for _ in range(2))
     left[:, :32], right[:, 32:] = True, True
     image = noise(0)
-    draw = jax.jit(functools.partial(nsa.natural, pieces=1, labels="binary"))
+    draw = jax.jit(functools.partial(nsa.natural, pieces=1, labels="binary"), static_argnames="least_overlap")
 
     def overlaps(least: float) -> list[float]:
         """The share of each patch on the target's object; at least a quarter of the patch shows the source's."""
@@ -69,5 +69,5 @@ def test_patches_show_the_object_and_overlap_the_targets():
     low, high = overlaps(0.25), overlaps(0.8)
     assert len(low) > 6 and min(low) > 0.05
     assert len(high) > 6 and min(high) > 0.8 * 0.25 - 0.05 and np.mean(high) > np.mean(low)
-    nowhere = draw(jax.random.key(0), image, SOURCE, foregrounds=(left, np.zeros(SIZE, bool)), least_overlap=0.25)
+    nowhere = draw(jax.random.key(0), image, SOURCE, foregrounds=(left, np.zeros(SIZE, bool)))
     np.testing.assert_array_equal(nowhere[0], image)
