@@ -61,7 +61,7 @@ class Learned(NamedTuple):
     """What `learn` returns."""
 
     models: tuple[Model, ...]
-    """One for each of the settings."""
+    """One a member."""
     method: Method
     """What scores all models."""
     state: State
@@ -71,7 +71,7 @@ class Learned(NamedTuple):
 
 
 def learn(
-    settings: Sequence[Settings],
+    members: Sequence[Settings],
     datasets: Sequence[Dataset],
     execution: Execution = Execution(),
     *,
@@ -82,8 +82,8 @@ def learn(
     """Fits several models in one program, and sets their thresholds.
 
     Args:
-        settings: They differ in their seeds at most. In a sweep, those with the first, the second, ... value of the
-            hyperparameter follow each other; one fit serves them all.
+        members: The settings of the models. They differ in their seeds at most. In a sweep, those with the first, the
+            second, ... value of the hyperparameter follow each other; one fit serves them all.
         datasets: The normal images for each, of one size.
         execution: How; `classes_per_step` None means as many as fit into memory. The batch size is that of the
             settings.
@@ -96,13 +96,13 @@ def learn(
             that a fitted model can change.
     """
     values = sweep.values if sweep else (0,)
-    first, several = settings[int(np.argmax(values)) if sweep else 0], len(settings) > 1
-    methods = [each.build(data.image_size) for each, data in zip(settings, datasets, strict=True)]
+    first, several = members[int(np.argmax(values)) if sweep else 0], len(members) > 1
+    methods = [member.build(data.image_size) for member, data in zip(members, datasets, strict=True)]
     method = first.build(datasets[0].image_size)
     if sweep and sweep.name not in dict(method.vary):
         names = ", ".join(name for name, _ in method.vary) or "nothing"
         raise ValueError(f"{first.method} up to {max(values)} can sweep {names} at once, got {sweep.name}")
-    train, held_out = map(list, zip(*map(split, settings, datasets), strict=True))
+    train, held_out = map(list, zip(*map(split, members, datasets), strict=True))
     execution, once = configured(execution, first), slice(None, None, len(values))
     started = compile_seconds()
     if execution.progress:
@@ -110,7 +110,7 @@ def learn(
     scoring = any(held_out) and not sweep
     execution = _fitting_into_memory(first, method, frozen, auxiliary, train[once], execution, scoring)
     compiled = compile_seconds() - started
-    keys = jnp.stack([jax.random.key(each.seed) for each in settings])
+    keys = jnp.stack([jax.random.key(member.seed) for member in members])
     if several:
         fitted = fit_classes(method, frozen, train[once], keys[once], execution, auxiliary=auxiliary)
         state = _swept(method, fitted.state, sweep) if sweep else fitted.state
@@ -122,7 +122,7 @@ def learn(
     threshold_seconds = time.perf_counter() - started
     losses, total = fitted.metrics.get("loss", np.empty(0)), sum(map(len, train))
     models = []
-    for i, (each, data) in enumerate(zip(settings, train, strict=True)):
+    for i, (member, data) in enumerate(zip(members, train, strict=True)):
         share = len(data) / total
         seconds = {"compile": (compiled + fitted.compile_seconds) * share, "fit": fitted.run_seconds * share}
         model = Model(
@@ -133,12 +133,12 @@ def learn(
             seconds=seconds | ({"threshold": threshold_seconds * share} if scored[i] else {}),
             loss=_curve(losses[i // len(values)] if several and losses.size else losses),
         )
-        models.append(model._replace(**_thresholds(scored[i], each.fpr)))
+        models.append(model._replace(**_thresholds(scored[i], member.fpr)))
     return Learned(tuple(models), method, state, execution.classes_per_step)
 
 
 def plan(
-    settings: Sequence[Settings],
+    members: Sequence[Settings],
     datasets: Sequence[Dataset],
     execution: Execution = Execution(),
     *,
@@ -146,9 +146,9 @@ def plan(
     auxiliary: Any = None,
 ) -> Plan:
     """The memory that `learn` needs with these arguments; nothing is fitted."""
-    train, held_out = zip(*map(split, settings, datasets), strict=True)
-    method, scoring = settings[0].build(datasets[0].image_size), any(map(len, held_out))
-    return estimate(method, frozen, train, configured(execution, settings[0]), auxiliary=auxiliary, scoring=scoring)
+    train, held_out = zip(*map(split, members, datasets), strict=True)
+    method, scoring = members[0].build(datasets[0].image_size), any(map(len, held_out))
+    return estimate(method, frozen, train, configured(execution, members[0]), auxiliary=auxiliary, scoring=scoring)
 
 
 def shortage(settings: Settings, plan: Plan) -> str | None:

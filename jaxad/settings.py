@@ -121,7 +121,7 @@ class Settings:
     def build(self, image_size: tuple[int, int]) -> Method:
         """The method for images of that size; equal settings give the same one, which compiles once."""
         backbone = self.backbone[0] if len(self.backbone) == 1 else self.backbone
-        arguments = {"image_size": image_size} | ({"backbone": backbone} if backbone else {}) | self.hyperparameters
+        arguments = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
         try:
             return _build(self.method, tuple(arguments.items()))
         except TypeError:  # a hyperparameter cannot be hashed

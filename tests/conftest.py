@@ -30,7 +30,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what `make test` leaves to `make test-all`")
-    parser.addoption("--rows", default="", help="of tests of rows of the conformance table, run those of these, a,b,...")
+    parser.addoption("--rows", default="", help="rows of the conformance table to run, a,b,...; none: all")
     parser.addoption("--method", default="", help="run only the tests of one method: its rows, its file, its recipes")
 
 

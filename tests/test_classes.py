@@ -15,7 +15,7 @@ from jaxad.driver.fit import Group, fit, fit_classes
 from jaxad.driver.programs import class_state
 from jaxad.driver.scoring import score_all, score_classes
 from tests.cases import CASES
-from tests.rows import EXECUTION, KEY, N, B, assert_close, auxiliary_for, datasets, row
+from tests.rows import EXECUTION, KEY, B, N, assert_close, auxiliary_for, datasets, row
 
 COUNTS = (N, 7, 9)
 TRAIN, TEST = zip(*(datasets(seed, n) for seed, n in enumerate(COUNTS)), strict=True)

@@ -63,9 +63,9 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
+def imports(module: ast.Module) -> Iterator[str]:
     """The modules of jaxad that a file imports anywhere, as dotted names."""
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "jaxad")
         elif isinstance(node, ast.ImportFrom):
@@ -78,9 +78,9 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 def test_imports_run_downward():
     wrong = []
-    for path, tree in modules():
+    for path, module in modules():
         part = part_of(path)
-        for name in imports(tree):
+        for name in imports(module):
             target = [*name.split("."), "jaxad"][1]
             if target != part and target not in MAY_IMPORT[part]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
@@ -88,9 +88,9 @@ def test_imports_run_downward():
 
 
 def test_methods_do_not_import_each_other():
-    for path, tree in modules():
+    for path, module in modules():
         if part_of(path) == "methods" and path.name != "__init__.py":
-            assert not [name for name in imports(tree) if name.startswith("jaxad.methods")], path
+            assert not [name for name in imports(module) if name.startswith("jaxad.methods")], path
 
 
 def test_methods_know_no_devices():
@@ -119,9 +119,9 @@ def test_no_module_for_leftovers():
 def test_public_functions_say_what_they_are():
     """Annotations on every argument and result, a docstring on every public function, method and class."""
     wrong = []
-    for path, tree in modules():
-        owners = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
-        assert ast.get_docstring(tree) or not tree.body, f"{path} has no docstring"
+    for path, module in modules():
+        owners = [module, *(n for n in module.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+        assert ast.get_docstring(module) or not module.body, f"{path} has no docstring"
         for owner in owners:
             if isinstance(owner, ast.ClassDef) and not ast.get_docstring(owner):
                 wrong.append(f"{path.relative_to(ROOT)}: {owner.name} has no docstring")
@@ -154,8 +154,7 @@ def test_a_method_has_a_recipe():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_presents_itself(name):
-    module = importlib.import_module(f"jaxad.methods.{name}")
-    text = module.__doc__
+    text = importlib.import_module(f"jaxad.methods.{name}").__doc__
     places = [text.find(f"\n{heading} ") for heading in HEADINGS]
     assert min(places) > 0 and places == sorted(places), f"the headings must be {HEADINGS}, in this order"
     family, paper, _, differences, results = (
@@ -203,9 +202,9 @@ def test_nothing_names_this_machine():
     wrong = []
     for path, text in tracked():
         for number, line in enumerate(text.splitlines(), 1):
-            for found in (machine.search(line), index.search(line.lower())):
-                if found:
-                    wrong.append(f"{path.relative_to(ROOT)}:{number}: {found[0]}")
+            for match in (machine.search(line), index.search(line.lower())):
+                if match:
+                    wrong.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
     assert not wrong
 
 

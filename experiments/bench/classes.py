@@ -246,8 +246,8 @@ def separate_parts(classes: Classes) -> dict[str, float]:
         "embed in one program": (len(train), sum(map(max, steps))),
     }
     program = embed_program(method.embed, Layout(), None)
-    for way, (together, times) in ways.items():
-        images = np.stack([batch[None]] * together)
+    for way, (count, times) in ways.items():
+        images = np.stack([batch[None]] * count)
         jax.block_until_ready(program(frozen, jnp.asarray(images)))
         started = time.perf_counter()
         for _ in range(3):

@@ -100,11 +100,11 @@ def compiled(name: str, axis: str, devices: int, options: Options) -> Iterator[t
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def placed(tree: Any, *spec: str | None) -> Any:
+    def placed(arrays: Any, *spec: str | None) -> Any:
         """The arrays of one step and class, as those of all classes on the devices."""
         sharding = layout.named(None, *spec)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((classes, 1, *leaf.shape), leaf.dtype, sharding=sharding), tree
+            lambda leaf: jax.ShapeDtypeStruct((classes, 1, *leaf.shape), leaf.dtype, sharding=sharding), arrays
         )
 
     frozen = jax.eval_shape(network.init, jax.random.key(0))

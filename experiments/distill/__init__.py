@@ -1,1 +1,1 @@
-"""Distillation of the networks whose weights are made here."""
+"""Distillation: how the embedded backbone and the teachers of Uninformed Students are trained."""

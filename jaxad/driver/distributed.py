@@ -77,7 +77,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     _state["joined"] = True
 
 
-def lose() -> NoReturn:
+def exit_after_lost_process() -> NoReturn:
     """Exits at once with a message; a normal exit would wait for the lost process."""
     end(LOST, f"error: {_state['message']}")
 
@@ -105,7 +105,7 @@ def _handle_abort() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: lose())
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: exit_after_lost_process())
     _handlers.append(handler)
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p

@@ -249,7 +249,7 @@ class Reader:
         if images is None:
             cached = [source.get(rows) for source, rows in zip(sources, index, strict=True)]
             stack = jnp.stack if sources[0].on_device else np.stack
-            x = jax.tree.map(lambda *leaves: stack(leaves) if len(leaves) > 1 else leaves[0][None], *cached)
+            x = jax.tree.map(lambda *leaves: stack(leaves) if len(leaves) > 1 else next(iter(leaves))[None], *cached)
             x = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), jax.device_put(x, local), sources[0].spec)
         else:
             x = embed_program(self._embed_fn, layout, axis)(self._frozen.local, jax.device_put(images, local))

@@ -55,10 +55,10 @@ def _free_on_machine() -> int | None:
         names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         return math.prod(map(os.sysconf, names)) if set(names) <= os.sysconf_names.keys() else None
     meminfo = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-    return max(0, min([meminfo["MemAvailable"] + meminfo.get("SwapFree", 0), *_left_in_groups()]))
+    return max(0, min([meminfo["MemAvailable"] + meminfo.get("SwapFree", 0), *_free_in_cgroups()]))
 
 
-def _left_in_groups(
+def _free_in_cgroups(
     mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Iterator[int]:
     """Bytes left below the memory limit of each control group of this process, not counting the page cache as used."""

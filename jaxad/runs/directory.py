@@ -99,16 +99,16 @@ def resume(checkpoint: Path, fingerprint: str) -> None:
     files.write_atomically(mark, fingerprint)
 
 
-def fingerprint(settings: Sequence[Settings], datasets: Sequence[Dataset]) -> str:
+def fingerprint(members: Sequence[Settings], datasets: Sequence[Dataset]) -> str:
     """A hash of all that decides what a fit computes: settings, weights, images."""
     decisive: list[Any] = [jaxad.__version__]
-    for each, data in zip(settings, datasets, strict=True):
+    for settings, data in zip(members, datasets, strict=True):
         paths = [record.image for record in data.records]
         stats = [os.stat(path) if isinstance(path, Path) else None for path in paths]
         marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-        weights = [(source["name"], source["sha256"]) for source in each.sources()]
+        weights = [(source["name"], source["sha256"]) for source in settings.sources()]
         images = list(zip(data.paths, marks, strict=True))
-        decisive.append([each.to_json(), weights, data.mask_threshold, images])
+        decisive.append([settings.to_json(), weights, data.mask_threshold, images])
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -134,14 +134,13 @@ def _evaluate(
     image_threshold, oracle_thresholds = detector.image_threshold, None
     if oracle:
         image_threshold = oracle_threshold(scores[labeled], labels[labeled])
-        pixels = labeled_maps is not None and truth is not None
-        pixel_threshold = oracle_threshold(labeled_maps, truth) if pixels else None
+        pixel_threshold = None if labeled_maps is None or truth is None else oracle_threshold(labeled_maps, truth)
         oracle_thresholds = pair_to_json(Thresholds(image_threshold, pixel_threshold))
     with score_files(run.directory, image_threshold) as write:
         for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
             write(*row)
     _save_examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
-    recipe = directory.read_recipe(run.directory)
+    recipe: dict[str, Any] = directory.read_recipe(run.directory)
     if not recipe and detector.model is not None:
         recipe = directory.recipe(detector.settings, detector.model, test) | {"source": source}
     recipe["seconds"] |= seconds

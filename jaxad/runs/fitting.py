@@ -260,10 +260,10 @@ def _summary(models: Sequence[Model]) -> str:
     return line
 
 
-def shared_caches(settings: Sequence[Settings]) -> list[EmbeddingCache | None]:
-    """For each: the cache of all whose methods share `embed`; None for a method that shares it with no other."""
-    embeds = [each.build(each.usual_size()).embed for each in settings]
-    caches = {embed: EmbeddingCache(settings[0].storage) for embed in embeds if embeds.count(embed) > 1}
+def shared_caches(members: Sequence[Settings]) -> list[EmbeddingCache | None]:
+    """For every member the cache of all whose methods share `embed`; None for a method that shares it with no other."""
+    embeds = [settings.build(settings.usual_size()).embed for settings in members]
+    caches = {embed: EmbeddingCache(members[0].storage) for embed in embeds if embeds.count(embed) > 1}
     return [caches.get(embed) for embed in embeds]
 
 

@@ -93,18 +93,18 @@ def gradient_stage(
         return Training(model, tuple(d.optimizer.init(_learned(model, d.params)) for d in descents))
 
     def update(key: Key, training: Training, frozen: Frozen, batch: Batch) -> tuple[Training, Metrics]:
-        model, optimizers, found = training.model, [], []
+        model, optimizers, parts = training.model, [], []
         rate = schedule(batch.progress)
         for i, (descent, state) in enumerate(zip(descents, training.optimizer, strict=True)):
-            own = jax.random.fold_in(key, i) if several else key
-            model, state, metrics = _descend(descent, own, model, state, frozen, batch, rate)
+            descent_key = jax.random.fold_in(key, i) if several else key
+            model, state, metrics = _descend(descent, descent_key, model, state, frozen, batch, rate)
             optimizers.append(state)
-            found.append(metrics)
-        metrics = {k: v for part in found for k, v in part.items()}
+            parts.append(metrics)
+        metrics = {k: v for part in parts for k, v in part.items()}
         if several:
             losses = {
                 descent.params or str(i): part["loss"]
-                for i, (descent, part) in enumerate(zip(descents, found, strict=True))
+                for i, (descent, part) in enumerate(zip(descents, parts, strict=True))
             }
             metrics["loss"] = sum(losses.values(), jnp.zeros(())) / len(losses)
             metrics |= {f"{name}_loss": value for name, value in losses.items()}
@@ -131,18 +131,19 @@ def _descend(
         params = _learned(model, descent.params)
         value_and_gradient = jax.value_and_grad(descent.loss, has_aux=True)
         (value, changes), gradient = value_and_gradient(params, model, key, frozen, batch)
-        metrics = {"loss": value} | changes.pop("metrics", {})
+        metrics = {"loss": value} | changes.get("metrics", {})
+        fields = {name: value for name, value in changes.items() if name != "metrics"}
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers by floats
             updates, optimizer = descent.optimizer.update(gradient, optimizer, params)
         params = optax.apply_updates(params, jax.tree.map(lambda leaf: rate * leaf, updates))
         whole = params if descent.params is None else model.params | {descent.params: params}
-        return model._replace(params=whole, **changes), optimizer, metrics
+        return model._replace(params=whole, **fields), optimizer, metrics
 
     if descent.parts is None:
         return step(key, model, optimizer, batch)
 
-    def inner(carry: tuple[Model, PyTree], given: tuple[Array, PyTree]) -> tuple[tuple[Model, PyTree], Metrics]:
-        number, part = given
+    def inner(carry: tuple[Model, PyTree], numbered: tuple[Array, PyTree]) -> tuple[tuple[Model, PyTree], Metrics]:
+        number, part = numbered
         model, optimizer, metrics = step(jax.random.fold_in(key, number), *carry, part)
         return (model, optimizer), metrics
 

@@ -196,8 +196,8 @@ def test_memory_of_a_container_is_its_limit_less_what_it_uses(version, tmp_path)
         (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 200\n")
     membership = tmp_path / "cgroup"
     membership.write_text("5:cpu:/c\n4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
-    assert sorted(memory._left_in_groups(tmp_path, membership)) == [500, 4500]
-    assert list(memory._left_in_groups(tmp_path, tmp_path / "nothing")) == []
+    assert sorted(memory._free_in_cgroups(tmp_path, membership)) == [500, 4500]
+    assert list(memory._free_in_cgroups(tmp_path, tmp_path / "nothing")) == []
 
 
 def test_sizes_are_short():
@@ -256,7 +256,7 @@ def test_weights_need_not_be_on_this_machine(photos, capsys):
     [
         ((), "METHOD"),
         (("padim",), "--data"),
-        (("nonsense", "--data", "demo"), "the method must be one of"),
+        (("nonsense", "--data", "demo"), "no method is called"),
         (("padim", "--data", "nowhere"), "no such file or folder"),
         (("padim", "--data", "PHOTOS", "--devices", "0"), "devices must be"),
         (("padim", "--data", "PHOTOS", "--ratio", "1"), "--ratio"),
