@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxad import backbones
-from jaxad.backbones import registry, resnet, weights
+from jaxad.backbones import registry, resnet, store, weights
 
 from .make_golden import synthetic
 from .shapes import shapes_of
@@ -263,7 +263,7 @@ def test_import_takes_the_variant_from_the_stem(cache, tmp_path):
 def test_load_prefers_the_file_then_the_cache_then_the_package(cache, tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
+    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
     places = [package, cache, tmp_path]
     cache.mkdir()
     for value, place in enumerate(places):

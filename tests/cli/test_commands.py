@@ -211,7 +211,10 @@ def test_one_model_for_all_categories(
     assert rundir.find([tmp_path], "model.json") == [run_dir]
 
 
-@pytest.mark.parametrize(("name", "values"), [("coreset_sampling_ratio", ("0.1", "0.02")), ("num_neighbors", (1, 3))])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("coreset_sampling_ratio", ("0.1", "0.02")), pytest.param("num_neighbors", (1, 3), marks=pytest.mark.slow)],
+)
 def test_a_sweep_is_a_fit_for_each_value(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys, name: str, values: tuple
 ):
@@ -243,7 +246,7 @@ def test_help_shows_the_options_of_the_method(capsys: pytest.CaptureFixture[str]
         main(["fit", "--help", "--method", "padim"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert raised.value.code == 0
-    assert "--n-features {None}|INT|{all} Channels drawn at random" in text and "(default: 0.01)" in text
+    assert "--n-features {None}|INT|{all} Number of channels drawn at random" in text and "(default: 0.01)" in text
     assert "--holdout FLOAT" in text and "--coreset-sampling-ratio" not in text
 
 
@@ -253,6 +256,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]):
     assert [word in text for word in ("patchcore", "arXiv:2106.08265", "wide_resnet50_2", "benchmark")] == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_help_page(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as raised:

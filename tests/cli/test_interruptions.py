@@ -67,6 +67,7 @@ def test_an_interrupted_fit_resumes_and_others_do_not(
     assert files_below(run_dir) == MODEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_fit_killed_again_and_again_ends_with_the_same_model(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, seed: int

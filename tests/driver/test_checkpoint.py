@@ -38,8 +38,7 @@ def states_in(directory: Path) -> list[Path]:
     return list((directory / "classes_0").iterdir())
 
 
-@pytest.mark.parametrize("calls", [2, 5, 7, 8, 12])
-@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize(("calls", "steps"), [(2, None), (5, 2), (7, None), (8, 2), (12, 2)])
 def test_classes_that_were_stopped_resume_bit_for_bit(calls, steps, tmp_path):
     options = dict(classes_per_step=steps, batch_size=8)
     whole = fit_classes(TOY, FROZEN, CLASSES, KEY, execution(**options)).state
@@ -171,6 +170,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     """Killed at some moment of stepping or saving, twice over, then finished here."""
     whole = fit(LONG, FROZEN, DATA, KEY, execution(batch_size=8)).state

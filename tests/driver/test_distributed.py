@@ -19,6 +19,8 @@ from PIL import Image
 from jaxad import files
 from jaxad.backbones import backbone
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"bolt": 12, "nut": 7}
 
