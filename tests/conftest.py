@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Selects tests; those of one row of the conformance table run in one process, which fits it once."""
+    """Selects tests; those of a row, or else of a file, run in one process, which fits it and makes fixtures once."""
     method, slow, rows = (config.getoption(option) for option in ("--method", "--slow", "--rows"))
     chosen = [
         item
@@ -52,8 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = sorted(chosen, key=lambda item: _row(item) or "")
     for item in items:
-        if name := _row(item):
-            item.add_marker(pytest.mark.xdist_group(name))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def _row(item: pytest.Item) -> str | None:
@@ -70,8 +69,8 @@ def _is_about(item: pytest.Item, method: str) -> bool:
     return bool(re.search(rf"(?<![a-z0-9]){method}(?![a-z0-9]|_ad)", item.nodeid))
 
 
-def _group(item: pytest.Item) -> Path | str:
-    return _row(item) or item.path
+def _group(item: pytest.Item) -> str:
+    return _row(item) or str(item.path.relative_to(ROOT))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

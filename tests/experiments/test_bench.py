@@ -45,6 +45,7 @@ def random_resnet18(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_peers_find_the_same_neighbors_and_radius(tmp_path: Path) -> None:
     weights = random_resnet18(tmp_path)
     peers.main(peers.Options(backbone="resnet18", weights=weights, results=tmp_path, smoke=True))

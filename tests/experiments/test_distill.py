@@ -64,6 +64,7 @@ def test_loss_of_a_teacher_is_the_sum_of_three_terms() -> None:
     np.testing.assert_allclose(distill_teacher.total(*terms), (distillation + metric).mean() + compact, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_distilled_teacher_of_patches_loads(tmp_path: Path) -> None:
     out = tmp_path / "patch17.safetensors"
     options = distill_teacher.Options(

@@ -27,6 +27,7 @@ def test_learning_rates_are_compared_on_held_out_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(unchanged, unchanged[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_hyperparameters_are_compared_too(tmp_path: Path) -> None:
     options = dict(vary="clamp", epochs=1, learn=8, hold_out=8, results=tmp_path, smoke=True)
     select_rate.main(select_rate.Options("nf_demo", (1, 2), **options))
@@ -89,6 +90,7 @@ def test_likelihoods_of_foreign_images(tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for flow in flows.values() for value in flow["auroc"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_likelihoods_of_foreign_images_by_a_flow_of_aligned_images(tmp_path: Path) -> None:
     for kind in ("good", "crack", "dent"):

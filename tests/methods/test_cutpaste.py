@@ -73,6 +73,7 @@ def test_patches_lie_on_a_grid_and_are_spread_by_gaussians(frozen):
     np.testing.assert_allclose(scores.pixel, np.einsum("Hh,bhw,Ww->bHW", matrix, grid, matrix), rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(frozen):
     _, fitted = fit_cutpaste(frozen, epochs=120, learning_rate=0.05)
     loss = np.asarray(fitted.metrics["loss"])

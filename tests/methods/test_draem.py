@@ -90,6 +90,7 @@ def test_the_loss_adds_the_errors_of_the_image_its_structure_and_the_mask(monkey
     assert 0.15e-3 < max(map(float, steps)) < 0.21e-3  # a fifth of the rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sspcab", [False, True])
 def test_it_learns_with_and_without_textures(sspcab):
     method = draem(**SMALL | dict(learning_rate=1e-2), sspcab=sspcab)

@@ -231,6 +231,7 @@ def test_penalty_needs_photographs(frozen, data):
         fit(efficientad(**SMALL), frozen, data, KEY)
 
 
+@pytest.mark.slow
 def test_a_detector_needs_photographs_to_fit_but_not_to_predict(tmp_path):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
@@ -246,6 +247,7 @@ def test_a_detector_needs_photographs_to_fit_but_not_to_predict(tmp_path):
     np.testing.assert_array_equal(prediction.pred_score, detector.predict(IMAGES).pred_score)
 
 
+@pytest.mark.slow
 def test_penalty_lowers_the_student_on_photographs(frozen, data, fitted):
     with_penalty = fit(efficientad(**SMALL), frozen, data, KEY, auxiliary=PHOTOGRAPHS)
     assert np.isfinite(with_penalty.metrics["loss"]).all()

@@ -79,6 +79,7 @@ def test_fastflow_before_training():
     np.testing.assert_allclose(scores.image, scores.pixel.max((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "x"),
     [
@@ -319,6 +320,7 @@ def test_fastflow_learns_no_norm_for_a_transformer():
     assert jnp.isfinite(scores.image).all() and jnp.isfinite(scores.pixel).all()
 
 
+@pytest.mark.slow
 def test_a_diverging_flow_reports_its_step_and_keeps_the_checkpoint_before_it(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     data, frozen = open_data(images, preprocess=Preprocess(None))["arrays"].train, backbone("pdn_small").init(KEY)

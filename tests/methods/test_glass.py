@@ -44,6 +44,7 @@ def train(method, frozen, steps):
     return train.finalize(KEY, state, frozen), losses, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(hypothesis="manifold", on_foreground=True), dict(hypothesis="hypersphere")])
 def test_training_lowers_the_loss_and_the_heat_map_is_the_discriminators(frozen, options):
     method = glass(**OPTIONS, **options, learning_rate=5e-3, noise=0.3)

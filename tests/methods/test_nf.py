@@ -43,6 +43,7 @@ def train(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
     return stage.finalize(KEY, state, None), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flow_compresses_noise(kind):
     """Uniform noise of 256 levels has 8 bits per pixel; a wrong log-determinant would give fewer."""
@@ -75,6 +76,7 @@ def test_before_training_an_embedding_has_independent_gaussian_channels():
     np.testing.assert_allclose(method.score(flow, None, x).image, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_learns_the_correlation_of_channels():
     method = nf(backbone="pdn_small", layers=("layer1",), couplings=4, hidden=16, learning_rate=1e-2)
     common = jax.random.normal(jax.random.key(1), (64, 1))

@@ -121,6 +121,7 @@ def test_the_loss_is_of_the_label(monkeypatch, frozen, labels):
     assert 0.45e-3 < max(map(float, steps)) < 0.55e-3  # half of the rate, half way
 
 
+@pytest.mark.slow
 def test_it_learns_where_pieces_are(frozen):
     """Its output is larger inside pieces than elsewhere on the images that it trained on."""
     method = nsa(**SMALL | dict(learning_rate=1e-2, labels="binary", least_side=0.3, most_side=0.5))

@@ -68,10 +68,10 @@ def test_unknown_names_are_refused_in_one_line(lookup):
 
 
 def test_a_description_is_read_from_the_docstring():
-    name, summary, family, paper = describe("padim")
-    assert (name, family) == ("padim", "features")
+    name, title, summary, family, paper = describe("padim")
+    assert (name, title, family) == ("padim", "PaDiM", "features")
     assert summary == "one Gaussian per image position over features of several stages"
-    assert paper.startswith("PaDiM: a Patch Distribution") and paper.endswith("ICPR Workshops 2021, arXiv:2011.08785.")
+    assert paper.startswith("PaDiM: a Patch Distribution") and paper.endswith("ICPR Workshops 2021, arXiv:2011.08785")
 
 
 @pytest.mark.parametrize("name", names())
