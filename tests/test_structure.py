@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxad"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEADINGS = ("Family:", "Paper:", "Reference:", "Differences:", "Results:")
-FAMILIES = {"features", "flows", "distillation", "synthetic"}
+FAMILIES = {
+    *("features", "flows", "distillation", "synthetic"),
+    *("reconstruction", "one-class", "self-supervised", "classical"),
+}
 
 BELOW_METHODS = {"base", "ops", "nn", "bijectors", "backbones", "training", "synthesis"}
 BELOW_SETTINGS = {"base", "backbones", "data", "driver", "methods"}
@@ -142,14 +145,16 @@ def test_a_method_is_complete():
     """A file, a row in tests/cases.py and a recipe: all three, or none."""
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__"}
     assert files == set(METHODS)
-    assert {case.method for case in CASES.values()} == set(METHODS)
+    rows = {case.method for case in CASES.values()}
+    assert rows == files, f"tests/cases.py needs a row for {files - rows}, and none for {rows - files}"
     assert list(METHODS) == sorted(METHODS)
 
 
 def test_a_method_has_a_recipe():
     names = [path.stem for path in (ROOT / "experiments" / "recipes").glob("*.py") if path.name != "__init__.py"]
     recipes = [r for name in names for r in importlib.import_module(f"experiments.recipes.{name}").RECIPES.values()]
-    assert {recipe.method for recipe in recipes} == set(METHODS)
+    methods = {recipe.method for recipe in recipes}
+    assert methods == set(METHODS), f"experiments/recipes needs a recipe for {set(METHODS) - methods}"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -161,7 +166,7 @@ def test_a_method_presents_itself(name):
         text[start:end].split(":", 1)[1].strip() for start, end in zip(places, [*places[1:], None], strict=True)
     )
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi\.org/\S+|https://\S+", paper)
-    assert family in FAMILIES
+    assert family in FAMILIES, f"Family: must be one of {sorted(FAMILIES)}, or a new one there"
     assert differences
     recipe = re.match(r"\S+\.py", results)
     assert recipe and (ROOT / recipe[0]).is_file(), results

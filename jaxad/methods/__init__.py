@@ -30,7 +30,7 @@ class Description(NamedTuple):
     summary: str
     """The first sentence, behind the method's name and without the final period."""
     family: str
-    """What groups methods in lists and tables: "features", "students" ...; empty where the docstring names none."""
+    """What groups methods in lists and tables: "features", "flows" ...; empty where the docstring names none."""
     paper: str
     """Title, venue, year and address."""
 

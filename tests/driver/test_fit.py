@@ -249,7 +249,7 @@ def test_auxiliary_photographs_reach_the_methods_that_ask_for_them():
     method, two = Method(mean_color, (stage,), TOY.score), np.full((2, 3, 3, 3), 2, np.uint8)
     assert fit(method, FROZEN, DATA, KEY, auxiliary=two).state == -1
     asking = method._replace(auxiliary=Auxiliary())
-    assert fit(asking, FROZEN, DATA, KEY, auxiliary=two).state == two.sum()
+    assert fit(asking, FROZEN, DATA, KEY, auxiliary=two).state == float(two.sum())
     assert fit(asking, FROZEN, DATA, KEY).state == -1
     with pytest.raises(ValueError, match="photographs of other things too: give them as auxiliary"):
         fit(method._replace(auxiliary=Auxiliary(needed=True)), FROZEN, DATA, KEY)
