@@ -122,10 +122,7 @@ class Settings:
         """The method for images of that size; equal settings give the same one, which compiles once."""
         backbone = self.backbone[0] if len(self.backbone) == 1 else self.backbone
         arguments = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
-        try:
-            return _build(self.method, tuple(arguments.items()))
-        except TypeError:  # a hyperparameter cannot be hashed
-            return _build.__wrapped__(self.method, tuple(arguments.items()))
+        return _build(self.method, tuple((name, _hashable(value)) for name, value in arguments.items()))
 
     def varied(self, name: str, value: Any) -> "Settings":
         """The same with another value of a hyperparameter."""
@@ -159,9 +156,7 @@ class Settings:
         """The settings of which `to_json` made `saved`, with these weights."""
         resize, crop = (saved["preprocess"][name] for name in ("resize", "center_crop"))
         names = ("holdout", "fpr", "precision", "seed", "batch_size")
-        hyperparameters: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in saved["hyperparameters"].items()
-        }
+        hyperparameters: dict[str, Any] = {k: _hashable(value) for k, value in saved["hyperparameters"].items()}
         return cls.of(
             saved["method"],
             backbone=tuple(backbone),
@@ -171,6 +166,11 @@ class Settings:
             **{name: saved[name] for name in names},
             **hyperparameters,
         )
+
+
+def _hashable(value: Any) -> Any:
+    """A hyperparameter as factories take it: sequences are tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @functools.lru_cache(maxsize=64)

@@ -283,3 +283,4 @@ def test_equal_settings_build_one_method():
     first, second = (Detector("padim", n_features=4, layers=("layer1",)) for _ in range(2))
     assert first.method is second.method
     assert Detector("padim", n_features=5, layers=("layer1",)).method is not first.method
+    assert Detector("padim", n_features=4, layers=["layer1"]).method is first.method  # as JSON has it

@@ -27,7 +27,7 @@ from jaxad.data.demo import render
 from jaxad.files import read_json, replacing, write_json
 from jaxad.methods.glass import MIN_DISTANCE, STEP_LENGTH, STEPS_PER_PROJECTION
 from jaxad.synthesis import anomaly, cutpaste, nsa, perlin, poisson, texture
-from jaxad.synthesis.ascent import ascend, into_shell
+from jaxad.synthesis.ascent import ascend, project_to_shell
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -70,17 +70,17 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
 
     def textured(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         change_key, draw_key = jax.random.split(key)
-        return anomaly.textured(draw_key, image, texture.changed(change_key, other, texture.BOLD_CHANGES))
+        return anomaly.add_texture(draw_key, image, texture.change_texture(change_key, other, texture.BOLD_CHANGES))
 
     def tiles(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other
         order_key, draw_key = jax.random.split(key)
-        tiled, foreground = anomaly.shuffled(order_key, image), anomaly.foreground(image)
-        return anomaly.textured(draw_key, image, tiled, opacity=(0.15, 1.0), foreground=foreground)
+        tiled, foreground = anomaly.shuffled_tiles(order_key, image), anomaly.foreground(image)
+        return anomaly.add_texture(draw_key, image, tiled, opacity=(0.15, 1.0), foreground=foreground)
 
     def natural_on_object(key: jax.Array, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         objects = (anomaly.foreground(image), anomaly.foreground(other))
-        return nsa.natural(key, image, other, foregrounds=objects, least_object=0.7)
+        return nsa.natural_anomaly(key, image, other, foregrounds=objects, least_object=0.7)
 
     return {
         "CutPaste": lambda key, image, other: cutpaste.cutpaste(key, image),
@@ -92,8 +92,8 @@ def generators(size: tuple[int, int]) -> dict[str, Generator]:
         "tiles (MemSeg)": tiles,
         "confetti": lambda key, image, other: anomaly.confetti(key, image),
         "Poisson cloning": cloned,
-        "NSA": lambda key, image, other: nsa.natural(key, image, other),
-        "NSA, mixed": lambda key, image, other: nsa.natural(key, image, other, mixed=True),
+        "NSA": lambda key, image, other: nsa.natural_anomaly(key, image, other),
+        "NSA, mixed": lambda key, image, other: nsa.natural_anomaly(key, image, other, mixed=True),
         "NSA, on the object": natural_on_object,
     }
 
@@ -107,7 +107,7 @@ def climb(x: jax.Array, moved: jax.Array) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(logit, jnp.ones(())).sum()
 
     def project(features: jax.Array) -> jax.Array:
-        return into_shell(features, x, jnp.float32(MIN_DISTANCE))
+        return project_to_shell(features, x, jnp.float32(MIN_DISTANCE))
 
     return ascend(loss, moved, STEPS, STEP_LENGTH, STEPS_PER_PROJECTION, project)
 

@@ -86,7 +86,7 @@ def main(options: Options) -> None:
 
     module, mask = importlib.import_module("jaxad.methods.draem"), jnp.zeros(size, bool).at[: size[0] // 2].set(True)
     no_generators = {
-        "textured": lambda key, image, source: (image, mask),
+        "add_texture": lambda key, image, source: (image, mask),
         "source": lambda key, size, textures, changes: None,
         "rotate": lambda image, degrees: image,
     }

@@ -34,7 +34,7 @@ from jaxad.metrics import auroc
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.synthesis import anomaly, texture
-from jaxad.synthesis.ascent import ascend, into_shell
+from jaxad.synthesis.ascent import ascend, project_to_shell
 from jaxad.training import gradient_stage
 from jaxad.training.checks import multiples_of
 
@@ -87,12 +87,12 @@ def known_generators(size: tuple[int, int], textures: jax.Array | None) -> dict[
         del other
         draw_key, texture_key = jax.random.split(key)
         source = texture.source(texture_key, size, textures, texture.BOLD_CHANGES)
-        return anomaly.textured(draw_key, image, source)
+        return anomaly.add_texture(draw_key, image, source)
 
     def tiles(key: Key, image: jax.Array, other: jax.Array) -> anomaly.Anomalous:
         del other
         draw_key, order_key = jax.random.split(key)
-        return anomaly.textured(draw_key, image, anomaly.shuffled(order_key, image), opacity=(0.15, 1.0))
+        return anomaly.add_texture(draw_key, image, anomaly.shuffled_tiles(order_key, image), opacity=(0.15, 1.0))
 
     known = {name: generator for name, generator in generators(size).items() if name not in MASKS + ON_OBJECTS}
     return known | {"texture (DRAEM)": textured, "tiles, anywhere": tiles} | ON_FEATURES
@@ -128,7 +128,7 @@ def discriminator(options: Options, network: str, generator: Any) -> Method:
             return optax.sigmoid_binary_cross_entropy(logits, jnp.ones(())).mean()
 
         def project(x: jax.Array) -> jax.Array:
-            return into_shell(x, normal, jnp.float32(distance))
+            return project_to_shell(x, normal, jnp.float32(distance))
 
         return ascend(normality, normal + noise, generator, 0.1 * distance, 5, project)
 

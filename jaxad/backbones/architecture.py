@@ -38,7 +38,7 @@ class Student(NamedTuple):
 
     init: Callable[[Key], tuple[PyTree, PyTree]]
     """key -> (params, stats), the random initial parameters and batch-norm statistics ({} without batch norm)."""
-    apply: Callable[[PyTree, PyTree, Frozen, Array, bool], tuple[Maps, PyTree]]
+    apply: Callable[..., tuple[Maps, PyTree]]
     """(params, stats, frozen, image, train) -> the feature maps and the new statistics. With `train` batch norm uses
     the statistics of the batch, otherwise `stats`. Of `frozen` only the normalization of images is read."""
     freeze: Callable[[PyTree, PyTree], PyTree]

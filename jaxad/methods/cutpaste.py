@@ -213,7 +213,7 @@ def cutpaste(
             weights = jax.tree.map(lambda p: jnp.where(still, jax.lax.stop_gradient(p), p), params["network"])
             features, stats = feature_map(weights, frozen, image), {}
         else:
-            maps, stats = learner.apply(params["network"], model.stats["network"], frozen, image, True)
+            maps, stats = learner.apply(params["network"], model.stats["network"], frozen, image, train=True)
             features = maps[layer]
         variables = {"params": params["head"], "batch_stats": model.stats["head"]}
         logits, changes = classifier.apply(variables, features.mean((1, 2)), mutable=["batch_stats"])

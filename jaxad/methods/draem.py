@@ -34,7 +34,7 @@ from jaxad.ops.heatmap import neighborhood_mean
 from jaxad.ops.image import pixels
 from jaxad.ops.losses import focal_loss
 from jaxad.ops.ssim import ssim
-from jaxad.synthesis.anomaly import textured
+from jaxad.synthesis.anomaly import add_texture
 from jaxad.synthesis.texture import BOLD_CHANGES, source
 from jaxad.synthesis.warp import rotate
 from jaxad.training import gradient_stage
@@ -171,7 +171,7 @@ def draem(
         rotated, anomalous = jax.random.bernoulli(which, jnp.asarray([ROTATED, ANOMALOUS]))
         degrees = jnp.where(rotated, jax.random.uniform(turn, minval=-DEGREES, maxval=DEGREES), 0)
         image = rotate(image, degrees)
-        defective, mask = textured(shape, image, source(texture, image_size, textures, BOLD_CHANGES))
+        defective, mask = add_texture(shape, image, source(texture, image_size, textures, BOLD_CHANGES))
         return image, jnp.where(anomalous, defective, image), mask & anomalous
 
     def loss(params: PyTree, model: DraemNetworks, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:

@@ -39,7 +39,7 @@ from jaxad.ops.collect import collect
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.ops.image import levels
-from jaxad.synthesis.color import apart_from, gray_of
+from jaxad.synthesis.color import gray_of, scale_difference
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
 from jaxad.training.holdout import HOLDOUT_STEP, holdout_rows, training_rows
@@ -124,7 +124,7 @@ def jitter(key: Key, image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     kind = jax.random.randint(kind_key, (len(image), 1, 1, 1), 0, 3)
     base = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, gray.mean((1, 2), keepdims=True), gray))
     factor = jax.random.uniform(factor_key, (len(image), 1, 1, 1), minval=0.8, maxval=1.2)
-    return apart_from(base, image, factor)
+    return scale_difference(base, image, factor)
 
 
 def draw_photographs(key: Key, photographs: Array, n: int) -> Float[Array, "n h w 3"]:
@@ -243,7 +243,7 @@ def efficientad(
 
     def student_map(params: PyTree, frozen: Frozen, image: Array) -> Float[Array, "b h w c2"]:
         """Both halves of the student's channels."""
-        maps, _ = learner.apply(params["student"], {}, frozen, with_mirrored_border(network, image), False)
+        maps, _ = learner.apply(params["student"], {}, frozen, with_mirrored_border(network, image), train=False)
         return without_border(network, maps[layer])
 
     def decoded(

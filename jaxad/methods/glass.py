@@ -34,8 +34,8 @@ from jaxad.base import Auxiliary, Batch, Frozen, Key, Method, Metrics, PyTree, S
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.losses import focal_loss
-from jaxad.synthesis.anomaly import blended, foreground
-from jaxad.synthesis.ascent import ascend, into_shell
+from jaxad.synthesis.anomaly import blend, foreground
+from jaxad.synthesis.ascent import ascend, project_to_shell
 from jaxad.synthesis.perlin import perlin_mask
 from jaxad.synthesis.texture import GENTLE_CHANGES, source
 from jaxad.training import gradient_stage
@@ -185,7 +185,7 @@ def glass(
         shape_key, texture_key, opacity_key = jax.random.split(key, 3)
         mask = random_shape(shape_key, foreground(image) if on_foreground else jnp.ones(image_size, bool))
         opacity = jnp.clip(0.5 + 0.1 * jax.random.normal(opacity_key), 0.2, 0.8)
-        return blended(image, source(texture_key, image_size, photographs, GENTLE_CHANGES), mask, opacity), mask
+        return blend(image, source(texture_key, image_size, photographs, GENTLE_CHANGES), mask, opacity), mask
 
     def logits(params: PyTree, stats: PyTree, x: Float[Array, "b h w c"]) -> tuple[Array, PyTree]:
         """Those of a batch in training, and the new statistics."""
@@ -215,7 +215,7 @@ def glass(
             return optax.sigmoid_binary_cross_entropy(jnp.split(output, 2)[1], jnp.ones(())).mean()
 
         middle, distance = (center, radius) if spherical else (constant, jnp.float32(MIN_DISTANCE))
-        project = lambda x: into_shell(x, middle, distance)  # noqa: E731
+        project = lambda x: project_to_shell(x, middle, distance)  # noqa: E731
         start = constant + noise * jax.random.normal(noise_key, raw.shape)
         moved = ascend(normality, start, ascent_steps, STEP_LENGTH, STEPS_PER_PROJECTION, project)
         output, updated = logits(params, model.stats, jnp.concatenate([normal, normal + (moved - constant)]))
@@ -226,7 +226,7 @@ def glass(
         )
 
         if spherical:
-            local = jnp.where(mask[..., None], into_shell(local, center, 2 * radius), local)
+            local = jnp.where(mask[..., None], project_to_shell(local, center, 2 * radius), local)
         output, stats = logits(params, stats, local)
         probability = jax.nn.sigmoid(output)
         errors = jax.lax.stop_gradient((probability - mask.astype(jnp.float32)) ** 2)

@@ -38,7 +38,7 @@ from jaxad.nn.residual import Residual
 from jaxad.nn.unet import doubled
 from jaxad.ops.knn import squared_distances
 from jaxad.ops.losses import focal_loss
-from jaxad.synthesis.anomaly import foreground, shuffled, textured
+from jaxad.synthesis.anomaly import add_texture, foreground, shuffled_tiles
 from jaxad.synthesis.texture import source
 from jaxad.training import cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
@@ -235,9 +235,9 @@ def memseg(
         which_key, texture_key, tiles_key, anomaly_key = jax.random.split(key, 4)
         anomalous, structural = jax.random.bernoulli(which_key, shape=(2,))
         texture = source(texture_key, image_size, photographs, None)
-        texture = jnp.where(structural, shuffled(tiles_key, image, TILES), texture)
+        texture = jnp.where(structural, shuffled_tiles(tiles_key, image, TILES), texture)
         object_mask = foreground(image) if on_foreground else None
-        defective, mask = textured(anomaly_key, image, texture, opacity=OPACITY, foreground=object_mask)
+        defective, mask = add_texture(anomaly_key, image, texture, opacity=OPACITY, foreground=object_mask)
         return jnp.where(anomalous, defective, image), mask & anomalous
 
     def loss(

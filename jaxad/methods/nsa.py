@@ -31,8 +31,8 @@ from jaxad.nn.residual import Residual
 from jaxad.nn.unet import doubled
 from jaxad.ops.image import pixels
 from jaxad.synthesis.anomaly import foreground
-from jaxad.synthesis.nsa import Label, Sizes, natural
-from jaxad.synthesis.warp import moved
+from jaxad.synthesis.nsa import Label, Sizes, natural_anomaly
+from jaxad.synthesis.warp import random_pose
 from jaxad.training import cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
 
@@ -132,7 +132,7 @@ def nsa(
         del state, spec
         encoder_key, decoder_key = jax.random.split(key)
         params, stats = encoder.init(encoder_key)
-        maps, _ = encoder.apply(params, stats, frozen, jnp.zeros((1, 64, 64, 3)), False)
+        maps, _ = encoder.apply(params, stats, frozen, jnp.zeros((1, 64, 64, 3)), train=False)
         variables = decoder.init(decoder_key, maps[LAYER], train=True)
         return NsaNetwork(
             {"encoder": params, "decoder": variables["params"]}, {"encoder": stats, "decoder": variables["batch_stats"]}
@@ -141,8 +141,8 @@ def nsa(
     def synthesize(key: Key, target: Array, source: Array) -> tuple[Float[Array, "h w 3"], Float[Array, "h w"]]:
         """A training image with pieces of another, and the labels of its pixels."""
         first, second, draw = jax.random.split(key, 3)
-        target, source = (moved(k, x, shift, degrees, mirror) for k, x in ((first, target), (second, source)))
-        return natural(
+        target, source = (random_pose(k, x, shift, degrees, mirror) for k, x in ((first, target), (second, source)))
+        return natural_anomaly(
             draw,
             target,
             source,
@@ -163,7 +163,7 @@ def nsa(
         odds = -1e9 * jnp.eye(len(image))  # an image is its own source only in a batch of one
         source = image[jax.random.categorical(which, odds)]
         image, label = jax.vmap(synthesize)(jax.random.split(draw, len(image)), image, source)
-        maps, encoder_stats = encoder.apply(params["encoder"], model.stats["encoder"], frozen, image, True)
+        maps, encoder_stats = encoder.apply(params["encoder"], model.stats["encoder"], frozen, image, train=True)
         variables = {"params": params["decoder"], "batch_stats": model.stats["decoder"]}
         logits, changes = decoder.apply(variables, maps[LAYER], train=True, mutable=["batch_stats"])
         if labels == "intensity":
@@ -173,7 +173,7 @@ def nsa(
         return value, {"stats": {"encoder": encoder_stats, "decoder": changes["batch_stats"]}}
 
     def score(state: NsaNetwork, frozen: Frozen, x: UInt8[Array, "b h w 3"]) -> Scores:
-        maps, _ = encoder.apply(state.params["encoder"], state.stats["encoder"], frozen, x, False)
+        maps, _ = encoder.apply(state.params["encoder"], state.stats["encoder"], frozen, x, train=False)
         variables = {"params": state.params["decoder"], "batch_stats": state.stats["decoder"]}
         logits: Any = decoder.apply(variables, maps[LAYER], train=False)
         pixel = jax.nn.relu(logits) if labels == "intensity" else jax.nn.sigmoid(logits)

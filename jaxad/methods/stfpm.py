@@ -88,7 +88,7 @@ def stfpm(
 
     def loss(params: PyTree, model: StfpmTraining, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
         del key
-        maps, stats = learner.apply(params, model.stats, frozen, batch.x["image"], True)
+        maps, stats = learner.apply(params, model.stats, frozen, batch.x["image"], train=True)
         return sum((d.mean() for d in distances(maps, batch.x).values()), jnp.zeros(())), {"stats": stats}
 
     def freeze(key: Key, model: StfpmTraining, frozen: Frozen) -> StfpmStudent:

@@ -133,7 +133,7 @@ def uninformed_students(
         """The maps of all students, by backbone."""
 
         def of_ensemble(name: str, weights: Frozen) -> Array:
-            apply = lambda params: learners[name].apply(params, {}, weights, image, False)[0][layer]  # noqa: E731
+            apply = lambda params: learners[name].apply(params, {}, weights, image, train=False)[0][layer]  # noqa: E731
             return jax.vmap(apply)(params[name])
 
         return {name: of_ensemble(name, weights) for name, weights in zip(names, weights_of_each(frozen), strict=True)}

@@ -16,7 +16,7 @@ Anomalous = tuple[Float[Array, "h w 3"], Bool[Array, "h w"]]
 """An image with an anomaly, and the mask of the anomaly."""
 
 
-def blended(
+def blend(
     image: Float[Array, "h w 3"], source: Float[Array, "h w 3"], mask: Bool[Array, "h w"], opacity: Float[Array, ""]
 ) -> Float[Array, "h w 3"]:
     """The image, with the source blended in inside the mask (DRAEM, section 3.3).
@@ -26,7 +26,7 @@ def blended(
     return jnp.where(mask[..., None], (1 - opacity) * image + opacity * source, image)
 
 
-def textured(
+def add_texture(
     key: Key,
     image: Float[Array, "h w 3"],
     source: Float[Array, "h w 3"],
@@ -51,10 +51,10 @@ def textured(
     mask = perlin_mask(mask_key, (image.shape[0], image.shape[1]), exponents)
     if foreground is not None:
         mask = mask & foreground
-    return blended(image, source, mask, jax.random.uniform(opacity_key, minval=opacity[0], maxval=opacity[1])), mask
+    return blend(image, source, mask, jax.random.uniform(opacity_key, minval=opacity[0], maxval=opacity[1])), mask
 
 
-def shuffled(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (4, 8)) -> Float[Array, "h w 3"]:
+def shuffled_tiles(key: Key, image: Float[Array, "h w 3"], grid: tuple[int, int] = (4, 8)) -> Float[Array, "h w 3"]:
     """MemSeg's structural source: the image, randomly flipped, rotated and recolored, with its tiles shuffled.
 
     Args:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def into_shell(x: Float[Array, "*b c"], center: Float[Array, "..."], radius: Float[Array, ""]) -> Float[Array, "*b c"]:
+def project_to_shell(
+    x: Float[Array, "*b c"], center: Float[Array, "..."], radius: Float[Array, ""]
+) -> Float[Array, "*b c"]:
     """Moves every feature along the line to its center until its distance lies in [radius, 2 * radius]."""
     offset = x - center
     distance = jnp.sqrt(jnp.sum(offset * offset, -1, keepdims=True) + 1e-20)

@@ -18,7 +18,7 @@ def gray_of(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 1"]:
     return jnp.sum(image * jnp.asarray(LUMA), -1, keepdims=True)
 
 
-def apart_from(base: Float[Array, "..."], image: Float[Array, "..."], factor: Float[Array, "..."]) -> Array:
+def scale_difference(base: Float[Array, "..."], image: Float[Array, "..."], factor: Float[Array, "..."]) -> Array:
     """Scales the difference between an image and `base` by a factor, and clips to [0, 1].
 
     This changes the brightness if `base` is black, the contrast if it is the mean luma of the image, and the
@@ -66,8 +66,8 @@ def color_jitter(
         where: The pixels whose mean luma the contrast refers to; all by default.
     """
     *factors, shift = jax.random.uniform(key, (4,), minval=-strength, maxval=strength)
-    image = apart_from(jnp.zeros(()), image, 1 + factors[0])
+    image = scale_difference(jnp.zeros(()), image, 1 + factors[0])
     mean = jnp.mean(gray_of(image), where=True if where is None else where[..., None])
-    image = apart_from(mean, image, 1 + factors[1])
-    image = apart_from(gray_of(image), image, 1 + factors[2])
+    image = scale_difference(mean, image, 1 + factors[1])
+    image = scale_difference(gray_of(image), image, 1 + factors[2])
     return change_hue(image, shift)

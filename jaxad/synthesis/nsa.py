@@ -74,7 +74,7 @@ def add_patch(
     least_overlap: float,
     mixed: Bool[Array, ""],
 ) -> Float[Array, "h w 3"]:
-    """The target with one random patch of the source; the arguments are those of `natural`."""
+    """The target with one random patch of the source; the arguments are those of `natural_anomaly`."""
     dims = jnp.asarray(target.shape[:2], jnp.float32)
     low, high = sizes.least * dims, sizes.most * dims
     side_key, center_key, resize_key, place_key = jax.random.split(key, 4)
@@ -122,7 +122,7 @@ def local_mean(x: Float[Array, "h w"], side: int) -> Float[Array, "h w"]:
     return neighborhood_mean(x[None, ..., None], side)[0, ..., 0]
 
 
-def natural(
+def natural_anomaly(
     key: Key,
     target: Float[Array, "h w 3"],
     source: Float[Array, "h w 3"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxad.base import Key
-from jaxad.synthesis.color import apart_from, change_hue, gray_of
+from jaxad.synthesis.color import change_hue, gray_of, scale_difference
 from jaxad.synthesis.perlin import fractal_noise
 from jaxad.synthesis.warp import rotate
 
@@ -134,9 +134,9 @@ def gentle_change(key: Key, image: Float[Array, "h w 3"], number: Int[Array, ""]
     levels = jnp.round(image * (LEVELS - 1)).astype(jnp.int32)
     count, channel = histogram(levels), jnp.arange(3)
     choices = [
-        apart_from(gray.mean(), image, factor),
-        apart_from(jnp.zeros(()), image, factor),
-        change_hue(apart_from(gray, image, factor), jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)),
+        scale_difference(gray.mean(), image, factor),
+        scale_difference(jnp.zeros(()), image, factor),
+        change_hue(scale_difference(gray, image, factor), jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)),
         image[:, ::-1],
         image[::-1],
         jnp.broadcast_to(gray, image.shape),
@@ -164,7 +164,7 @@ CHANGES_PER_TEXTURE = 3
 """Changes of one texture, all different, in random order."""
 
 
-def changed(key: Key, image: Float[Array, "h w 3"], changes: Changes) -> Float[Array, "h w 3"]:
+def change_texture(key: Key, image: Float[Array, "h w 3"], changes: Changes) -> Float[Array, "h w 3"]:
     """The texture after three random changes of a set; all values are in [0, 1]."""
     order_key, changes_key = jax.random.split(key)
     numbers = jax.random.permutation(order_key, changes.count)[:CHANGES_PER_TEXTURE]
@@ -194,4 +194,4 @@ def source(
         image = textures[jax.random.randint(texture_key, (), 0, len(textures))].astype(jnp.float32) / 255
         if image.shape[:2] != size:
             image = jax.image.resize(image, (*size, 3), "linear")
-    return image if changes is None else changed(changes_key, image, changes)
+    return image if changes is None else change_texture(changes_key, image, changes)

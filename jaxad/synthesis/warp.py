@@ -25,7 +25,9 @@ def rotate(image: Float[Array, "h w *c"], degrees: float | Float[Array, ""]) -> 
     return sample(image) if image.ndim == 2 else jax.vmap(sample, -1, -1)(image)
 
 
-def moved(key: Key, image: Float[Array, "h w c"], shift: int, degrees: float, mirror: bool) -> Float[Array, "h w c"]:
+def random_pose(
+    key: Key, image: Float[Array, "h w c"], shift: int, degrees: float, mirror: bool
+) -> Float[Array, "h w c"]:
     """A random shift, rotation and vertical flip; outside the image its edge pixels repeat.
 
     Args:

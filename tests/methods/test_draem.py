@@ -65,7 +65,7 @@ def test_the_loss_adds_the_errors_of_the_image_its_structure_and_the_mask(monkey
     """With known anomalies, against the outputs of the networks."""
     mask = np.zeros((32, 32), bool)
     mask[4:12, 6:20] = True
-    monkeypatch.setattr(module, "textured", lambda key, image, source: (1 - image, jnp.asarray(mask)))
+    monkeypatch.setattr(module, "add_texture", lambda key, image, source: (1 - image, jnp.asarray(mask)))
     monkeypatch.setattr(module, "rotate", lambda image, degrees: image)
     monkeypatch.setattr(module, "ANOMALOUS", 1.0)
     method = draem(**SMALL, sspcab=True, sspcab_weight=0.3)

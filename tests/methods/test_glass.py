@@ -71,7 +71,7 @@ def test_loss(frozen, monkeypatch, hypothesis):
     mask = np.zeros((32, 32), bool)
     mask[4:12, 6:20] = True
     monkeypatch.setattr(module, "random_shape", lambda key, allowed: jnp.asarray(mask))
-    monkeypatch.setattr(module, "blended", lambda image, source, mask, opacity: 1 - image)
+    monkeypatch.setattr(module, "blend", lambda image, source, mask, opacity: 1 - image)
 
     def ascend(loss, x, steps, length, every, project):
         assert (steps, length, every) == (OPTIONS["ascent_steps"], 1e-3, 5)  # those of the official code

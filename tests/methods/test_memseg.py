@@ -168,9 +168,9 @@ def test_loss_is_a_weighted_sum_of_absolute_and_focal_errors(monkeypatch, frozen
         received.update(options)
         return 1 - image, jnp.asarray(mask)
 
-    monkeypatch.setattr(module, "textured", textured)
+    monkeypatch.setattr(module, "add_texture", textured)
     monkeypatch.setattr(module, "foreground", lambda image: "the object")
-    monkeypatch.setattr(module, "shuffled", lambda key, image, grid: jnp.full_like(image, grid[1]))
+    monkeypatch.setattr(module, "shuffled_tiles", lambda key, image, grid: jnp.full_like(image, grid[1]))
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, shape: jnp.ones(shape, bool))
     method = memseg(**SMALL | dict(image_size=(64, 64)))
     images = np.random.default_rng(3).integers(0, 256, (3, 64, 64, 3), np.uint8)

@@ -12,8 +12,8 @@ from jaxad.backbones import student
 from jaxad.base import Batch
 from jaxad.methods.nsa import LAYER, Decoder, NsaNetwork, nsa
 from jaxad.nn.norm import Convolution
-from jaxad.synthesis.nsa import Sizes, natural
-from jaxad.synthesis.warp import moved
+from jaxad.synthesis.nsa import Sizes, natural_anomaly
+from jaxad.synthesis.warp import random_pose
 from tests.methods import plain
 from tests.tiny import TINY_RESNET
 
@@ -94,11 +94,11 @@ def test_the_loss_is_of_the_label(monkeypatch, frozen, labels):
     images = np.random.default_rng(3).integers(0, 256, (2, 64, 64, 3), np.uint8)
     arguments = {}
 
-    def natural(key, target, source, **options):
+    def fake(key, target, source, **options):
         arguments.update(options, target=target, source=source)
         return 0.8 * target + 0.2 * source, jnp.asarray(label)
 
-    monkeypatch.setattr(module, "natural", natural)
+    monkeypatch.setattr(module, "natural_anomaly", fake)
     monkeypatch.setattr(module, "foreground", lambda image: ("object on", image))
     options = dict(pieces=2, resize=(0.8, 1.1), least_object=0.3, least_overlap=0.2, mixed=True, logistic=(0.5, 9.0))
     options |= dict(labels=labels)
@@ -131,7 +131,7 @@ def test_it_learns_where_pieces_are(frozen):
     for i in range(60):
         state, _ = update(jax.random.key(i), state, frozen, batch_of(images))
     options = dict(pieces=1, labels="binary", sizes=Sizes(0.3, 0.5))
-    pairs = (natural(jax.random.key(i), images[0] / 255, images[1] / 255, **options) for i in range(99))
+    pairs = (natural_anomaly(jax.random.key(i), images[0] / 255, images[1] / 255, **options) for i in range(99))
     image, label = next((image, label) for image, label in pairs if float(label.mean()) > 0.05)
     fitted = method.stages[0].finalize(KEY, state, frozen)
     pixel = np.asarray(jax.jit(method.score)(fitted, frozen, jnp.round(image[None] * 255).astype(jnp.uint8)).pixel[0])
@@ -143,14 +143,14 @@ def test_images_are_moved_by_whole_pixels_past_their_edge():
     image = jnp.asarray(IMAGES[0], jnp.float32)
     padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), "edge")
     windows = [padded[i : i + 32, j : j + 32] for i, j in np.ndindex(5, 5)]
-    shifted = [np.asarray(moved(jax.random.key(i), image, 2, 0.0, False)) for i in range(8)]
+    shifted = [np.asarray(random_pose(jax.random.key(i), image, 2, 0.0, False)) for i in range(8)]
     assert all(any(np.array_equal(x, window) for window in windows) for x in shifted)
     assert len({x.tobytes() for x in shifted}) > 3
-    mirrored = {np.asarray(moved(jax.random.key(i), image, 0, 0.0, True)).tobytes() for i in range(8)}
+    mirrored = {np.asarray(random_pose(jax.random.key(i), image, 0, 0.0, True)).tobytes() for i in range(8)}
     assert mirrored == {np.asarray(image).tobytes(), np.asarray(image)[::-1].tobytes()}
     uniform = jnp.full((32, 32, 3), 0.7)
     for degrees in (10.0, 180.0):
-        np.testing.assert_allclose(moved(KEY, uniform, 9, degrees, False), uniform, rtol=1e-5)
+        np.testing.assert_allclose(random_pose(KEY, uniform, 9, degrees, False), uniform, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

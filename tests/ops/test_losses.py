@@ -9,7 +9,7 @@ from jaxad.nn.sspcab import Sspcab
 from jaxad.ops.cosine import unit
 from jaxad.ops.losses import focal_loss
 from jaxad.ops.ssim import ssim
-from jaxad.synthesis.ascent import ascend, into_shell
+from jaxad.synthesis.ascent import ascend, project_to_shell
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +40,9 @@ def test_focal_loss_weights_predicted_labels_less():
 def test_features_move_into_the_shell_along_the_line_to_their_centers():
     center = RNG.normal(size=(4, 5))
     x = center + RNG.normal(size=(60, 4, 5)) * RNG.uniform(0.1, 3, (60, 1, 1))
-    moved = np.asarray(into_shell(jnp.asarray(x, jnp.float32), jnp.asarray(center, jnp.float32), jnp.float32(1.5)))
+    moved = np.asarray(
+        project_to_shell(jnp.asarray(x, jnp.float32), jnp.asarray(center, jnp.float32), jnp.float32(1.5))
+    )
     old_distance, new_distance = (np.linalg.norm(y - center, axis=-1) for y in (x, moved))
     np.testing.assert_allclose(new_distance, np.clip(old_distance, 1.5, 3), rtol=1e-4)
     cosine = ((x - center) * (moved - center)).sum(-1) / old_distance / new_distance

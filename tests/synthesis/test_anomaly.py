@@ -17,7 +17,7 @@ def test_textures_stay_in_the_foreground():
 
     @jax.vmap
     def masks(key):
-        return [anomaly.textured(key, noise(0), SOURCE, foreground=where)[1] for where in (foreground, None)]
+        return [anomaly.add_texture(key, noise(0), SOURCE, foreground=where)[1] for where in (foreground, None)]
 
     restricted, anywhere = (np.asarray(mask) for mask in masks(keys))
     assert restricted.any() and (anywhere & ~np.asarray(foreground)).any()
@@ -50,8 +50,8 @@ def test_otsus_threshold_maximizes_the_variance_between_both_sides():
 
 def test_tiles_are_shuffled_and_none_is_lost():
     with pytest.raises(ValueError, match=r"multiples of \(4, 8\), the rows and columns of tiles, got \(50, 64\)"):
-        anomaly.shuffled(jax.random.key(0), jnp.zeros((50, 64, 3)))
-    assert anomaly.shuffled(jax.random.key(0), noise(0)).shape == (*SIZE, 3)
+        anomaly.shuffled_tiles(jax.random.key(0), jnp.zeros((50, 64, 3)))
+    assert anomaly.shuffled_tiles(jax.random.key(0), noise(0)).shape == (*SIZE, 3)
     image = np.asarray(noise(0))
     output = np.asarray(anomaly.shuffle_tiles(jax.random.key(0), jnp.asarray(image), (4, 8)))
 

@@ -20,28 +20,28 @@ def inverted(image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def with_texture(key: jax.Array, image: jax.Array) -> anomaly.Anomalous:
     anomaly_key, texture_key = jax.random.split(key)
-    return anomaly.textured(anomaly_key, image, texture.source(texture_key, SIZE, None, texture.BOLD_CHANGES))
+    return anomaly.add_texture(anomaly_key, image, texture.source(texture_key, SIZE, None, texture.BOLD_CHANGES))
 
 
 def with_tiles(key: jax.Array, image: jax.Array) -> anomaly.Anomalous:
     anomaly_key, tiles_key = jax.random.split(key)
     foreground = anomaly.foreground(image)
-    return anomaly.textured(anomaly_key, image, anomaly.shuffled(tiles_key, image), foreground=foreground)
+    return anomaly.add_texture(anomaly_key, image, anomaly.shuffled_tiles(tiles_key, image), foreground=foreground)
 
 
 GENERATORS = {
     "cutpaste": cutpaste.cutpaste,
     "cutpaste rotated": functools.partial(cutpaste.cutpaste, degrees=45.0),
     "scar": cutpaste.scar,
-    "textured": lambda key, image: anomaly.textured(key, image, SOURCE),
+    "textured": lambda key, image: anomaly.add_texture(key, image, SOURCE),
     "procedural texture": with_texture,
     "shuffled": with_tiles,
     "mask": lambda key, image: inverted(image, perlin.perlin_mask(key, SIZE)),
     "fractal mask": lambda key, image: inverted(image, perlin.perlin_mask(key, SIZE, octaves=3)),
     "three-way": lambda key, image: jax.tree.map(lambda x: x[1], cutpaste.three_way(key, image)),
     "confetti": anomaly.confetti,
-    "natural": lambda key, image: nsa.natural(key, image, SOURCE, pieces=2),
-    "natural mixed": lambda key, image: nsa.natural(key, image, SOURCE, pieces=2, mixed=True, labels="binary"),
+    "natural": lambda key, image: nsa.natural_anomaly(key, image, SOURCE, pieces=2),
+    "natural mixed": lambda key, image: nsa.natural_anomaly(key, image, SOURCE, pieces=2, mixed=True, labels="binary"),
 }
 
 

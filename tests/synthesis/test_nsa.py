@@ -27,7 +27,7 @@ def test_half_sides_follow_a_clipped_gamma_distribution():
 
 
 PROGRAMS = {
-    labels: jax.jit(functools.partial(nsa.natural, pieces=1, sizes=nsa.Sizes(0.2, 0.4), labels=labels))
+    labels: jax.jit(functools.partial(nsa.natural_anomaly, pieces=1, sizes=nsa.Sizes(0.2, 0.4), labels=labels))
     for labels in get_args(nsa.Label)
 }
 
@@ -58,7 +58,7 @@ def test_patches_show_the_object_and_overlap_the_targets():
     left, right = (np.zeros(SIZE, bool) for _ in range(2))
     left[:, :32], right[:, 32:] = True, True
     image = noise(0)
-    draw = jax.jit(functools.partial(nsa.natural, pieces=1, labels="binary"), static_argnames="least_overlap")
+    draw = jax.jit(functools.partial(nsa.natural_anomaly, pieces=1, labels="binary"), static_argnames="least_overlap")
 
     def overlaps(least: float) -> list[float]:
         """The share of each patch on the target's object; at least a quarter of the patch shows the source's."""

@@ -73,7 +73,7 @@ def test_gentle_changes_are_pillows():
 
 def test_a_third_of_gently_changed_textures_is_gray():
     keys = jax.random.split(jax.random.key(0), 300)
-    outputs = jax.vmap(lambda key: texture.changed(key, noise(3), texture.GENTLE_CHANGES))(keys)
+    outputs = jax.vmap(lambda key: texture.change_texture(key, noise(3), texture.GENTLE_CHANGES))(keys)
     gray = np.asarray(jnp.ptp(outputs, -1).max((1, 2)) < 1e-5).mean()
     assert abs(gray - 1 / 3) < 0.09
 
