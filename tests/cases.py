@@ -5,9 +5,11 @@ a method's name. Keep it tiny: 64 px, few channels, few steps.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import pytest
 
 from jaxad.backbones import Backbone, backbone
 from jaxad.base import Method
@@ -161,3 +163,13 @@ CASES = {
         determined=False,
     ),
 }
+
+OF_EACH_KIND = frozenset({"padim", "patchcore-stream", "spade", "mahalanobis_ad", "cfa", "fastflow"})
+"""Rows on which `make test` proves what the driver does: closed forms, memory banks, gradients, several stages."""
+ON_A_MESH = frozenset({"padim", "patchcore-stream", "cfa"})
+"""Those of them that it runs on meshes, too."""
+
+
+def rows_of(among: Collection[str]) -> list:
+    """All rows; those that are not among them only in `make test-all`."""
+    return [name if name in among else pytest.param(name, marks=pytest.mark.slow) for name in CASES]

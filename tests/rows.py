@@ -17,7 +17,7 @@ from jaxad.driver.fit import fit
 from jaxad.driver.mesh import Layout
 from jaxad.driver.plan import Plan, estimate
 from jaxad.driver.program import compile_count
-from jaxad.driver.programs import embedded_spec, score_program
+from jaxad.driver.programs import abstract_state, embedded_spec, score_program
 from jaxad.driver.scoring import score_all
 from tests.cases import CASES, IMAGE_SIZE
 
@@ -118,6 +118,15 @@ def row(name: str, longer: bool = False) -> Row:
 def spec(method: Method, frozen: Frozen, n: int) -> PyTree:
     """Shapes and types of n embedded images."""
     return embedded_spec(method.embed, frozen, n, IMAGE_SIZE)
+
+
+@functools.lru_cache(maxsize=32)
+def abstract_states(name: str, n: int) -> list[State]:
+    """Shapes and types of the states with which the stages of a row begin, and last of the fitted one."""
+    r = row(name)
+    images = spec(r.method, r.frozen, n)
+    stages = [*range(len(r.method.stages)), None]
+    return [abstract_state(r.method, r.frozen, images, stage) for stage in stages]
 
 
 def assert_close(a: Any, b: Any, rtol: float) -> None:

@@ -1,4 +1,5 @@
-"""Every program of every row is lowered for TPUs and CUDA GPUs, on machines without one; several classes at once."""
+"""Every program of every row is traced and lowered for TPUs and CUDA GPUs, on machines without one; several classes at
+once."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from jaxad.base import Batch
 from jaxad.driver import mesh as meshes
 from jaxad.driver.embedding import embed_program
 from jaxad.driver.mesh import Layout
-from jaxad.driver.programs import abstract_state, fit_programs, score_program
+from jaxad.driver.programs import fit_programs, score_program
 from tests.cases import CASES, IMAGE_SIZE
-from tests.rows import B, N, auxiliary_for, frozen_for, spec
+from tests.rows import B, N, abstract_states, auxiliary_for, frozen_for, row, spec
 
 PLATFORMS = ("tpu", "cuda")
 SHARDED = ("patchcore", "patchcore-stream", "padim", "spade", "mahalanobis_ad")
@@ -20,9 +21,9 @@ SHARDED = ("patchcore", "patchcore-stream", "padim", "spade", "mahalanobis_ad")
 
 
 def lower(name: str, layout: Layout, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lowers embed, start, every update and finish, and score."""
-    case = CASES[name]
-    method, frozen = case.make(), jax.tree.map(jax.typeof, frozen_for(name))
+    """Lowers embed, start, every update and finish, and score; checks their constants and the shapes of states."""
+    method, frozen = row(name).method, jax.tree.map(jax.typeof, frozen_for(name))
+    states = abstract_states(name, N)
     auxiliary = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), auxiliary_for(method))
 
     def stacked(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
@@ -32,27 +33,35 @@ def lower(name: str, layout: Layout, classes: int, monkeypatch: pytest.MonkeyPat
         return stacked(leaf.shape, leaf.dtype)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # the loops of accelerators, not those of CPUs
-    keys = stacked((), jax.eval_shape(jax.random.key, 0).dtype)
-    size, rows = B * layout.data_shards, spec(method, frozen, N)
+    keys, size = stacked((), jax.eval_shape(jax.random.key, 0).dtype), B * layout.data_shards
     x = jax.tree.map(lambda leaf: stacked((2, size, *leaf.shape[1:]), leaf.dtype), spec(method, frozen, size))
     integers, steps = stacked((2, size), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     batch = Batch(x, stacked((2, size), jnp.bool_), integers, None, integers, stacked((2,), jnp.float32))
     programs = fit_programs(method, layout, N, IMAGE_SIZE)
 
-    def check(program, *args) -> None:
+    most = sum(IMAGE_SIZE) * max(IMAGE_SIZE) * 4 + CASES[name].constants
+
+    def check(program, *args):
+        """The shapes and types of the result; no constant is larger than a heat map's resampling matrices."""
         with layout.ambient():
-            exported = jax.export.export(jax.jit(program._fn), platforms=PLATFORMS)(*args)
+            function = jax.jit(program._fn)
+            traced = function.trace(*args)
+            exported = jax.export.export(function, platforms=PLATFORMS)(*args)
         assert exported.platforms == PLATFORMS
+        assert sum(np.asarray(constant).nbytes for constant in traced.jaxpr.consts) <= most
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.out_info)
 
     images = stacked((1, size, *IMAGE_SIZE, 3), jnp.uint8)
     check(embed_program(method.embed, layout, layout.rows(size)), frozen, images)
     check(programs.start, keys, frozen)
     for number in range(len(method.stages)):
-        state = jax.tree.map(of_all, abstract_state(method, frozen, rows, number))
+        state = jax.tree.map(of_all, states[number])
         active = stacked((2,), jnp.bool_)
-        check(programs.updates[number], state, keys, active, batch, frozen, auxiliary, steps)
+        updated, metrics = check(programs.updates[number], state, keys, active, batch, frozen, auxiliary, steps)
+        assert updated == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+        assert all(shape == (2, classes) for shape, _ in metrics.values())
         check(programs.finishes[number], keys, state, frozen)
-    state = jax.tree.map(of_all, abstract_state(method, frozen, rows))
+    state = jax.tree.map(of_all, states[-1])
     x = jax.tree.map(lambda leaf: stacked((1, *leaf.shape[2:]), leaf.dtype), x)
     check(score_program(method, layout, None, True), state, frozen, x)
 

@@ -13,13 +13,15 @@ SIZE = (24, 17)
 
 
 @pytest.mark.parametrize("architecture", LAYOUTS)
-@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_dense_equals_patch_wise(architecture, stride):
     layer, layout, conv = f"stride{stride}", LAYOUTS[architecture], narrow_conv(torch_uniform)
     p = layout.patch_size
     dense, patch_wise = PatchNetwork(layout, conv), PatchNetwork(layout, conv, single_patch=True)
     image = jnp.asarray(np.random.default_rng(0).normal(size=(1, *SIZE, 3)), jnp.float32)
-    variables = dense.init(jax.random.key(0), image, (layer,))
+    variables = jax.jit(dense.init, static_argnums=2)(jax.random.key(0), image, (layer,))
     maps = jax.jit(dense.apply, static_argnums=2)(variables, image, (layer,))[layer]
     before, after = ((p - 1) // 2 + shift for shift in (-(stride // 2), stride // 2))
     padded = np.pad(image, ((0, 0), (before, after), (before, after), (0, 0)))

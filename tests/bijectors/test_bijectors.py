@@ -192,7 +192,8 @@ def glow_init(key: Any, x: Any) -> Any:
 def chain_of_blocks(key: Any, c: int, h: int, w: int, remat: bool = False) -> Example:
     apply = network(key, c - c // 2, c // 2, True)[1]
     block = functools.partial(glow_block, c=c, apply=apply)
-    params, _ = scan_init(glow_init, block, key, 3, jax.random.normal(key, (5, h, w, c)))
+    images = jax.random.normal(key, (64, h, w, c))  # fewer would leave ActNorm some channels that hardly vary
+    params, _ = scan_init(glow_init, block, key, 3, images)
     return Example(params, lambda p: Scan(block, p, 3, remat=remat), (h, w, c))
 
 
@@ -263,9 +264,12 @@ def round_trip(make: Any, c: int, h: int, w: int) -> Any:
 
 
 @every_bijector
-@settings(deadline=None, max_examples=2)
-@given(seed=st.integers(0, 2**16), c=st.integers(2, 5), h=st.integers(1, 2), w=st.integers(1, 2))
-def test_the_inverse_and_the_log_determinant(make, seed, c, h, w):
+@pytest.mark.parametrize(
+    ("c", "h", "w"), [(3, 2, 1), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((2, 1, 1), (4, 1, 2), (5, 2, 2)))]
+)
+@settings(deadline=None, max_examples=4)
+@given(seed=st.integers(0, 2**16))
+def test_the_inverse_and_the_log_determinant(make, c, h, w, seed):
     x, (inverted, inverse_log_det), log_det, jacobian = round_trip(make, c, h, w)(jax.random.key(seed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), inverted, x)
     assert log_det.shape == () and inverse_log_det.shape == ()

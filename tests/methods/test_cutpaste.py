@@ -35,7 +35,7 @@ def maps_of(frozen, state, images):
     return np.asarray(apply(frozen | {"params": state.params}, images, ("layer2",))["layer2"], np.float64)
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("pretrained", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_images_score_the_distance_of_their_features_and_heat_maps_are_grad_cam(frozen, pretrained):
     method, fitted = fit_cutpaste(frozen, pretrained=pretrained, sigma=1.0, learning_rate=0.01)
     maps = maps_of(frozen, fitted.state, IMAGES)
@@ -80,7 +80,9 @@ def test_training_lowers_the_loss(frozen):
     assert loss[-40:].mean() < 0.9 * loss[:10].mean()
 
 
-@pytest.mark.parametrize(("frozen_share", "changes"), [(0.0, True), (0.5, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("frozen_share", "changes"), [pytest.param(0.0, True, marks=pytest.mark.slow), (0.5, True), (1.0, False)]
+)
 def test_a_pretrained_network_is_frozen_at_first(frozen, frozen_share, changes):
     options = dict(pretrained=True, epochs=2, learning_rate=0.1, weight_decay=0.0)
     _, fitted = fit_cutpaste(frozen, frozen_share=frozen_share, **options)

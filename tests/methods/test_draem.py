@@ -1,5 +1,6 @@
 """DRAEM: the official networks' shapes, the terms of its loss, and how images score."""
 
+import functools
 import importlib
 
 import jax
@@ -47,7 +48,7 @@ def test_networks_have_the_official_channels():
 
 
 def initial(method):
-    return jax.jit(lambda key: method.stages[0].init(key, None, None, None))(KEY)
+    return jax.jit(method.stages[0].init, static_argnums=(1, 2, 3))(KEY, None, None, None)
 
 
 def test_an_image_scores_the_largest_mean_of_its_heat_map():
@@ -75,7 +76,7 @@ def test_the_loss_adds_the_errors_of_the_image_its_structure_and_the_mask(monkey
 
     def outputs(name, network, x):
         variables = {"params": state.model.params[name], "batch_stats": state.model.stats[name]}
-        return network.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+        return jax.jit(functools.partial(network.apply, train=True, mutable=["batch_stats"]))(variables, x)[0]
 
     restored, error = outputs("reconstructive", Reconstructive(2, True), 1 - image)
     logits = outputs("discriminative", Discriminative(2), jnp.concatenate([restored, 1 - image], -1))

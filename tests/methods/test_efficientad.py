@@ -54,7 +54,7 @@ def fitted(frozen, data):
 
 
 @given(st.integers(1, 3), st.integers(1, 400), st.sampled_from([0.0, 0.5, 0.9, 0.999]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=10)
 def test_hard_loss_is_the_mean_above_the_quantile(b, n, quantile):
     errors = np.random.default_rng(n).random((b, n, 1, 1), np.float32)
     flat = errors.reshape(b, n)

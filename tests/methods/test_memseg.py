@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from jaxad.base import Batch
-from jaxad.data import Preprocess, open_data
-from jaxad.driver.fit import fit
 from jaxad.methods.memseg import LAYERS, Memory, MemsegNetwork, Segmenter, memseg, nearest, warmup_cosine
 from jaxad.nn.attention import CoordinateAttention
 from tests.methods import plain
@@ -27,15 +25,34 @@ def frozen():
     return TINY_RESNET.init(jax.random.key(1))
 
 
+def batch_of(x, progress=0.0):
+    n = len(x["image"])
+    index = jnp.arange(n, dtype=jnp.int32)
+    return Batch(x, jnp.ones(n, bool), jnp.zeros(n, jnp.int32), None, index, jnp.float32(progress))
+
+
+def remembered(method, frozen, x):
+    """The state with which the training begins."""
+    remember, train = method.stages
+
+    @jax.jit
+    def run(x):
+        state, _ = remember.update(KEY, remember.init(KEY, None, frozen, x), frozen, batch_of(x))
+        return train.init(KEY, remember.finalize(KEY, state, frozen), frozen, x)
+
+    return run(x)
+
+
 @pytest.fixture(scope="module")
-def fitted(frozen):
+def embedded(frozen):
+    return jax.jit(memseg(**SMALL).embed)(frozen, IMAGES)
+
+
+@pytest.fixture(scope="module")
+def fitted(frozen, embedded):
+    """A method and its networks before their first step."""
     method = memseg(**SMALL)
-    return method, fit(method, frozen, open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train, KEY).state
-
-
-@pytest.fixture(scope="module")
-def embedded(fitted, frozen):
-    return jax.jit(fitted[0].embed)(frozen, IMAGES)
+    return method, method.stages[1].finalize(KEY, remembered(method, frozen, embedded), frozen)
 
 
 def test_the_memory_holds_images_drawn_at_random(fitted, embedded, frozen):
@@ -47,8 +64,7 @@ def test_the_memory_holds_images_drawn_at_random(fitted, embedded, frozen):
         for place in range(3)
     ]
     assert kept[:3] == kept[3:6] == kept[6:] and len(set(kept)) == 3
-    data = open_data(IMAGES[:2], preprocess=Preprocess(None))["arrays"].train
-    few = fit(memseg(**SMALL), frozen, data, KEY).state
+    few = remembered(memseg(**SMALL), frozen, jax.tree.map(lambda leaf: leaf[:2], embedded)).model
     assert (np.asarray(few.memory.draw) < 0).tolist() == [False, False, True]
 
 
@@ -103,7 +119,8 @@ def test_the_network_is_that_of_the_reference():
     shapes = {"layer1": (8, 16, 2), "layer2": (4, 8, 4), "layer3": (2, 4, 6)}
     f, d = ({k: jnp.asarray(random.normal(size=(2, *s)), jnp.float32) for k, s in shapes.items()} for _ in range(2))
     d, image = {k: v**2 for k, v in d.items()}, jnp.asarray(random.normal(size=(2, 32, 64, 3)), jnp.float32)
-    variables = plain.randomized(Segmenter().init(KEY, image, f, d, train=True), 5)
+    init, apply = (jax.jit(f, static_argnames="train") for f in (Segmenter().init, Segmenter().apply))
+    variables = plain.randomized(init(KEY, image, f, d, train=True), 5)
     p, r = variables["params"], variables["batch_stats"]
     maps, differences = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (f, d))
 
@@ -136,7 +153,7 @@ def test_the_network_is_that_of_the_reference():
     stem = plain.relu(plain.conv_norm(np.asarray(image, np.float64), p["ConvNorm_3"], r["ConvNorm_3"], 2))
     x = np.concatenate([up(x, 4), plain.conv(stem, p["Conv_2"])], -1)
     expected = plain.conv(up(x, 5), p["Conv_3"])
-    logits = Segmenter().apply(variables, image, f, d, train=False)
+    logits = apply(variables, image, f, d, train=False)
     assert logits.shape == (2, 32, 64, 2)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -174,22 +191,19 @@ def test_loss_is_a_weighted_sum_of_absolute_and_focal_errors(monkeypatch, frozen
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, shape: jnp.ones(shape, bool))
     method = memseg(**SMALL | dict(image_size=(64, 64)))
     images = np.random.default_rng(3).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    x = jax.jit(method.embed)(frozen, images)
-    index = jnp.arange(3, dtype=jnp.int32)
-    batch = Batch(x, jnp.ones(3, bool), jnp.zeros(3, jnp.int32), None, index, jnp.float32(0.05))
-
-    remember, train = method.stages
-    sampling, _ = jax.jit(remember.update)(KEY, remember.init(KEY, None, frozen, x), frozen, batch)
-    training = jax.jit(train.init)(KEY, remember.finalize(KEY, sampling, frozen), frozen, x)
-    updated, metrics = jax.jit(train.update)(KEY, training, frozen, batch)
+    embed = jax.jit(method.embed)
+    x = embed(frozen, images)
+    training = remembered(method, frozen, x)
+    updated, metrics = jax.jit(method.stages[1].update)(KEY, training, frozen, batch_of(x, 0.05))
 
     assert (received["opacity"], received["foreground"]) == ((0.15, 1.0), "the object")
     model, defective = training.model, 1 - jnp.asarray(images, jnp.float32) / 255
-    maps = {k: v for k, v in jax.jit(method.embed)(frozen, defective).items() if k != "image"}
+    maps = {k: v for k, v in embed(frozen, defective).items() if k != "image"}
     differences = {k: (maps[k] - v) ** 2 for k, v in nearest(model.memory, maps).items()}
     variables = {"params": model.params, "batch_stats": model.stats}
     normalized = (255 * defective - frozen["mean"]) / frozen["std"]
-    logits, _ = Segmenter().apply(variables, normalized, maps, differences, train=True, mutable=["batch_stats"])
+    apply = jax.jit(functools.partial(Segmenter().apply, train=True, mutable=["batch_stats"]))
+    logits, _ = apply(variables, normalized, maps, differences)
     logits = np.asarray(logits, np.float64)
     probability = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
     of_label = np.where(mask, probability, 1 - probability)
@@ -205,15 +219,10 @@ def test_schedule_warms_up_and_falls_as_a_cosine():
     np.testing.assert_allclose(rates, [1 / 30, 31 / 60, 1, 31 / 60, 1 / 30], rtol=1e-5)
 
 
-def test_bad_hyperparameters_are_rejected(frozen):
+def test_bad_hyperparameters_are_rejected(frozen, embedded):
     with pytest.raises(ValueError, match=r"multiples of 32, got \(60, 64\)"):
         memseg(backbone="resnet18", image_size=(60, 64))
     with pytest.raises(ValueError, match="the backbone must be a ResNet, got pdn_small"):
         memseg(backbone="pdn_small")
     with pytest.raises(ValueError, match="channel_pooling must divide 16 channels, got 3"):
-        fit(
-            memseg(**SMALL, channel_pooling=3),
-            frozen,
-            open_data(IMAGES, preprocess=Preprocess(None))["arrays"].train,
-            KEY,
-        )
+        remembered(memseg(**SMALL, channel_pooling=3), frozen, embedded)

@@ -54,7 +54,8 @@ def loss_of(model, frozen, x):
     """The discrepancy of all maps of the training images, in numpy."""
     variables = {"params": model.params, "batch_stats": model.stats}
     image = normalize(frozen, jnp.asarray(IMAGES), jnp.float32)
-    maps, _ = Cloner(channels_of(x), 4).apply(variables, image, train=True, mutable=["batch_stats"])
+    apply = jax.jit(functools.partial(Cloner(channels_of(x), 4).apply, train=True, mutable=["batch_stats"]))
+    maps, _ = apply(variables, image)
     return sum(discrepancy(student, x[layer]) for student, layer in zip(maps, LAYERS, strict=True)).mean()
 
 
@@ -72,7 +73,7 @@ def test_an_image_scores_the_discrepancy_of_all_maps_but_the_first(frozen, fitte
     method, state, x = fitted
     variables = {"params": state.params, "batch_stats": state.stats}
     image = normalize(frozen, jnp.asarray(IMAGES), jnp.float32)
-    maps = Cloner(channels_of(x), 4).apply(variables, image, train=False)
+    maps = jax.jit(functools.partial(Cloner(channels_of(x), 4).apply, train=False))(variables, image)
     assert [m.shape for m in maps] == [x[layer].shape for layer in LAYERS]
     scores = jax.jit(method.score)(state, frozen, x)
     expected = discrepancy(maps[1], x["layer2"]) + discrepancy(maps[2], x["layer3"])
@@ -163,7 +164,7 @@ def test_guided_backpropagation_passes_positive_gradients(frozen, fitted):
     np.testing.assert_array_equal(vjp(jnp.array([1.0, -1.0, 1.0]))[0], [0, 0, 1])
     guided = jax.jit(mkd(**SMALL, localization="guided_backprop").score)(state, frozen, x)
     np.testing.assert_allclose(guided.image, jax.jit(method.score)(state, frozen, x).image, rtol=1e-5)
-    expected = heat_map(guided_gradient(state, frozen, x))
+    expected = heat_map(jax.jit(guided_gradient)(state, frozen, x))
     np.testing.assert_allclose(guided.pixel, expected, rtol=2e-3, atol=1e-6)
 
 
@@ -192,6 +193,7 @@ def test_the_cloner_of_a_vgg_has_the_official_parameters():
     assert [shape for shape in leaves if len(shape) != 4] == [(16,)] * 2 * (len(outputs) - len(REFERENCE))
 
 
+@pytest.mark.slow
 def test_a_vgg_teaches_and_its_scores_are_finite():
     frozen = backbone("vgg11").init(jax.random.key(1))
     method = mkd(backbone="vgg11", image_size=(32, 32), hidden=4)

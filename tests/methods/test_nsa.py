@@ -1,5 +1,6 @@
 """NSA: the official network's shapes and transposed convolutions, the targets of its loss, and how images score."""
 
+import functools
 import importlib
 import inspect
 
@@ -23,6 +24,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 SMALL = dict(
     backbone=TINY_RESNET, image_size=(32, 32), pieces=1, shift=0, degrees=0.0, on_foreground=False, learning_rate=1e-3
 )
+
+ENCODE = jax.jit(functools.partial(student(TINY_RESNET, (LAYER,)).apply, train=True))
+DECODE = jax.jit(functools.partial(Decoder().apply, train=True, mutable=["batch_stats"]))
 
 
 def batch_of(images, progress=0.0):
@@ -62,7 +66,7 @@ def test_an_odd_transposed_convolution_adds_its_kernel_at_every_second_pixel(ker
 def test_the_decoder_is_the_official_one():
     """Layer by layer as `forward` in resnet.py, in numpy."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, 2, 8)), jnp.float32)
-    variables = plain.randomized(Decoder().init(KEY, x, train=True), 2)
+    variables = plain.randomized(jax.jit(functools.partial(Decoder().init, train=True))(KEY, x), 2)
     params, stats = variables["params"], variables["batch_stats"]
     y = np.asarray(x, np.float64)
     for i in (0, 1):
@@ -74,7 +78,7 @@ def test_the_decoder_is_the_official_one():
         shortcut = plain.norm(plain.transposed(y, p["ConvNorm_2"]["conv"]), p["ConvNorm_2"], s["ConvNorm_2"])
         y = plain.relu(main + shortcut)
     expected = plain.transposed(plain.doubled(y), params["Convolution_2"])[..., 0]
-    logits = Decoder().apply(variables, x, train=False)
+    logits = jax.jit(functools.partial(Decoder().apply, train=False))(variables, x)
     assert logits.shape == (2, 32, 64)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -110,9 +114,9 @@ def test_the_loss_is_of_the_label(monkeypatch, frozen, labels):
     image = jnp.asarray(images, jnp.float32) / 255
     image = 0.8 * image + 0.2 * image[::-1]
     params, stats = state.model
-    maps, _ = student(TINY_RESNET, (LAYER,)).apply(params["encoder"], stats["encoder"], frozen, image, train=True)
+    maps, _ = ENCODE(params["encoder"], stats["encoder"], frozen, image)
     variables = {"params": params["decoder"], "batch_stats": stats["decoder"]}
-    logits, _ = Decoder().apply(variables, maps[LAYER], train=True, mutable=["batch_stats"])
+    logits, _ = DECODE(variables, maps[LAYER])
     logits = np.asarray(logits, np.float64)
     squared, crossed = (np.maximum(logits, 0) - 255 * label) ** 2, np.logaddexp(0, logits) - label * logits
     expected = np.mean(squared if labels == "intensity" else crossed)

@@ -1,5 +1,7 @@
 """RD4AD: its loss and heat map against numpy on given features, and the parameters of the official networks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def state(method):
 
 def test_loss_is_the_cosine_distance_of_whole_maps(method, state):
     variables = {"params": state.model.params, "batch_stats": state.model.stats}
-    maps, changes = MODULE.apply(variables, X, train=True, mutable=["batch_stats"])
+    maps, changes = jax.jit(functools.partial(MODULE.apply, train=True, mutable=["batch_stats"]))(variables, X)
     assert {layer: m.shape[1:] for layer, m in maps.items()} == SHAPES
     expected = sum(cosine_distance(X[layer].reshape(3, -1), maps[layer].reshape(3, -1)).mean() for layer in LAYERS)
     index = jnp.arange(3, dtype=jnp.int32)
@@ -56,7 +58,8 @@ def test_loss_is_the_cosine_distance_of_whole_maps(method, state):
 
 def test_heat_map_is_the_sum_of_smoothed_cosine_distances(method, state):
     fitted = method.stages[0].finalize(KEY, state, None)
-    maps = MODULE.apply({"params": fitted.params, "batch_stats": fitted.stats}, X, train=False)
+    variables = {"params": fitted.params, "batch_stats": fitted.stats}
+    maps = jax.jit(functools.partial(MODULE.apply, train=False))(variables, X)
     scores = jax.jit(method.score)(fitted, None, X)
     distances = (jnp.asarray(cosine_distance(X[layer], maps[layer]), jnp.float32) for layer in LAYERS)
     expected = sum(np.asarray(upsample_blur(d, (32, 32), 1.0)) for d in distances)

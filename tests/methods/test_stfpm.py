@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.backbones import backbone, student
+from jaxad.backbones import ResidualBlocks, resnet, student
 from jaxad.base import Batch
 from jaxad.methods.stfpm import StfpmTraining, stfpm
 from jaxad.ops.heatmap import upsample_blur
@@ -58,9 +58,10 @@ def test_batch_norm_is_folded_into_the_network_that_scores(frozen, model):
 
 
 def test_batch_norm_of_the_original_resnet_is_folded_too():
-    """A ResNet-50 as in Caffe, where the stride of a block is in its first convolution."""
-    name, layers, images = "resnet50.caffe_in1k", ("layer2",), jnp.asarray(IMAGES[:2])
-    learner, network = student(name, layers), backbone(name)
+    """Bottlenecks as in Caffe, where the stride of a block is in its first convolution."""
+    network = resnet.make("caffe", ResidualBlocks((1, 2, 1, 1), 0.5, 16), stride_in_1x1=True)
+    layers, images = ("layer2",), jnp.asarray(IMAGES[:2])
+    learner = student(network, layers)
     frozen = network.init(KEY)
     params, before = jax.jit(learner.init)(KEY)
     maps, after = train_maps(learner, params, before, frozen, images)

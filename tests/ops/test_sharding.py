@@ -23,7 +23,9 @@ from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_updat
 from jaxad.ops.knn import knn, sketch
 from jaxad.ops.sharding import shards, take_rows
 
-meshes = pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (8, 1)])
+meshes = pytest.mark.parametrize(
+    "shape", [(2, 4), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 8), (4, 2), (8, 1)))]
+)
 
 
 def mesh_of(shape):
@@ -253,7 +255,7 @@ def test_gaussians_do_not_move(batch):
     assert largest_exchange(mahalanobis, x, mean, scatter) <= x.size
 
 
-@pytest.mark.parametrize("batch", ["data", None])
+@pytest.mark.parametrize("batch", ["data", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -54,6 +54,6 @@ def test_a_rotated_rectangle_is_complete_and_shows_the_image(seed):
 
 
 def test_three_way():
-    images, masks = cutpaste.three_way(jax.random.key(0), noise(0))
+    images, masks = jax.jit(cutpaste.three_way)(jax.random.key(0), noise(0))
     np.testing.assert_array_equal(images[0], noise(0))
     assert not masks[0].any() and masks[1].sum() > masks[2].sum() > 0

@@ -44,17 +44,20 @@ def test_perlin_noise_is_the_classical_one(size, cells, max_cells):
 
 def test_fractal_noise_adds_octaves():
     key = jax.random.key(0)
-    octaves = [perlin.perlin_noise(jax.random.fold_in(key, i), (24, 30), (2 << i, 3 << i)) for i in range(3)]
+    noise = jax.jit(perlin.perlin_noise, static_argnums=(1, 2))
+    octaves = [noise(jax.random.fold_in(key, i), (24, 30), (2 << i, 3 << i)) for i in range(3)]
     expected = sum(0.5**i * octave for i, octave in enumerate(octaves)) / np.sqrt(1 + 0.25 + 0.0625)
-    np.testing.assert_allclose(perlin.fractal_noise(key, (24, 30), (2, 3), 3), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(perlin.fractal_noise, static_argnums=(1, 2, 3))(key, (24, 30), (2, 3), 3), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("size", "high"), [((256, 256), 6), ((288, 300), 6), ((128, 160), 5), ((64, 64), 4)])
 def test_the_smallest_cells_of_a_mask_have_about_8_pixels(size, high):
     """At DRAEM's 256 pixels, the range is that of its code."""
-    key = jax.random.key(3)
-    np.testing.assert_array_equal(perlin.perlin_mask(key, size), perlin.perlin_mask(key, size, (0, high)))
-    assert (perlin.perlin_mask(key, size) != perlin.perlin_mask(key, size, (0, high + 1))).any()
+    mask = jax.jit(functools.partial(perlin.perlin_mask, jax.random.key(3), size), static_argnums=0)
+    np.testing.assert_array_equal(mask(), mask((0, high)))
+    assert (mask() != mask((0, high + 1))).any()
 
 
 def test_octaves_roughen_borders_and_keep_the_area():
@@ -63,7 +66,7 @@ def test_octaves_roughen_borders_and_keep_the_area():
 
     def border_share(**options) -> float:
         """The share of the masks' pixels that are on a border."""
-        masks = np.asarray(jax.vmap(lambda key: draw(key, **options))(keys))
+        masks = np.asarray(jax.jit(jax.vmap(lambda key: draw(key, **options)))(keys))
         assert 0.02 < masks.mean() < 0.15
         return sum((mask & ~ndimage.binary_erosion(mask)).sum() for mask in masks) / masks.sum()
 
