@@ -168,6 +168,8 @@ OF_EACH_KIND = frozenset({"padim", "patchcore-stream", "spade", "mahalanobis_ad"
 """Rows on which `make test` proves what the driver does: closed forms, memory banks, gradients, several stages."""
 ON_A_MESH = frozenset({"padim", "patchcore-stream", "cfa"})
 """Those of them that it runs on meshes, too."""
+IN_SHORT = OF_EACH_KIND | {case.method for case in CASES.values()}
+"""Rows that `make test` fits: each method's first, and those of each kind. It lowers all."""
 
 
 def rows_of(among: Collection[str]) -> list:

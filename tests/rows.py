@@ -60,9 +60,15 @@ def frozen_of(backbones: tuple, seed: int) -> Frozen:
     return weights if len(weights) > 1 else weights[0]
 
 
+@functools.cache
+def method_for(name: str, longer: bool = False) -> Method:
+    """The method of a row."""
+    return CASES[name].make(longer)
+
+
 def frozen_for(name: str, seed: int = 0) -> Frozen:
     """The weights of a row; None where its method has none."""
-    return frozen_of(CASES[name].backbones, seed) if CASES[name].make().pretrained else None
+    return frozen_of(CASES[name].backbones, seed) if method_for(name).pretrained else None
 
 
 def auxiliary_for(method: Method) -> np.ndarray | None:
@@ -103,7 +109,7 @@ class Row(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def row(name: str, longer: bool = False) -> Row:
     """A row of the table, estimated, fitted and scored."""
-    method, frozen = CASES[name].make(longer), frozen_for(name)
+    method, frozen = method_for(name, longer), frozen_for(name)
     train, test = datasets(0, N)
     auxiliary, before = auxiliary_for(method), compile_count()
     plan = estimate(method, frozen, [train], EXECUTION, auxiliary=auxiliary)
@@ -123,10 +129,9 @@ def spec(method: Method, frozen: Frozen, n: int) -> PyTree:
 @functools.lru_cache(maxsize=32)
 def abstract_states(name: str, n: int) -> list[State]:
     """Shapes and types of the states with which the stages of a row begin, and last of the fitted one."""
-    r = row(name)
-    images = spec(r.method, r.frozen, n)
-    stages = [*range(len(r.method.stages)), None]
-    return [abstract_state(r.method, r.frozen, images, stage) for stage in stages]
+    method, frozen = method_for(name), frozen_for(name)
+    images = spec(method, frozen, n)
+    return [abstract_state(method, frozen, images, stage) for stage in (*range(len(method.stages)), None)]
 
 
 def assert_close(a: Any, b: Any, rtol: float) -> None:

@@ -17,7 +17,7 @@ from jaxad.driver.fit import Group, fit, states
 from jaxad.driver.mesh import Layout
 from jaxad.driver.programs import fit_programs, score_program
 from jaxad.driver.scoring import score_all
-from tests.cases import CASES, IMAGE_SIZE, OF_EACH_KIND, rows_of
+from tests.cases import CASES, IMAGE_SIZE, IN_SHORT, OF_EACH_KIND, rows_of
 from tests.rows import (
     EXECUTION,
     KEY,
@@ -35,7 +35,7 @@ from tests.rows import (
 )
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=rows_of(IN_SHORT))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -189,6 +189,7 @@ def test_batch_size_and_room_for_more_images_do_not_change_the_scores(name):
     assert_close(score_all(r.method, padded, r.frozen, test, EXECUTION), scores, 1e-4)
 
 
+@pytest.mark.parametrize("name", rows_of(OF_EACH_KIND))
 def test_same_key_same_state(name):
     r = row(name)
     assert_equal(r.fit(), r.state)
@@ -238,6 +239,7 @@ def test_defects_score_higher_after_longer_training(name):
     finds(name)
 
 
+@pytest.mark.parametrize("name", rows_of(OF_EACH_KIND))
 def test_weights_are_an_argument(name):
     """Other weights in the same compiled functions give other scores; the same ones where none are used."""
     r = row(name)

@@ -1,5 +1,4 @@
-"""Every program of every row is traced and lowered for TPUs and CUDA GPUs, on machines without one; several classes at
-once."""
+"""Every program of every row is traced and lowered for TPUs and CUDA GPUs, on machines without one."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxad.driver.embedding import embed_program
 from jaxad.driver.mesh import Layout
 from jaxad.driver.programs import fit_programs, score_program
 from tests.cases import CASES, IMAGE_SIZE
-from tests.rows import B, N, abstract_states, auxiliary_for, frozen_for, row, spec
+from tests.rows import B, N, abstract_states, auxiliary_for, frozen_for, method_for, spec
 
 PLATFORMS = ("tpu", "cuda")
 SHARDED = ("patchcore", "patchcore-stream", "padim", "spade", "mahalanobis_ad")
@@ -22,7 +21,7 @@ SHARDED = ("patchcore", "patchcore-stream", "padim", "spade", "mahalanobis_ad")
 
 def lower(name: str, layout: Layout, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowers embed, start, every update and finish, and score; checks their constants and the shapes of states."""
-    method, frozen = row(name).method, jax.tree.map(jax.typeof, frozen_for(name))
+    method, frozen = method_for(name), jax.tree.map(jax.typeof, frozen_for(name))
     states = abstract_states(name, N)
     auxiliary = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), auxiliary_for(method))
 
@@ -59,7 +58,7 @@ def lower(name: str, layout: Layout, classes: int, monkeypatch: pytest.MonkeyPat
         active = stacked((2,), jnp.bool_)
         updated, metrics = check(programs.updates[number], state, keys, active, batch, frozen, auxiliary, steps)
         assert updated == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-        assert all(shape == (2, classes) for shape, _ in metrics.values())
+        assert all(shape == (classes, 2) for shape, _ in metrics.values())
         check(programs.finishes[number], keys, state, frozen)
     state = jax.tree.map(of_all, states[-1])
     x = jax.tree.map(lambda leaf: stacked((1, *leaf.shape[2:]), leaf.dtype), x)
@@ -67,12 +66,13 @@ def lower(name: str, layout: Layout, classes: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_program_is_lowered_for_accelerators(name, monkeypatch):
-    lower(name, Layout(), 2, monkeypatch)
+@pytest.mark.parametrize("classes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_program_is_lowered_for_accelerators(name, classes, monkeypatch):
+    lower(name, Layout(), classes, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_programs_on_a_mesh_are_lowered_for_accelerators(name, monkeypatch):
+def test_programs_of_classes_on_a_mesh_are_lowered_for_accelerators(name, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     lower(name, Layout(jaxad.make_mesh(shape=(2, 4))), 2, monkeypatch)
 

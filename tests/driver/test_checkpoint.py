@@ -54,6 +54,7 @@ def test_classes_that_were_stopped_resume_bit_for_bit(calls, steps, tmp_path):
     assert_equal(fit_classes(TOY, FROZEN, CLASSES, KEY, execution(**options)).state, whole)
 
 
+@pytest.mark.slow
 def test_a_fit_resumes_on_other_devices(tmp_path):
     """Eight devices continue what one began."""
     whole = fit(LONG, FROZEN, photographs(24), KEY, execution(batch_size=8)).state

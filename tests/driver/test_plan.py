@@ -48,7 +48,7 @@ def needs(estimated: plan.Plan) -> dict[str, plan.Need]:
 @pytest.mark.parametrize(
     "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", "padim")), "mahalanobis_ad"]
 )
-@pytest.mark.parametrize("shape", [None, (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param(None, marks=pytest.mark.slow), (2, 4)])
 def test_a_fit_of_classes_finds_its_programs_compiled(name, shape, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     case = CASES[name]
@@ -104,7 +104,7 @@ def test_the_numbers_are_the_arrays_and_what_the_compiler_says():
     assert estimated.total(estimated.peak) == max(need.device + need.host for need in estimated.needs)
 
 
-@pytest.mark.parametrize("make", [patchcore, padim])
+@pytest.mark.parametrize("make", [pytest.param(patchcore, marks=pytest.mark.slow), padim])
 def test_a_mesh_shares_the_state(make, monkeypatch):
     """Eight devices have an eighth each, and the numbers are those of what `fit` runs."""
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)

@@ -41,12 +41,13 @@ def batch_of(x: dict[str, np.ndarray], valid: np.ndarray | None = None) -> Batch
 def tiny(**options: Any) -> Any:
     """The method, and its state before the first image."""
     method = cfa(backbone="pdn_small", layers=("layer1",), image_size=(12, 8), **options)
-    return method, method.stages[0].init(KEY, None, None, SPEC)
+    return method, jax.jit(lambda: method.stages[0].init(KEY, None, None, SPEC))()
 
 
 def begin(method: Any, descriptor: Any, memory: Memory, radius: float = 1e-5) -> Any:
     """The training state before the first step."""
-    state = method.stages[1].init(KEY, CfaModel({"descriptor": descriptor}, memory), None, None)
+    model = CfaModel({"descriptor": descriptor}, memory)
+    state = jax.jit(lambda model: method.stages[1].init(KEY, model, None, None))(model)
     params = state.model.params
     assert params["radius"] == np.float32(1e-5)
     return state._replace(model=state.model._replace(params=params | {"radius": jnp.float32(radius)}))
@@ -58,8 +59,8 @@ def test_the_memory_is_the_mean_descriptor_of_every_position(gamma_d, feature_sc
     method, state = tiny(gamma_d=gamma_d, feature_scale=feature_scale)
     valid = np.array([True, True, False, True, True])
     padded = {"layer1": np.where(valid[:, None, None, None], X["layer1"], np.nan)}
-    sums, _ = method.stages[0].update(KEY, state, None, batch_of(padded, valid))
-    model = method.stages[0].finalize(KEY, sums, None)
+    sums, _ = jax.jit(method.stages[0].update)(KEY, state, None, batch_of(padded, valid))
+    model = jax.jit(method.stages[0].finalize)(KEY, sums, None)
     expected = describe(state.descriptor, feature_scale * X["layer1"][valid]).mean(0).reshape(24, -1)
     assert expected.shape[1] == 7 // gamma_d
     np.testing.assert_allclose(model.memory.centers, expected, atol=1e-5)
@@ -112,8 +113,8 @@ def test_training_searches_a_large_memory_by_its_sketch():
     centers = jnp.asarray(rng.normal(size=(2100, 140)), jnp.float32)
     method = cfa(backbone="pdn_small", layers=("layer1",), image_size=(4, 4))
     spec = {"layer1": jax.ShapeDtypeStruct((2, 4, 4, 140), jnp.float32)}
-    descriptor = method.stages[0].init(KEY, None, None, spec).descriptor
-    prepared = sketch(centers, jnp.ones(2100, bool))
+    descriptor = jax.jit(lambda: method.stages[0].init(KEY, None, None, spec))().descriptor
+    prepared = jax.jit(sketch)(centers, jnp.ones(2100, bool))
     assert prepared is not None
     update = jax.jit(method.stages[1].update)
     (sketched, with_sketch), (exhaustive, without) = (
@@ -130,7 +131,7 @@ def test_score_weights_the_nearest_distance_by_its_softmin():
     method, sums = tiny()
     centers = np.random.default_rng(1).normal(size=(9, 7)).astype(np.float32)
     training = begin(method, sums.descriptor, Memory(jnp.asarray(centers), None))
-    fitted = method.stages[1].finalize(KEY, training, None)
+    fitted = jax.jit(method.stages[1].finalize)(KEY, training, None)
     assert set(fitted.params) == {"descriptor"}  # the radius is not needed any more
     scores = jax.jit(method.score)(fitted, None, jax.tree.map(jnp.asarray, X))
     descriptors = describe(sums.descriptor, X["layer1"])
@@ -144,7 +145,7 @@ def test_score_weights_the_nearest_distance_by_its_softmin():
 def test_a_compressed_memory_holds_means_of_positions():
     method, sums = tiny(gamma_c=3)
     descriptor = sums.descriptor
-    sums, _ = method.stages[0].update(KEY, sums, None, batch_of(X))
+    sums, _ = jax.jit(method.stages[0].update)(KEY, sums, None, batch_of(X))
     centers = np.asarray(method.stages[0].finalize(KEY, sums, None).memory.centers)
     assert centers.shape == (8, 7)
     positions = describe(descriptor, X["layer1"]).mean(0).reshape(24, 7)

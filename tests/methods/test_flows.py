@@ -41,7 +41,7 @@ def batch_of(x: Any, n: int, progress: float = 0.5) -> Batch:
 
 def begin(method: Any, x: Any) -> Any:
     """The training state before the first step."""
-    return method.stages[0].init(KEY, None, None, spec_of(x))
+    return jax.jit(lambda key: method.stages[0].init(key, None, None, spec_of(x)))(KEY)
 
 
 def without_networks(training: Any) -> Any:
@@ -114,7 +114,7 @@ def test_training_raises_the_likelihood(method, x):
 
 def test_position_encoding_is_that_of_the_paper():
     h, w, size = 3, 5, 8
-    encoding = np.asarray(position_encoding(h, w, size))
+    encoding = np.asarray(jax.jit(position_encoding, static_argnums=(0, 1, 2))(h, w, size))
     for y in range(h):
         for x in range(w):
             for i in range(size // 4):
@@ -125,7 +125,7 @@ def test_position_encoding_is_that_of_the_paper():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rates = np.array([float(warm_up_cosine(jnp.float32(p))) for p in np.linspace(0, 1, 101)])
+    rates = np.asarray(jax.jit(jax.vmap(warm_up_cosine))(jnp.linspace(0, 1, 101)))
     assert rates[0] == pytest.approx(0.1) and rates.argmax() in (8, 9) and rates[-1] == pytest.approx(1e-3, rel=1e-3)
     assert (np.diff(rates[9:]) < 0).all() and (np.diff(rates[:8]) > 0).all()
 
@@ -137,16 +137,16 @@ def test_cflow_calibrates_on_the_training_images():
     )
     x = {"layer1": normal(2, 6, 4, 4, 6)}
     stage = method.stages[1]
-    state = stage.init(KEY, begin(method, x).model, None, spec_of(x))
+    state = jax.jit(lambda flow: stage.init(KEY, flow, None, spec_of(x)))(begin(method, x).model)
     assert isinstance(state, CflowState) and state.largest["layer1"] == -jnp.inf
     for rows in (slice(3), slice(3, 6)):
         batch = batch_of(jax.tree.map(lambda leaf, rows=rows: leaf[rows], x), 3)
-        state, _ = stage.update(KEY, state, None, batch)
+        state, _ = jax.jit(stage.update)(KEY, state, None, batch)
     outlier = batch_of({"layer1": jnp.full((3, 4, 4, 6), jnp.nan)}, 3)._replace(valid=jnp.zeros(3, bool))
-    state, _ = stage.update(KEY, state, None, outlier)
-    scores = method.score(state, None, x)
+    state, _ = jax.jit(stage.update)(KEY, state, None, outlier)
+    scores = jax.jit(method.score)(state, None, x)
     np.testing.assert_allclose(scores.pixel.min(), 0, atol=1e-5)
-    far = method.score(state, None, jax.tree.map(lambda leaf: leaf + 30, x))
+    far = jax.jit(method.score)(state, None, jax.tree.map(lambda leaf: leaf + 30, x))
     np.testing.assert_allclose(far.image, 1, atol=1e-3)
 
 
@@ -156,7 +156,7 @@ def test_cflow_loss_is_the_log_sigmoid_of_the_likelihood():
         backbone="pdn_small", layers=("layer1",), image_size=(4, 4), coupling_blocks=1, condition_size=8, epochs=1
     )
     x = {"layer1": normal(3, 2, 4, 4, 6)}
-    _, metrics = method.stages[0].update(KEY, without_networks(begin(method, x)), None, batch_of(x, 2))
+    _, metrics = jax.jit(method.stages[0].update)(KEY, without_networks(begin(method, x)), None, batch_of(x, 2))
     log_p = -0.5 * (np.asarray(x["layer1"]) ** 2).mean(-1) - 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(metrics["loss"], -np.log(expit(log_p)).mean(), rtol=1e-4)
 
@@ -172,7 +172,7 @@ def test_cflow_steps_once_per_batch_of_fibers():
         fiber_batch_size=10,
     )
     x = {"layer1": normal(4, 2, 4, 4, 4), "layer2": normal(5, 2, 2, 2, 6)}
-    state, metrics = method.stages[0].update(KEY, begin(method, x), None, batch_of(x, 2))
+    state, metrics = jax.jit(method.stages[0].update)(KEY, begin(method, x), None, batch_of(x, 2))
     counts = [[int(leaf) for leaf in jax.tree.leaves(adam) if leaf.ndim == 0] for adam in state.optimizer]
     assert counts == [[3], [1]]  # of 32 and 8 positions
     np.testing.assert_allclose(metrics["loss"], (metrics["layer1_loss"] + metrics["layer2_loss"]) / 2, rtol=1e-6)
@@ -180,7 +180,7 @@ def test_cflow_steps_once_per_batch_of_fibers():
 
 def test_csflow_before_training():
     """The networks start with a gain of 0, so z is a permutation of x."""
-    method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=5, hidden=4)
+    method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=2, hidden=4)
     x = tuple(normal(i, 3, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
     scores = jax.jit(method.score)(begin(method, x).model, None, x)
     entries = np.concatenate([np.asarray(scale).reshape(3, -1) for scale in x], 1)
@@ -194,8 +194,8 @@ def test_csflow_scales_exchange_information():
     method = csflow(backbone="pdn_small", image_size=(16, 16), coupling_blocks=1, hidden=4, learning_rate=0.1)
     x = tuple(normal(i, 4, 8 // 2**i, 8 // 2**i, 6) for i in range(3))
     flow, _ = train(method, x, 4, 3)
-    pixel = method.score(flow, None, x).pixel
-    changed = method.score(flow, None, (x[0], x[1] + 1, x[2])).pixel
+    pixel = jax.jit(method.score)(flow, None, x).pixel
+    changed = jax.jit(method.score)(flow, None, (x[0], x[1] + 1, x[2])).pixel
     assert np.abs(pixel - changed).max() > 1e-4
 
 
@@ -211,7 +211,7 @@ def test_rotation_is_that_of_scipy(degrees):
     image = np.random.default_rng(0).random((1, 12, 12, 3)).astype(np.float32)
     expected = scipy.ndimage.rotate(image[0], degrees, reshape=False, order=1, mode="constant")
     inside = scipy.ndimage.rotate(np.ones((12, 12)), degrees, reshape=False, order=1, mode="constant") > 0.999
-    rotated = np.asarray(rotate(jnp.asarray(image), jnp.float32(degrees)))[0]
+    rotated = np.asarray(jax.jit(rotate)(jnp.asarray(image), jnp.float32(degrees)))[0]
     np.testing.assert_allclose(rotated[inside], expected[inside], atol=1e-3)
 
 
@@ -221,7 +221,7 @@ def test_differnet_scores_the_mean_over_rotations():
     )
     x = RotatedFeatures(normal(0, 4, 3, 6), None)
     flow, _ = train(method, x, 4, 2)
-    single = [method.score(flow, None, RotatedFeatures(x.feature[:, i : i + 1], None)).image for i in range(3)]
+    single = [jax.jit(method.score)(flow, None, RotatedFeatures(x.feature[:, i : i + 1], None)).image for i in range(3)]
     np.testing.assert_allclose(method.score(flow, None, x).image, np.mean(single, 0), rtol=1e-4)
     assert angles(4) == [0, 90, 180, 270]
 
@@ -244,7 +244,7 @@ def test_differnet_heat_maps_are_gradients():
 
     @jax.jit
     def score(image: Any) -> Any:
-        return method.score(flow, frozen, method.embed(frozen, image)).image[0]
+        return jax.jit(method.score)(flow, frozen, method.embed(frozen, image)).image[0]
 
     assert gradient[0, 0, 0] < gradient.max()
     peak = np.unravel_index(gradient[0].argmax(), (32, 32))
@@ -260,7 +260,7 @@ def test_differnet_heat_maps_rotate_with_the_image():
     x = jax.jit(method.embed)(frozen, image)
     assert x.image.dtype == jnp.uint8  # no larger than the input
     flow = begin(method, x).model
-    maps = jax.jit(lambda image: method.score(flow, frozen, method.embed(frozen, image)).pixel)
+    maps = jax.jit(lambda image: jax.jit(method.score)(flow, frozen, method.embed(frozen, image)).pixel)
     upright, rotated = maps(image), maps(np.rot90(image, axes=(1, 2)))
     np.testing.assert_allclose(rotated, np.rot90(upright, axes=(1, 2)), atol=1e-3 * float(upright.max()))
     assert np.abs(rotated - upright).max() > 0.1 * upright.max()

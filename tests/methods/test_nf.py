@@ -33,9 +33,13 @@ def train(method: Any, x: Any, n: int, steps: int) -> tuple[Any, list[float]]:
     """The flow after some steps, and their losses."""
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     measure, stage = method.stages
-    moments, _ = measure.update(KEY, measure.init(KEY, None, None, spec), None, batch_of(x, n))
-    state = stage.init(KEY, measure.finalize(KEY, moments, None), None, spec)
 
+    @jax.jit
+    def begin(batch: Batch) -> Any:
+        moments, _ = measure.update(KEY, measure.init(KEY, None, None, spec), None, batch)
+        return stage.init(KEY, measure.finalize(KEY, moments, None), None, spec)
+
+    state = begin(batch_of(x, n))
     update, losses = jax.jit(stage.update), []
     for key in jax.random.split(KEY, steps):
         state, metrics = update(key, state, None, batch_of(x, n))
@@ -73,7 +77,7 @@ def test_before_training_an_embedding_has_independent_gaussian_channels():
     flow, _ = train(method, x, 12, 0)
     embedding = np.concatenate([x["layer1"], x["layer2"]], -1).astype(np.float64)
     expected = -stats.norm.logpdf(embedding, embedding.mean(0), embedding.std(0)).mean(-1) / np.log(2)
-    np.testing.assert_allclose(method.score(flow, None, x).image, expected, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(method.score)(flow, None, x).image, expected, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -90,8 +94,8 @@ def test_training_learns_the_correlation_of_channels():
 def test_dequantization_is_a_change_of_variables():
     image = jnp.asarray(noise_images(3, 2))
     noise = jax.random.uniform(KEY, image.shape)
-    _, log_det = dequantize(image, noise)
-    slopes = jax.grad(lambda noise: dequantize(image, noise)[0].sum())(noise)
+    _, log_det = jax.jit(dequantize)(image, noise)
+    slopes = jax.jit(jax.grad(lambda noise: dequantize(image, noise)[0].sum()))(noise)
     np.testing.assert_allclose(log_det, jnp.log(slopes).sum((1, 2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(pixels(None, image.astype(jnp.float32) / 255), image)
 
@@ -111,11 +115,12 @@ def test_networks_never_see_what_is_transformed():
 @pytest.mark.parametrize("kind", ["horizontal", "cycle"])
 def test_dilated_networks_have_inputs_for_every_pixel(kind):
     """A receptive field of 7 pixels in each direction reaches across half an image of 14; one of 3 does not."""
-    x = jax.random.normal(KEY, (32, 14, 14, 1))
+    x, random = jax.random.normal(KEY, (32, 14, 14, 1)), np.random.default_rng(0)
     for unchanged, inputs in zip(*spatial_masks(kind, 4, (14, 14, 1)), strict=True):
         for blocks, blind in ((2, False), (1, True)):
             network = Residual(8, blocks, 1, True, True)
-            params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), network.init(KEY, x))
+            shapes = jax.eval_shape(network.init, KEY, x)
+            params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
             apply = jax.jit(lambda x, f=network.apply, p=params, inputs=inputs: f(p, jnp.where(inputs, x, 0)))
             equal = np.asarray(apply(x) == apply(-x)).all(0)
             assert equal[~unchanged].any() == blind

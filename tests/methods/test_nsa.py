@@ -91,7 +91,7 @@ def test_an_image_scores_the_mean_of_its_heat_map(frozen):
     np.testing.assert_allclose(scores.image, np.asarray(scores.pixel, np.float64).mean((1, 2)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("labels", ["logistic", "intensity"])
+@pytest.mark.parametrize("labels", ["logistic", pytest.param("intensity", marks=pytest.mark.slow)])
 def test_the_loss_is_of_the_label(monkeypatch, frozen, labels):
     """Cross-entropy, or a squared difference in levels, of known anomalies; pieces are of the other image."""
     label = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)

@@ -59,7 +59,12 @@ def at_once(name: str):
     return jax.jit(jax.vmap(GENERATORS[name]))
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+quick = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in GENERATORS]
+)
+
+
+@quick
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)
 def test_the_mask_covers_the_changed_pixels(name, seed):
@@ -77,9 +82,7 @@ def test_the_mask_covers_the_changed_pixels(name, seed):
         assert not changed[~anomalous].any() and (~changed)[anomalous].sum() <= 0.02 * anomalous.sum()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in GENERATORS]
-)
+@quick
 def test_vmap_is_a_loop(name):
     one = one_by_one(name)
     keys, images = jax.random.split(jax.random.key(3), 4), jnp.stack([noise(i) for i in range(4)])
