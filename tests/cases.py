@@ -50,7 +50,7 @@ class Case(NamedTuple):
     longer: Mapping[str, Any] = MappingProxyType({})
     """Hyperparameters with which it learns enough to find a defect, where steps so long magnify rounding."""
     slow: bool = False
-    """Whether it compiles so long that only `make test-all` trains it until it finds a defect."""
+    """Whether it compiles so long that only `make test-all` fits it."""
 
     @property
     def backbones(self) -> tuple[Backbone, ...]:
@@ -130,8 +130,8 @@ CASES = {
         weights=False,
     ),
     "differnet": Case("differnet", DIFFERNET, pixel=False, random=True, streaming=True),
-    "draem": Case("draem", DRAEM, weights=False, **SYNTHETIC),
-    "efficientad": Case("efficientad", EFFICIENTAD, TINY_PDN, random=True, determined=False),
+    "draem": Case("draem", DRAEM, weights=False, slow=True, **SYNTHETIC),
+    "efficientad": Case("efficientad", EFFICIENTAD, TINY_PDN, random=True, determined=False, slow=True),
     "efficientad-embedded": Case(
         "efficientad", EFFICIENTAD | dict(epochs=1), random=True, determined=False, constants=4 * 384**2
     ),
@@ -144,11 +144,11 @@ CASES = {
         slow=True,
         **GRADIENT,
     ),
-    "memseg": Case("memseg", MEMSEG, TINY_RESNET, **SYNTHETIC),
+    "memseg": Case("memseg", MEMSEG, TINY_RESNET, slow=True, **SYNTHETIC),
     "mkd": Case("mkd", MKD, jumps=True, longer=dict(learning_rate=1e-3), **GRADIENT),
     "nf": Case("nf", NF, pixel=False, **GRADIENT),
     "nf-pixels": Case("nf", NF | dict(on="pixels", scales=1, couplings=1), pixel=False, weights=False, **GRADIENT),
-    "nsa": Case("nsa", NSA, TINY_RESNET, weights=False, **SYNTHETIC),
+    "nsa": Case("nsa", NSA, TINY_RESNET, weights=False, slow=True, **SYNTHETIC),
     "rd4ad": Case("rd4ad", RD4AD, TINY_RESNET, longer=dict(epochs=4, learning_rate=1e-3), **GRADIENT),
     "simplenet": Case("simplenet", SIMPLENET, finds=False, **GRADIENT),
     "stfpm": Case("stfpm", STFPM, TINY_RESNET, longer=dict(epochs=4, learning_rate=0.1), **GRADIENT),
@@ -166,10 +166,10 @@ CASES = {
 
 OF_EACH_KIND = frozenset({"padim", "patchcore-stream", "spade", "mahalanobis_ad", "cfa", "fastflow"})
 """Rows on which `make test` proves what the driver does: closed forms, memory banks, gradients, several stages."""
-ON_A_MESH = frozenset({"padim", "patchcore-stream", "cfa"})
-"""Those of them that it runs on meshes, too."""
-IN_SHORT = OF_EACH_KIND | {case.method for case in CASES.values()}
-"""Rows that `make test` fits: each method's first, and those of each kind. It lowers all."""
+SEVERAL_CLASSES = frozenset({"padim", "patchcore-stream", "cfa"})
+"""Those of them that it runs for several classes and on meshes, too."""
+FITTED = OF_EACH_KIND | {name for name, case in CASES.items() if name == case.method and not case.slow}
+"""Rows that `make test` fits: each method's first unless it compiles long, and those of each kind. It lowers all."""
 
 
 def rows_of(among: Collection[str]) -> list:

@@ -14,7 +14,7 @@ from jaxad.driver.execution import Execution
 from jaxad.driver.fit import Group, fit, fit_classes
 from jaxad.driver.programs import class_state
 from jaxad.driver.scoring import score_all, score_classes
-from tests.cases import CASES, OF_EACH_KIND, ON_A_MESH, rows_of
+from tests.cases import CASES, SEVERAL_CLASSES, rows_of
 from tests.rows import EXECUTION, KEY, B, N, assert_close, auxiliary_for, datasets, row
 
 COUNTS = (N, 7, 9)
@@ -72,19 +72,19 @@ def fit_and_score(name: str, execution: Execution) -> tuple[State, list[Scores]]
     return state, by_class(score_classes(r.method, state, r.frozen, TEST, execution), len(TRAIN))
 
 
-@pytest.mark.parametrize("name", rows_of(OF_EACH_KIND))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_classes_at_once_are_the_classes_one_by_one(name):
     assert_same_classes(name, *fit_and_score(name, EXECUTION))
 
 
-@pytest.mark.parametrize("name", rows_of(ON_A_MESH))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_classes_on_a_mesh(name, monkeypatch):
     """Also with every part of the state sharded that can be, however small; three classes fill up to four."""
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     assert_same_classes(name, *fit_and_score(name, EXECUTION._replace(mesh=jaxad.make_mesh(shape=(2, 4)))))
 
 
-@pytest.mark.parametrize("name", rows_of(ON_A_MESH))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_one_class_on_a_mesh(name, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     r, execution = row(name), Execution(mesh=jaxad.make_mesh("data"), batch_size=8)

@@ -17,7 +17,7 @@ from jaxad.driver.fit import Group, fit, states
 from jaxad.driver.mesh import Layout
 from jaxad.driver.programs import fit_programs, score_program
 from jaxad.driver.scoring import score_all
-from tests.cases import CASES, IMAGE_SIZE, IN_SHORT, OF_EACH_KIND, rows_of
+from tests.cases import CASES, FITTED, IMAGE_SIZE, OF_EACH_KIND, rows_of
 from tests.rows import (
     EXECUTION,
     KEY,
@@ -35,7 +35,7 @@ from tests.rows import (
 )
 
 
-@pytest.fixture(params=rows_of(IN_SHORT))
+@pytest.fixture(params=rows_of(FITTED))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -215,28 +215,15 @@ def test_the_number_of_images_does_not_matter(name):
     assert_close(jax.tree.map(lambda leaf: leaf[0], scores), rows(r.score(r.test), [2]), 1e-5)
 
 
-def finds(name: str) -> None:
+def test_defects_score_higher(name):
     case = CASES[name]
+    if not case.finds:
+        pytest.skip("a test cannot afford the training with which it finds a defect: see the results of its recipe")
     scores = (row(name, True) if case.longer else row(name)).scores
     assert scores.image[2:].min() > scores.image[:2].max()
     if case.pixel:
         inside = scores.pixel[2:, 20:36, 24:40].mean((1, 2))
         assert (inside > scores.pixel[2:].mean((1, 2))).all()
-
-
-def test_defects_score_higher(name):
-    case = CASES[name]
-    if not case.finds:
-        pytest.skip("a test cannot afford the training with which it finds a defect: see the results of its recipe")
-    if case.longer and case.slow:
-        pytest.skip("needs longer training: make test-all")
-    finds(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.longer and case.slow])
-def test_defects_score_higher_after_longer_training(name):
-    finds(name)
 
 
 @pytest.mark.parametrize("name", rows_of(OF_EACH_KIND))

@@ -13,6 +13,7 @@ from jaxad import Detector
 from jaxad.backbones import backbone
 from jaxad.data import open_data
 from jaxad.metrics import conformal_threshold
+from tests.examples import slow_after
 
 SIZE = 32
 
@@ -186,7 +187,7 @@ def test_the_weights_may_name_the_backbone(weights, tmp_path):
         Detector(weights=tmp_path / "mine.safetensors")
 
 
-@pytest.mark.parametrize("method", ["mahalanobis_ad", "padim", "patchcore", "spade"])
+@pytest.mark.parametrize("method", slow_after(1, ["padim", "mahalanobis_ad", "patchcore", "spade"]))
 def test_a_model_of_equal_images(method):
     """With the real weights, so that rounding errors are not zero; any other image scores higher."""
     same = np.full((5, 64, 64, 3), 117, np.uint8)

@@ -28,6 +28,7 @@ from jaxad.backbones import (
     transformer,
     vgg,
 )
+from tests.examples import slow_after
 from tests.rows import assert_equal
 from tests.tiny import PATCH9, TINY_PDN, TINY_RESNET
 
@@ -97,8 +98,8 @@ def convolutions(name, layers, dtype=jnp.float32):
 
 
 DEEP = {
-    *("resnet101", "resnet152", "wide_resnet101_2", *(f"efficientnet_b{i}" for i in (1, 2, 3, 5, 6, 7))),
-    *(name for name in TRANSFORMERS if "xxs24" not in name and "deit_tiny" not in name),
+    *(name for name in PARAMETERS if name not in ("resnet18", "resnet50", "efficientnet_b0", "efficientnet_b1")),
+    *(name for name in TRANSFORMERS if "xxs24" not in name and "deit_tiny_distilled" not in name),
 }
 """Those that take long to trace; another one takes the same path."""
 
@@ -147,7 +148,7 @@ def test_nothing_past_the_deepest_requested_stage_is_computed(name, layers, coun
     assert len(convolutions(name, layers)) == count
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_b0", "cait_xxs24_224"])
+@pytest.mark.parametrize("name", slow_after(1, ["resnet18", "tf_efficientnet_b0", "cait_xxs24_224"]))
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
     stages = backbone(name).stages
     assert {e.invars[0].aval.dtype for e in convolutions(name, stages, jnp.bfloat16)} == {jnp.dtype(jnp.bfloat16)}
@@ -222,7 +223,7 @@ CUSTOM = {
 """A backbone of every family that is not registered."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, ["pdn", "resnet", *sorted({*FAMILIES} - {"pdn", "resnet"})]))
 def test_a_custom_backbone_has_features(family):
     network = CUSTOM[family]
     assert network.family == family and network.name not in registry.PLAIN
@@ -236,7 +237,8 @@ def test_a_custom_backbone_has_features(family):
 
 
 @pytest.mark.parametrize(
-    ("network", "layers"), [(TINY_RESNET, ("layer1", "layer2")), (TINY_PDN, ("head",)), (PATCH9, ("stride8",))]
+    ("network", "layers"),
+    slow_after(1, [(TINY_RESNET, ("layer1", "layer2")), (TINY_PDN, ("head",)), (PATCH9, ("stride8",))]),
 )
 def test_a_custom_backbone_has_students(network, layers):
     """Frozen, with batch norm folded in, a student is a set of weights of the backbone."""
@@ -324,7 +326,9 @@ def test_same_padding_is_that_of_xla(size, kernel, stride):
     )
 
 
-@pytest.mark.parametrize(("kernel", "stride", "dilation", "pad"), [(2, 1, 4, 0), (3, 2, 1, 1), (5, 3, 2, 2)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "pad"), slow_after(1, [(5, 3, 2, 2), (3, 2, 1, 1), (2, 1, 4, 0)])
+)
 def test_shifted_products_are_the_convolution(kernel, stride, dilation, pad):
     """And so are their gradients, for several kernels at once."""
     keys = jax.random.split(jax.random.key(0), 2)
@@ -350,7 +354,7 @@ def test_shifted_products_are_the_convolution(kernel, stride, dilation, pad):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.caffe_in1k"])
+@pytest.mark.parametrize("name", slow_after(1, ["resnet18.tv_in1k", "resnet50.caffe_in1k"]))
 def test_real_weights_hold_the_first_three_stages(shared, name):
     frozen = load(name, shared / "weights" / f"{name}.safetensors")
     network = backbone(name)

@@ -7,15 +7,14 @@ import pytest
 
 from jaxad.backbones.patchnet import LAYOUTS, PatchNetwork
 from jaxad.nn.initial import torch_uniform
+from tests.examples import slow_after
 from tests.methods.narrow import narrow_conv
 
 SIZE = (24, 17)
 
 
 @pytest.mark.parametrize("architecture", LAYOUTS)
-@pytest.mark.parametrize(
-    "stride", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.parametrize("stride", slow_after(1, [4, 1, 2, 8]))
 def test_dense_equals_patch_wise(architecture, stride):
     layer, layout, conv = f"stride{stride}", LAYOUTS[architecture], narrow_conv(torch_uniform)
     p = layout.patch_size

@@ -35,6 +35,7 @@ from jaxad.bijectors import (
     random_orthogonal,
     scan_init,
 )
+from tests.examples import slow_after
 
 KEY = jax.random.key(0)
 
@@ -236,7 +237,18 @@ EXAMPLES = {
 every_bijector = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
 VARIANTS = ("odd", "second", "swapped, tanh", "remat")
 """Names end so if another example takes the same path."""
-every_kind = pytest.mark.parametrize("make", [make for name, make in EXAMPLES.items() if not name.endswith(VARIANTS)])
+COMPOSED = ("convolutional coupling of both parts", "cross-scale coupling", "scan of Glow blocks")
+every_kind = pytest.mark.parametrize(
+    "make",
+    slow_after(
+        len(COMPOSED),
+        [
+            EXAMPLES[name]
+            for name in sorted(EXAMPLES, key=lambda name: name not in COMPOSED)
+            if not name.endswith(VARIANTS)
+        ],
+    ),
+)
 
 
 def events(key: Any, example: Example, *batch: int, scale: float = 1.0) -> Any:

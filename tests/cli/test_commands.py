@@ -23,6 +23,7 @@ from jaxad.runs import directory as rundir
 from jaxad.runs.fitting import Job, fit_runs, job_groups, shared_caches
 from jaxad.settings import Settings
 from tests.cli.images import MODEL, files_below, read_csv
+from tests.examples import slow_after
 
 
 def test_fit_of_a_flat_folder_writes_a_model_and_the_recipe(flat_run: Path):
@@ -213,7 +214,7 @@ def test_one_model_for_all_categories(
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("coreset_sampling_ratio", ("0.1", "0.02")), pytest.param("num_neighbors", (1, 3), marks=pytest.mark.slow)],
+    slow_after(1, [("coreset_sampling_ratio", ("0.1", "0.02")), ("num_neighbors", (1, 3))]),
 )
 def test_a_sweep_is_a_fit_for_each_value(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys, name: str, values: tuple

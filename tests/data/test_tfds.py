@@ -109,6 +109,7 @@ def test_every_builder_is_tested_and_has_a_card(request):
     assert names | {"README", "demo"} <= cards
 
 
+@pytest.mark.slow
 def test_classes_without_a_normal_class_are_read_one_vs_rest(shared):
     data = open_data(f"tfds:cifar10:{shared / 'data/tfds'}", category="cat", preprocess=Preprocess((32, 32)))
     train, test = data["cat"]

@@ -31,6 +31,7 @@ from tests.driver.toy import (
     photographs,
     stopping_after,
 )
+from tests.examples import slow_after
 
 
 def states_in(directory: Path) -> list[Path]:
@@ -38,10 +39,7 @@ def states_in(directory: Path) -> list[Path]:
     return list((directory / "classes_0").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("calls", "steps"),
-    [(7, None), (8, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, None), (5, 2), (12, 2)))],
-)
+@pytest.mark.parametrize(("calls", "steps"), slow_after(1, [(8, 2), (2, None), (5, 2), (7, None), (12, 2)]))
 def test_classes_that_were_stopped_resume_bit_for_bit(calls, steps, tmp_path):
     options = dict(classes_per_step=steps, batch_size=8)
     whole = fit_classes(TOY, FROZEN, CLASSES, KEY, execution(**options)).state
@@ -70,9 +68,7 @@ def uninterrupted():
     return fit(TOY, FROZEN, DATA, KEY, execution(batch_size=8)).state
 
 
-@pytest.mark.parametrize(
-    "calls", [calls if calls in (2, 5, 8) else pytest.param(calls, marks=pytest.mark.slow) for calls in range(1, 9)]
-)
+@pytest.mark.parametrize("calls", slow_after(2, [2, 7, 1, 3, 4, 5, 6, 8]))
 def test_a_run_that_was_stopped_resumes_bit_for_bit(calls, tmp_path, uninterrupted):
     options = dict(batch_size=8, checkpoint_dir=tmp_path / "run", checkpoint_seconds=0)
     with pytest.raises(Stop):

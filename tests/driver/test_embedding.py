@@ -11,6 +11,7 @@ from jaxad.driver.embedding import EmbeddingCache, Storage
 from jaxad.driver.fit import fit, fit_classes
 from jaxad.driver.scoring import score_all, score_classes
 from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, LONG, TOY, N, assert_equal, execution, mean_color
+from tests.examples import slow_after
 
 
 def test_images_are_decoded_once_for_all_stages_and_epochs(decoded):
@@ -36,7 +37,7 @@ def test_a_cache_distinguishes_weights():
     assert [part.frozen for part in cache.values()] == [FROZEN, other]  # referenced, so that their ids stay unique
 
 
-@pytest.mark.parametrize("axes", [None, (3, 2)])
+@pytest.mark.parametrize("axes", slow_after(1, [((3, 2),), (None,)]))
 def test_embeddings_cached_on_the_device_are_those_of_the_host(axes, decoded):
     mesh = None if axes is None else jaxad.make_mesh(shape=axes)
     cache = EmbeddingCache(Storage("device"))

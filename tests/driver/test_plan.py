@@ -240,6 +240,7 @@ def test_fit_refuses_before_it_starts(photos, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_devices_need_not_exist(photos, capsys):
     assert main(["estimate", "padim", "--data", photos, "--devices", "2", "--n-features", "8", *SMALL]) == 0
     assert "on each of 2 devices" in capsys.readouterr().out

@@ -56,6 +56,7 @@ def test_peers_find_the_same_neighbors_and_radius(tmp_path: Path) -> None:
     assert {"jaxad", "FAISS flat", "scikit-learn"} < result["knn"]["contenders"].keys()
 
 
+@pytest.mark.slow
 def test_coreset_of_a_whole_data_set(tmp_path: Path) -> None:
     coreset.main(coreset.Options(results=tmp_path, smoke=True))
     result = json.loads((tmp_path / "bench_coreset.json").read_text())
@@ -130,6 +131,7 @@ def test_ascent_in_numpy_is_that_of_jaxad() -> None:
     assert np.linalg.norm(moved - start, axis=-1).min() > 0.01
 
 
+@pytest.mark.slow
 def test_speed_of_generators(tmp_path: Path) -> None:
     names = ("Perlin mask", "confetti", "feature ascent (GLASS)")
     generators.main(generators.Options(generators=names, results=tmp_path, smoke=True))
@@ -229,6 +231,7 @@ def test_operations_on_an_accelerator_are_those_of_the_cpus_row(monkeypatch) -> 
     assert latency.operations(None, None, 32) is None
 
 
+@pytest.mark.slow
 def test_latency_needs_no_stage_after_layer3() -> None:
     """Weights files of a ResNet may end there."""
     frozen = backbone("resnet18").init(jax.random.key(0))

@@ -45,6 +45,7 @@ def test_distilled_backbone_learns_resumes_and_loads(tmp_path: Path) -> None:
     assert json.loads(options.results.read_text())["resumed_from_epoch"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_loss_of_a_teacher_is_the_sum_of_three_terms() -> None:
     random = np.random.default_rng(0)

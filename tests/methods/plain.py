@@ -19,6 +19,20 @@ def randomized(variables: Any, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(draw, variables)
 
 
+def fresh(shapes: Any) -> Any:
+    """A training state of these shapes with new networks, drawn here so that nothing is compiled to initialize them."""
+    random = np.random.default_rng(1)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        trained = not any(getattr(part, "name", None) == "optimizer" for part in path)
+        name = getattr(path[-1], "key", None) if trained else None
+        if name == "kernel":
+            return random.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, name in ("var", "scale"), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0)
 

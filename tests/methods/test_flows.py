@@ -300,6 +300,7 @@ def test_bad_hyperparameters(factory, hyperparameter, message):
         inspect.unwrap(factory)(**{"backbone": "pdn_small"} | hyperparameter)
 
 
+@pytest.mark.slow
 def test_fastflow_learns_no_norm_for_a_transformer():
     """Its features have passed the network's own: before training the loss is that of the features themselves."""
     name, layer = "deit_tiny_distilled_patch16_224", "blocks.0"

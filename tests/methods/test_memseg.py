@@ -38,9 +38,11 @@ def remembered(method, frozen, x):
     @jax.jit
     def run(x):
         state, _ = remember.update(KEY, remember.init(KEY, None, frozen, x), frozen, batch_of(x))
-        return train.init(KEY, remember.finalize(KEY, state, frozen), frozen, x)
+        return remember.finalize(KEY, state, frozen)
 
-    return run(x)
+    memory = run(x)
+    training = plain.fresh(jax.eval_shape(lambda: train.init(KEY, memory, frozen, x)))
+    return training._replace(model=training.model._replace(memory=memory))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_the_nearest_image_has_the_smallest_mean_squared_differences():
     for draw in (np.ones(7, np.float32), np.array([1, 1, 1, -1, -1, -1, -1], np.float32)):
         expected = np.where(draw < 0, np.inf, distances).argmin(1)
         memory = Memory({k: jnp.asarray(v) for k, v in bank.items()}, jnp.asarray(draw))
-        neighbors = nearest(memory, {k: jnp.asarray(v) for k, v in maps.items()})
+        neighbors = jax.jit(nearest)(memory, {k: jnp.asarray(v) for k, v in maps.items()})
         for layer in LAYERS:
             np.testing.assert_array_equal(neighbors[layer], bank[layer][expected])
 
@@ -199,7 +201,7 @@ def test_loss_is_a_weighted_sum_of_absolute_and_focal_errors(monkeypatch, frozen
     assert (received["opacity"], received["foreground"]) == ((0.15, 1.0), "the object")
     model, defective = training.model, 1 - jnp.asarray(images, jnp.float32) / 255
     maps = {k: v for k, v in embed(frozen, defective).items() if k != "image"}
-    differences = {k: (maps[k] - v) ** 2 for k, v in nearest(model.memory, maps).items()}
+    differences = {k: (maps[k] - v) ** 2 for k, v in jax.jit(nearest)(model.memory, maps).items()}
     variables = {"params": model.params, "batch_stats": model.stats}
     normalized = (255 * defective - frozen["mean"]) / frozen["std"]
     apply = jax.jit(functools.partial(Segmenter().apply, train=True, mutable=["batch_stats"]))

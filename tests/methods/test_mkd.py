@@ -13,6 +13,7 @@ from jaxad.base import Batch
 from jaxad.methods.mkd import Cloner, guided_relu, mkd
 from jaxad.nn import without_norm
 from jaxad.ops.heatmap import upsample_blur
+from tests.examples import slow_after
 from tests.tiny import TINY_RESNET
 
 KEY = jax.random.key(0)
@@ -101,7 +102,7 @@ def test_the_heat_map_is_the_gradient_with_respect_to_pixels(frozen, fitted, gra
     np.testing.assert_allclose(jax.jit(method.score)(state, frozen, x).pixel, expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("noise", slow_after(1, [0.2, 0.0]))
 def test_smooth_gradients_are_means_over_noisy_images(frozen, fitted, gradient, noise):
     _, state, x = fitted
     method = mkd(**SMALL, localization="smooth_grad", samples=3, noise=noise)

@@ -36,7 +36,7 @@ def batch_of(images, progress=0.0):
 
 
 def initial(method, frozen):
-    return jax.jit(lambda key: method.stages[0].init(key, None, frozen, None))(KEY)
+    return plain.fresh(jax.eval_shape(lambda: method.stages[0].init(KEY, None, frozen, None)))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from scipy.spatial.distance import cdist
 
 from jaxad.base import Batch
 from jaxad.methods.patchcore import PatchcoreBank, patchcore, update
+from tests.examples import slow_after
 
 jit_update = jax.jit(update, static_argnames=("size", "projection_dim"))
 GRIDS = (4, 4), (2, 2)
@@ -119,7 +120,7 @@ def test_a_streamed_bank_that_fits_is_the_collected_bank():
     assert bank.size == 24 and bank.radius == collected.radius
 
 
-@pytest.mark.parametrize("size", [1, 3, 20, 1000])
+@pytest.mark.parametrize("size", slow_after(1, [20, 1, 3, 1000]))
 def test_a_streamed_bank_covers_all_patches_within_its_radius(size):
     """Hence scores are at most the radius above those of a bank of all patches."""
     method = patchcore(coreset_size=size, projection_dim=None, **OPTIONS)
@@ -189,7 +190,7 @@ def test_update_of_another_width():
         update(jax.random.key(0), a, b)
 
 
-@pytest.mark.parametrize("coreset", [{"coreset_sampling_ratio": 0.25}, {"coreset_size": 5}])
+@pytest.mark.parametrize("coreset", slow_after(1, [{"coreset_sampling_ratio": 0.25}, {"coreset_size": 5}]))
 def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank(coreset):
     options = OPTIONS | coreset
     names = ("pdn_small", "resnet18")

@@ -8,6 +8,7 @@ import pytest
 
 from jaxad import methods
 from jaxad.methods import METHODS, describe, factory, names
+from tests.examples import slow_after
 
 
 def run(code: str) -> None:
@@ -26,13 +27,16 @@ def test_listing_imports_neither_jax_nor_flax():
 
 @pytest.mark.parametrize(
     "first",
-    [
-        "import jaxad.methods.padim",
-        "from jaxad.methods.padim import PadimGaussian",
-        "from jaxad.methods import padim",
-        "import jaxad; jaxad.methods.METHODS['padim']",
-        "import importlib; importlib.import_module('jaxad.methods.padim')",
-    ],
+    slow_after(
+        2,
+        [
+            "from jaxad.methods.padim import PadimGaussian",
+            "import jaxad; jaxad.methods.METHODS['padim']",
+            "import jaxad.methods.padim",
+            "from jaxad.methods import padim",
+            "import importlib; importlib.import_module('jaxad.methods.padim')",
+        ],
+    ),
 )
 def test_an_attribute_is_the_factory_whatever_was_imported_first(first):
     run(

@@ -95,6 +95,7 @@ def test_students_differ_and_their_loss_falls(fitted):
     assert metrics["loss"][-1] < metrics["loss"][0]
 
 
+@pytest.mark.slow
 def test_several_patch_sizes_are_averaged():
     networks = (PATCH9, PATCH13)
     weights = tuple(network.init(jax.random.key(i)) for i, network in enumerate(networks))

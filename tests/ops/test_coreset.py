@@ -297,6 +297,7 @@ def test_a_projected_stream_keeps_whole_rows():
     assert cdist(rows, points).min(1).max() == 0 and bound == expected
 
 
+@pytest.mark.slow
 def test_a_stream_under_scan_and_vmap_equals_a_loop():
     points = jnp.asarray(np.random.default_rng(7).normal(size=(2, 10, 25, 3)), jnp.float32)
     valid = jnp.arange(250).reshape(10, 25) < jnp.array([250, 130])[:, None, None]

@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from jaxad.ops import knn as module
 from jaxad.ops.knn import knn, sketch, smallest_k, squared_distances
+from tests.examples import slow_after
 
 jit_knn = jax.jit(knn, static_argnums=2)
 smallest = jax.jit(smallest_k, static_argnums=1)
@@ -150,7 +151,7 @@ def test_a_sketch_changes_nothing(case, k):
     np.testing.assert_allclose(distance, expected_distance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize("k", slow_after(1, [9, 1]))
 def test_a_sketch_leaves_little_to_brute_force(k, monkeypatch):
     """For vectors like deep features, the first pass proves nearly all neighbors."""
     query, bank = map(jnp.asarray, features(10, 200, 2100))

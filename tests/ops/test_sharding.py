@@ -22,10 +22,9 @@ from jaxad.ops.coreset import coreset_centers, greedy_coreset
 from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
 from jaxad.ops.knn import knn, sketch
 from jaxad.ops.sharding import shards, take_rows
+from tests.examples import slow_after
 
-meshes = pytest.mark.parametrize(
-    "shape", [(2, 4), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 8), (4, 2), (8, 1)))]
-)
+meshes = pytest.mark.parametrize("shape", slow_after(1, [((2, 4),), ((1, 8),), ((4, 2),), ((8, 1),)]))
 
 
 def mesh_of(shape):
@@ -91,8 +90,8 @@ def test_collect(shape, p, n, b):
 
 
 @meshes
-@pytest.mark.parametrize(("n", "k", "share"), [(1600, 150, 1.0), (501, 60, 0.7), (203, 60, 0.2)])
-@pytest.mark.parametrize("blocks", [(1024, 256, 8192), (32, 8, 50)])
+@pytest.mark.parametrize(("n", "k", "share"), [(501, 60, 0.7), (1600, 150, 1.0), (203, 60, 0.2)])
+@pytest.mark.parametrize("blocks", slow_after(1, [((32, 8, 50),), ((1024, 256, 8192),)]))
 def test_coreset(shape, n, k, share, blocks, monkeypatch):
     """The same centers in the same order, in as many passes; also with fewer valid points than centers."""
     for name, value in zip(("CANDIDATES", "ACCEPTED", "ROWS"), blocks, strict=True):
@@ -145,7 +144,9 @@ def test_knn_orders_ties_by_index(shape, m):
 
 
 @meshes
-@pytest.mark.parametrize(("m", "rank", "k"), [(2176, 20, 1), (2100, 20, 1), (2176, 160, 1), (4096, 20, 3)])
+@pytest.mark.parametrize(
+    ("m", "rank", "k"), slow_after(2, [(2100, 20, 1), (4096, 20, 3), (2176, 20, 1), (2176, 160, 1)])
+)
 def test_knn_with_a_sketch(shape, m, rank, k):
     """Also with isotropic vectors, for which the first pass proves little."""
 
@@ -258,12 +259,15 @@ def test_gaussians_do_not_move(batch):
 @pytest.mark.parametrize("batch", ["data", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("patchcore", dict(coreset_sampling_ratio=0.25, projection_dim=32, scoring="paper")),
-        ("patchcore", dict(coreset_sampling_ratio=1.0)),
-        ("padim", dict(n_features=80)),
-        ("spade", dict(image_layer="layer2", num_neighbors=5, num_pixel_neighbors=2)),
-    ],
+    slow_after(
+        2,
+        [
+            ("patchcore", dict(coreset_sampling_ratio=0.25, projection_dim=32, scoring="paper")),
+            ("padim", dict(n_features=80)),
+            ("patchcore", dict(coreset_sampling_ratio=1.0)),
+            ("spade", dict(image_layer="layer2", num_neighbors=5, num_pixel_neighbors=2)),
+        ],
+    ),
 )
 def test_no_method_collects_its_state_on_a_device(name, options, batch):
     """In programs of whole methods, devices exchange no more than a batch or the candidates of a coreset."""

@@ -12,6 +12,7 @@ from jaxad.synthesis import anomaly, color
 from tests.synthesis.inputs import SEEDS, SIZE, SOURCE, noise
 
 
+@pytest.mark.slow
 def test_textures_stay_in_the_foreground():
     keys, foreground = jax.random.split(jax.random.key(0), 20), jnp.zeros(SIZE, bool).at[10:30, 20:40].set(True)
 

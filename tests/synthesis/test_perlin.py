@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from jaxad.synthesis import perlin
+from tests.examples import slow_after
 
 
 def perlin_by_pixel(angles, size, cells):
@@ -52,7 +53,9 @@ def test_fractal_noise_adds_octaves():
     )
 
 
-@pytest.mark.parametrize(("size", "high"), [((256, 256), 6), ((288, 300), 6), ((128, 160), 5), ((64, 64), 4)])
+@pytest.mark.parametrize(
+    ("size", "high"), slow_after(2, [((256, 256), 6), ((64, 64), 4), ((288, 300), 6), ((128, 160), 5)])
+)
 def test_the_smallest_cells_of_a_mask_have_about_8_pixels(size, high):
     """At DRAEM's 256 pixels, the range is that of its code."""
     mask = jax.jit(functools.partial(perlin.perlin_mask, jax.random.key(3), size), static_argnums=0)

@@ -71,6 +71,7 @@ def test_gentle_changes_are_pillows():
         np.testing.assert_allclose(output, np.asarray(expected, np.float32), atol=1.001, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_third_of_gently_changed_textures_is_gray():
     keys = jax.random.split(jax.random.key(0), 300)
     outputs = jax.vmap(lambda key: texture.change_texture(key, noise(3), texture.GENTLE_CHANGES))(keys)
