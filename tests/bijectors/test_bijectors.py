@@ -234,9 +234,15 @@ EXAMPLES = {
 }
 
 
-every_bijector = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
 VARIANTS = ("odd", "second", "swapped, tanh", "remat")
 """Names end so if another example takes the same path."""
+every_bijector = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.slow if name.endswith(VARIANTS) else ())
+        for name, make in EXAMPLES.items()
+    ],
+)
 COMPOSED = ("convolutional coupling of both parts", "cross-scale coupling", "scan of Glow blocks")
 every_kind = pytest.mark.parametrize(
     "make",

@@ -19,6 +19,7 @@ from jaxad.cli import main
 from jaxad.runs import directory as rundir
 from jaxad.runs import scoring
 from tests.cli.images import MODEL, files_below
+from tests.examples import slow_after
 
 
 def test_a_full_disk_does_not_touch_the_old_run(
@@ -150,7 +151,7 @@ def test_a_stopped_score_does_not_touch_the_old_files(
     assert {path for path in (tmp_path / "old").rglob("*") if path.is_file()} == before.keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", slow_after(1, [signal.SIGKILL, signal.SIGINT]))
 def test_a_killed_fit_leaves_nothing_half_written(
     number: signal.Signals, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
 ):

@@ -126,6 +126,7 @@ def test_every_weights_file_is_in_the_result(tmp_path: Path) -> None:
         run.run("ensemble", ensemble, run.Options((), weights=(files[1],)))
 
 
+@pytest.mark.slow
 def test_killed_run_resumes(tmp_path: Path, monkeypatch) -> None:
     """Nothing is measured twice, and the result is that of a run without a break."""
     recipe = Recipe("patchcore", "demo", "pdn_small", smoke_backbone="pdn_small")

@@ -45,8 +45,8 @@ GENERATORS = {
 }
 
 
-SLOW = ("procedural texture", "natural mixed")
-"""Those that compile long."""
+SLOW = ("procedural texture", "natural mixed", "fractal mask", "cutpaste rotated")
+"""Those that compile long, and others take nearly the same path."""
 
 
 @functools.cache
