@@ -22,7 +22,7 @@ from tests import rows as fitted_rows
 from tests.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_MAPPINGS = 45_000
+MAX_MAPPINGS = 20_000
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
