@@ -140,7 +140,7 @@ CASES = {
         "glass",
         GLASS,
         tolerance=2e-3,
-        longer=dict(epochs=20, noise=0.3, learning_rate=1e-2),
+        longer=dict(epochs=60, noise=0.3, learning_rate=1e-2),
         slow=True,
         **GRADIENT,
     ),

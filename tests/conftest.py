@@ -82,12 +82,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
     Linux allows some 65,000 of them, and a program takes a few.
     """
-    if nextitem is None or _group(item) != _group(nextitem):
+    last = nextitem is None or _group(item) != _group(nextitem)
+    if last:
         for cached in (fitted_rows.row, fit_programs, score_program):
             cached.cache_clear()
-        if _mappings() > MAX_MAPPINGS:
-            embed_program.cache_clear()
-            jax.clear_caches()
+    if (last or item.get_closest_marker("slow")) and _mappings() > MAX_MAPPINGS:
+        for cached in (fit_programs, score_program, embed_program):
+            cached.cache_clear()
+        jax.clear_caches()
 
 
 def _mappings() -> int:
