@@ -17,7 +17,7 @@ from jaxad.driver.fit import Group, fit, states
 from jaxad.driver.mesh import Layout
 from jaxad.driver.programs import fit_programs, score_program
 from jaxad.driver.scoring import score_all
-from tests.cases import CASES, FITTED, IMAGE_SIZE, OF_EACH_KIND, rows_of
+from tests.cases import CASES, FITTED, IMAGE_SIZE, OF_EACH_KIND, SEVERAL_CLASSES, rows_of
 from tests.rows import (
     EXECUTION,
     KEY,
@@ -115,7 +115,7 @@ def test_only_the_stage_that_needs_a_buffer_holds_it(name):
             assert jax.tree.map(jax.typeof, few) == jax.tree.map(jax.typeof, many)
 
 
-@pytest.mark.parametrize("name", rows_of(OF_EACH_KIND))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_tracers_do_not_leak(name):
     r = row(name)
     batch, images = abstract_batch(r.method, r.frozen), spec(r.method, r.frozen, N)
@@ -215,6 +215,7 @@ def test_the_number_of_images_does_not_matter(name):
     assert_close(jax.tree.map(lambda leaf: leaf[0], scores), rows(r.score(r.test), [2]), 1e-5)
 
 
+@pytest.mark.parametrize("name", rows_of({name for name in FITTED if name == "stfpm" or not CASES[name].longer}))
 def test_defects_score_higher(name):
     case = CASES[name]
     if not case.finds:

@@ -368,6 +368,7 @@ def test_a_scan_is_the_chain_of_its_blocks_and_compiles_one_block():
     assert length[2] == length[8]
 
 
+@pytest.mark.slow
 def test_remat_stores_less_for_the_gradient():
     example = chain_of_blocks(KEY, 8, 2, 2)
     block = functools.partial(glow_block, c=8, apply=network(KEY, 4, 4, True)[1])

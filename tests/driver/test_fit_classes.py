@@ -1,7 +1,5 @@
 """Several classes in one program, and meshes."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -14,20 +12,11 @@ from jaxad.driver.programs import class_state
 from jaxad.driver.record import NonFiniteLoss
 from jaxad.driver.scoring import score_all, score_classes
 from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, TOY, assert_equal, execution, photographs, toy
+from tests.examples import slow_after
 
 
-@pytest.mark.parametrize(
-    ("shape", "steps"),
-    [
-        (None, 2),
-        ((2, 4), None),
-        *(
-            pytest.param(*example, marks=pytest.mark.slow)
-            for example in itertools.product((None, (1, 8), (2, 4), (8, 1)), (None, 2))
-            if example not in ((None, 2), ((2, 4), None))
-        ),
-    ],
-)
+@pytest.mark.parametrize("shape", slow_after(1, [((2, 4),), (None,), ((1, 8),), ((8, 1),)]))
+@pytest.mark.parametrize("steps", slow_after(1, [2, None]))
 def test_gradient_steps_of_several_classes_are_those_of_single_classes(shape, steps):
     mesh = None if shape is None else jaxad.make_mesh(shape=shape)
     options = execution(mesh=mesh, classes_per_step=steps)

@@ -111,6 +111,7 @@ def test_likelihoods_of_foreign_images_by_a_flow_of_aligned_images(tmp_path: Pat
         nf_ood.main(nf_ood.Options(flows=(nf_ood.ADBENCH,), **options))
 
 
+@pytest.mark.slow
 def test_method_is_fitted_to_vectors() -> None:
     """Also to those whose number does not fit into one byte."""
     x = np.random.default_rng(0).normal(size=(320, 4)).astype(np.float32)

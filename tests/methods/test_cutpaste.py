@@ -12,7 +12,6 @@ from jaxad.data import Preprocess, open_data
 from jaxad.driver.fit import fit
 from jaxad.methods.cutpaste import cutpaste, spread_matrix
 from jaxad.ops.heatmap import upsample_blur
-from tests.examples import slow_after
 from tests.tiny import TINY_RESNET
 
 KEY = jax.random.key(0)
@@ -81,7 +80,8 @@ def test_training_lowers_the_loss(frozen):
     assert loss[-40:].mean() < 0.9 * loss[:10].mean()
 
 
-@pytest.mark.parametrize(("frozen_share", "changes"), slow_after(1, [(0.5, True), (1.0, False), (0.0, True)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("frozen_share", "changes"), [(0.5, True), (1.0, False), (0.0, True)])
 def test_a_pretrained_network_is_frozen_at_first(frozen, frozen_share, changes):
     options = dict(pretrained=True, epochs=2, learning_rate=0.1, weight_decay=0.0)
     _, fitted = fit_cutpaste(frozen, frozen_share=frozen_share, **options)

@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from jaxad.base import Batch
 from jaxad.methods.mahalanobis_ad import mahalanobis_ad
+from tests.examples import slow_after
 
 WIDTHS = {"layer1": 6, "layer2": 10}
 OPTIONS = dict(backbone="pdn_small", layers=tuple(WIDTHS))
@@ -115,7 +116,7 @@ def test_bad_hyperparameters(hyperparameter, message):
 
 
 @pytest.mark.parametrize("reduction", [None, "pca", "npca"])
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", slow_after(1, [1, 2, 3]))
 def test_few_images_give_finite_scores(n, reduction):
     """Two images have an optimal shrinkage of 0, one has no variance at all."""
     rng = np.random.default_rng(3)

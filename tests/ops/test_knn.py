@@ -116,7 +116,7 @@ def with_sketch(k):
     return jax.jit(lambda query, bank, valid: knn(query, bank, k, valid, sketch(bank, valid)))
 
 
-@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize("k", slow_after(1, [9, 1]))
 @pytest.mark.parametrize(
     "case",
     ["features", "isotropic", "duplicates", "constant", "bank itself", "few valid", "far from the origin", "huge"],
