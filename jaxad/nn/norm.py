@@ -17,8 +17,9 @@ EPSILON = 1e-5
 
 
 class Convolution(nn.Module):
-    """A convolution without a bias.
+    """A convolution without a bias, padded by half of its kernel, rounded down.
 
+    An even kernel therefore gives one row and column more than an odd one: h / stride + 1 where the stride divides h.
     With `up` it is a transposed convolution. An even kernel multiplies rows and columns by its size; an odd one doubles
     them (torch's with stride 2 and an output padding of 1). Even kernels and single pixels become matrix products, and
     other odd kernels one plain convolution for each of the four output pixels of an input pixel: XLA's transposed
