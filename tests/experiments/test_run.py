@@ -56,6 +56,7 @@ VARIANTS = {smoke_variant(name): name for name in (*sorted(RECIPES), *SMOKE)}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # networks of patches take minutes
 @pytest.mark.parametrize("recipe", sorted({*VARIANTS.values()} - {*SMOKE}))
 def test_every_recipe_has_a_smoke_run(recipe: str, tmp_path: Path) -> None:
     check_smoke_run(recipe, tmp_path)
