@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.command import RESULTS
 from jaxad import artifact
 from jaxad.base import Batch, Method, PyTree, State
 from jaxad.driver.execution import Execution
@@ -17,6 +18,7 @@ from jaxad.driver.fit import Group, fit, states
 from jaxad.driver.mesh import Layout
 from jaxad.driver.programs import fit_programs, score_program
 from jaxad.driver.scoring import score_all
+from jaxad.files import read_json
 from tests.cases import CASES, FITTED, IMAGE_SIZE, OF_EACH_KIND, SEVERAL_CLASSES, rows_of
 from tests.rows import (
     EXECUTION,
@@ -215,11 +217,14 @@ def test_the_number_of_images_does_not_matter(name):
     assert_close(jax.tree.map(lambda leaf: leaf[0], scores), rows(r.score(r.test), [2]), 1e-5)
 
 
-@pytest.mark.parametrize("name", rows_of({name for name in FITTED if name == "stfpm" or not CASES[name].longer}))
+@pytest.mark.parametrize("name", rows_of({name for name in FITTED if not CASES[name].longer}))
 def test_defects_score_higher(name):
+    """Where a test can afford the training that this takes; else the results of the method's recipes show it."""
     case = CASES[name]
     if not case.finds:
-        pytest.skip("a test cannot afford the training with which it finds a defect: see the results of its recipe")
+        results = [read_json(path) for path in RESULTS.glob(f"{case.method}_*.json")]
+        assert max(result["metrics"]["image_AUROC"]["mean"] for result in results) > 0.9
+        return
     scores = (row(name, True) if case.longer else row(name)).scores
     assert scores.image[2:].min() > scores.image[:2].max()
     if case.pixel:
