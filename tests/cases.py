@@ -9,11 +9,10 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import pytest
-
 from jaxad.backbones import Backbone, backbone
 from jaxad.base import Method
 from jaxad.methods import METHODS
+from tests.examples import slow_outside
 from tests.tiny import PATCH9, PATCH13, TINY_PDN, TINY_RESNET
 
 IMAGE_SIZE = (64, 64)
@@ -174,4 +173,4 @@ FITTED = OF_EACH_KIND | {name for name, case in CASES.items() if name == case.me
 
 def rows_of(among: Collection[str]) -> list:
     """All rows; those that are not among them only in `make test-all`."""
-    return [name if name in among else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    return slow_outside(among, CASES)

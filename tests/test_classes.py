@@ -72,7 +72,7 @@ def fit_and_score(name: str, execution: Execution) -> tuple[State, list[Scores]]
     return state, by_class(score_classes(r.method, state, r.frozen, TEST, execution), len(TRAIN))
 
 
-@pytest.mark.parametrize("name", rows_of({"padim", "cfa"}))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_classes_at_once_are_the_classes_one_by_one(name):
     assert_same_classes(name, *fit_and_score(name, EXECUTION))
 
@@ -84,7 +84,7 @@ def test_classes_on_a_mesh(name, monkeypatch):
     assert_same_classes(name, *fit_and_score(name, EXECUTION._replace(mesh=jaxad.make_mesh(shape=(2, 4)))))
 
 
-@pytest.mark.parametrize("name", rows_of({"padim"}))
+@pytest.mark.parametrize("name", rows_of(SEVERAL_CLASSES))
 def test_one_class_on_a_mesh(name, monkeypatch):
     monkeypatch.setattr(meshes, "SHARD_BYTES", 0)
     r, execution = row(name), Execution(mesh=jaxad.make_mesh("data"), batch_size=8)

@@ -28,7 +28,7 @@ from jaxad.backbones import (
     transformer,
     vgg,
 )
-from tests.examples import slow_after
+from tests.examples import slow_after, slow_outside
 from tests.rows import assert_equal
 from tests.tiny import PATCH9, TINY_PDN, TINY_RESNET
 
@@ -97,18 +97,14 @@ def convolutions(name, layers, dtype=jnp.float32):
     return [e for e in program.jaxpr.eqns if e.primitive in primitives]
 
 
-DEEP = {
-    *(name for name in PARAMETERS if name not in ("resnet18", "resnet50", "efficientnet_b0", "efficientnet_b1")),
-    *(name for name in TRANSFORMERS if "xxs24" not in name and "deit_tiny_distilled" not in name),
-}
-"""Those that take long to trace; another one takes the same path."""
+QUICK = (
+    *("resnet18", "resnet50", "efficientnet_b0", "efficientnet_b1"),
+    *("deit_tiny_distilled_patch16_224", "cait_xxs24_224"),
+)
+"""Of every path through a family; deeper ones take long to trace."""
 
 
-def deep_ones_slow(names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name for name in names]
-
-
-@pytest.mark.parametrize("name", deep_ones_slow(PARAMETERS))
+@pytest.mark.parametrize("name", slow_outside(QUICK, PARAMETERS))
 def test_parameter_count_is_the_published_one(name):
     source = resnet.source
     if "efficientnet" in name:
@@ -120,7 +116,7 @@ def test_parameter_count_is_the_published_one(name):
     assert sum(map(math.prod, params.values())) + 1000 * width + 1000 == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", deep_ones_slow(TRANSFORMERS))
+@pytest.mark.parametrize("name", slow_outside(QUICK, TRANSFORMERS))
 def test_parameter_count_of_a_transformer_is_the_published_one(name):
     shapes = shapes_of(name)
     width, classifiers = shapes["norm"]["bias"][0], 2 if "distilled" in name else 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxad.backbones import backbone, efficientnet, pdn, registry, resnet, transformer, vgg
+from tests.examples import slow_after
 
 from .make_golden import GOLDEN, PATCHED, SIZES, TRANSFORMERS, image, kept, sizes, synthetic
 from .shapes import shapes_of
@@ -82,14 +83,8 @@ def differences(name: str, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[tup
     return errors
 
 
-@pytest.mark.parametrize(("name", "sizes"), QUICK, ids=[name for name, _ in QUICK])
+@pytest.mark.parametrize(("name", "sizes"), slow_after(len(QUICK), QUICK + SLOW))
 def test_every_stage_equals_the_original(name, sizes):
-    assert max(differences(name, sizes).values()) < TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), SLOW, ids=[name for name, _ in SLOW])
-def test_every_stage_of_another_network_or_size_equals_the_original(name, sizes):
     assert max(differences(name, sizes).values()) < TOLERANCE
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from scipy import ndimage
 
 from jaxad.synthesis import anomaly, cutpaste, nsa, perlin, texture
+from tests.examples import slow_outside
 from tests.synthesis.inputs import SEEDS, SIZE, SOURCE, noise
 
 
@@ -59,12 +60,10 @@ def at_once(name: str):
     return jax.jit(jax.vmap(GENERATORS[name]))
 
 
-quick = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in GENERATORS]
-)
+every_generator = pytest.mark.parametrize("name", slow_outside({*GENERATORS} - {*SLOW}, GENERATORS))
 
 
-@quick
+@every_generator
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)
 def test_the_mask_covers_the_changed_pixels(name, seed):
@@ -82,7 +81,7 @@ def test_the_mask_covers_the_changed_pixels(name, seed):
         assert not changed[~anomalous].any() and (~changed)[anomalous].sum() <= 0.02 * anomalous.sum()
 
 
-@quick
+@every_generator
 def test_vmap_is_a_loop(name):
     one = one_by_one(name)
     keys, images = jax.random.split(jax.random.key(3), 4), jnp.stack([noise(i) for i in range(4)])
