@@ -16,9 +16,10 @@ Conditioner = Callable[[Any], Any]
 
 
 def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array, "*s"]:
-    """Nearly linear around 0, and within ±limit everywhere.
+    """Within ±limit everywhere, and around 0 nearly x ("atan") or limit * x ("tanh").
 
-    Source: "atan": Ardizzone et al., arXiv:1907.02392, as in FrEIA; "tanh": Dinh et al., arXiv:1605.08803.
+    Source: "atan": Ardizzone et al., arXiv:1907.02392; "tanh": RealNVP, Dinh et al., arXiv:1605.08803, as in FrEIA's
+    AllInOneBlock.
 
     Args:
         x: Any numbers.
@@ -33,7 +34,7 @@ def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array,
     if kind == "atan":
         return limit * (2 / jnp.pi) * jnp.arctan(x / limit)
     if kind == "tanh":
-        return limit * jnp.tanh(x / limit)
+        return limit * jnp.tanh(x)
     raise ValueError(f'the soft clamp must be "atan" or "tanh", got "{kind}"')
 
 

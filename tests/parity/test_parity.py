@@ -1,0 +1,30 @@
+"""Every method of the registry gives what an implementation gives that is not ours."""
+
+import pytest
+
+from jaxad.methods import METHODS
+from tests.parity import golden
+from tests.parity.table import DOCUMENT, TOLERANCE, errors, start_of_row, tolerances
+
+NAMES = golden.names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity(name: str):
+    allowed = {quantity: tolerance for quantity, (tolerance, _) in tolerances(name).items()}
+    for quantity, error in errors(name).items():
+        assert error <= allowed.get(quantity, TOLERANCE), (quantity, error)
+
+
+def test_every_method_has_a_golden_file():
+    assert {golden.method_of(name) for name in NAMES} == set(METHODS)
+
+
+def test_every_golden_file_has_its_row():
+    document = DOCUMENT.read_text()
+    assert not [name for name in NAMES if start_of_row(name) not in document]
+
+
+def test_golden_files_are_small():
+    sizes = [path.stat().st_size for path in golden.FOLDER.iterdir()]
+    assert max(sizes) <= 200_000 and sum(sizes) <= 3_000_000
