@@ -43,6 +43,11 @@ def normal(name: str, *shape: int) -> np.ndarray:
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
+def pixels(name: str, *shape: int) -> np.ndarray:
+    """Random images of 256 levels, for that name."""
+    return np.clip(128 + 60 * normal(name, *shape), 0, 255).astype(np.uint8)
+
+
 def fill(module: Any) -> None:
     """Gives every tensor of a torch module's state the values of `synthetic`; counters stay as they are."""
     import torch  # pyright: ignore[reportMissingImports]
