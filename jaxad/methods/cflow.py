@@ -13,8 +13,10 @@ Reference: https://github.com/gudovskiy/cflow-ad
 Differences: the largest likelihood is taken over the training images, not the test images, so that an image's score
     does not depend on other test images; one image size for all classes; 200 plain epochs in place of 25 of 8; the
     learning rate changes with every step; the last epoch is kept, not the best on the test images; images are not
-    rotated by up to 5 degrees in training, so that their features are computed once; upsampling aligns pixel centers;
-    biases of the networks start at zero.
+    rotated by up to 5 degrees in training, so that their features are computed once; upsampling aligns pixel centers,
+    not corners; positions that fill no step are left out, not added to the last step; biases of the networks start at
+    zero. The flows share one Adam in the reference, which with PyTorch 2 leaves the others alone in the step of one, as
+    an Adam for each does; before, its momentum moved them too.
 Results: experiments/recipes/cflow.py
 """
 

@@ -33,7 +33,7 @@ def name_of(path: str) -> str | list[str]:
 
 
 def ours(golden: Golden) -> dict[str, Any]:
-    method = fastflow(layers=LAYERS, image_size=(32, 32), flow_steps=BLOCKS, epochs=1)
+    method = fastflow(layers=LAYERS, image_size=(32, 32), flow_steps=BLOCKS, learning_rate=0.01)
     x = {layer: nhwc(golden.given[f"features {i}"]) for i, layer in enumerate(LAYERS)}
     permutations = {
         layer: jnp.asarray([golden.given[f"fast_flow_blocks.{i}.module_list.{j}.w_perm"] for j in range(BLOCKS)])

@@ -31,7 +31,7 @@ features = [torch.from_numpy(normal(f"features {c}", 3, c, n, n)) for c, n in zi
 expected = {}
 
 model.train()
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-5)
 trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
 losses = []
 for _ in range(3):
