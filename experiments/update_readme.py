@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.command import RESULTS, ROOT, start
+from experiments.recipes import all_recipes
 from jaxad import methods
 from jaxad.files import read_json, write_atomically
 from jaxad.report.tables import (
@@ -25,6 +26,8 @@ from jaxad.report.tables import (
 )
 
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
+PUBLISHED = {name: recipe.published for name, recipe in all_recipes().items()}
+"""What the recipes have as published now; a result has what they had when it was measured."""
 NO_RESULT = "There is no result yet: run `python -m experiments.{}`.\n"
 
 
@@ -195,7 +198,7 @@ EXPERIMENTS = {
 def best_results(results: Path, dataset: str) -> str:
     """One row per method, grouped by family: its recipe with the highest image_AUROC on a data set."""
     best: dict[str, dict[str, Any]] = {}
-    for result in read_results(results, dataset):
+    for result in read_results(results, dataset, PUBLISHED):
         others = best.setdefault(result["method"], result)["metrics"]["image_AUROC"]["mean"]
         if result["metrics"]["image_AUROC"]["mean"] > others:
             best[result["method"]] = result
@@ -224,7 +227,9 @@ def updated(document: str, results: Path) -> str:
             path, (table, module) = results / f"{name}.json", EXPERIMENTS[name]
             return match[1] + (table(read_json(path)) if path.exists() else NO_RESULT.format(module))
         dataset = name.removeprefix("best_")
-        table = results_markdown(results, name or None) if dataset == name else best_results(results, dataset)
+        table = (
+            results_markdown(results, name or None, PUBLISHED) if dataset == name else best_results(results, dataset)
+        )
         return match[1] + (table if table.count("\n") > 2 else NO_RESULT.format("run"))  # more than the head
 
     names = [match[2] for match in MARKED.finditer(document)]

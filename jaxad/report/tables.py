@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich import box
@@ -119,7 +120,11 @@ OF_EXPERIMENTS = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile
 """Prefixes of result files that do not come from a recipe."""
 
 
-def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
+Published = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""The published metrics by recipe, as in its result: metric -> {"value", "source"}."""
+
+
+def results_markdown(results_dir: Path, dataset: str | None = None, published: Published = MappingProxyType({})) -> str:
     """A Markdown table of measured and published metrics, from `experiments/results/*.json`.
 
     It has one row per recipe, ordered by data set, method and backbone. Metrics are means over seeds, with the standard
@@ -128,12 +133,13 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     Args:
         results_dir: the folder of the results.
         dataset: the only data set to include; None for all.
+        published: replaces what the results of these recipes have as published.
 
     Raises:
         ValueError: a file is not a result; the message names it.
     """
     rows, sources = [], {}
-    for result in read_results(results_dir, dataset):
+    for result in read_results(results_dir, dataset, published):
         backbone = result.get("backbone") or ABSENT
         cells = [f"`{result['recipe']}`", backbone if isinstance(backbone, str) else ", ".join(backbone)]
         rows.append(cells + metric_cells(result, MARKDOWN_METRICS, sources))
@@ -141,10 +147,13 @@ def results_markdown(results_dir: Path, dataset: str | None = None) -> str:
     return markdown_table(headings, rows, left=2) + footnotes(sources)
 
 
-def read_results(results_dir: Path, dataset: str | None = None) -> list[dict[str, Any]]:
+def read_results(
+    results_dir: Path, dataset: str | None = None, published: Published = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """The results of recipes, ordered by data set, method and backbone; arguments and errors as `results_markdown`."""
     paths = (path for path in sorted(results_dir.glob("*.json")) if not path.name.startswith(OF_EXPERIMENTS))
     results = [result for result in map(_read_result, paths) if dataset in (None, result.get("dataset"))]
+    results = [one | {"published": published.get(one["recipe"], one.get("published"))} for one in results]
     return sorted(results, key=lambda one: tuple(str(one.get(k)) for k in ("dataset", "method", "backbone", "recipe")))
 
 

@@ -96,7 +96,7 @@ def test_committed_results_match_their_recipes() -> None:
         assert result["hyperparameters"] == json.loads(json.dumps(dict(recipe.hyperparameters))), path.name
         assert result["backbone"] == json.loads(json.dumps(recipe.backbone)), path.name
         assert result["seeds"] == list(recipe.seeds), path.name
-        assert (result["published"], result["image_size"]) == (dict(recipe.published), recipe.image_size), path.name
+        assert result["image_size"] == recipe.image_size, path.name
         assert "--smoke" not in result["command"], path.name
 
 

@@ -87,6 +87,10 @@ def test_the_markdown_table_shows_measured_and_published_metrics(tmp_path):
         "1. PaDiM, Table 1 | a",
         "2. IM-IAD",
     ]
+    today = {"b": {"pixel_AUROC": {"value": 0.97, "source": "paper"}}, "c": {}}
+    lines = results_markdown(tmp_path, published=today).splitlines()
+    assert "| `b` | resnet50 | 0.935 | – | – | 0.970 [1] | – | – | – | – |" in lines
+    assert "| `a` | resnet50 | 0.800 ± 0.012 | 0.868 [2] | – | – | – | – | – | – |" in lines
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"method": "padim"}'])
