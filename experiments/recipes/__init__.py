@@ -22,7 +22,11 @@ class Recipe(NamedTuple):
     mask_threshold: int = 0
     seeds: tuple[int, ...] = (0,)
     published: Mapping[str, Mapping[str, Any]] = NOTHING
-    """Metric -> {"value": a fraction, "source": where it was published}."""
+    """Metric -> {"value": a fraction, "source": where it was published}.
+
+    It is the strongest number of the method on this data set and category that its authors or, with the recipe's
+    backbone, others have published; if there is none, of others with any backbone. It is never a mean over categories.
+    The source says "best epoch" where the test images chose the epoch."""
     notes: str = ""
     smoke_backbone: str = "resnet18"
     """What replaces the backbone in a smoke run."""

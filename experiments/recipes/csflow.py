@@ -23,7 +23,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=256,
         hyperparameters={"layer": "layer3", "hidden": 64, "epochs": 12, **SHORT},
-        published=published("anomalib, EfficientNet-B5, 768 px", image_AUROC=1.0, pixel_AUROC=0.889),
+        published=published("anomalib, EfficientNet-B5, 768 px, best epoch", image_AUROC=1.0, pixel_AUROC=0.889),
         notes="64 hidden channels, 12 epochs of 4 images a step at 1e-3.",
     ),
     "csflow_mtd": Recipe(
@@ -32,7 +32,8 @@ RECIPES = {
         image_size=128,
         hyperparameters={"layer": "layer3", "hidden": 32, "epochs": 3, **SHORT},
         seeds=(0, 1, 2),
-        published=published("IM-IAD, EfficientNet-B5, 768 px", image_AUROC=0.887, image_AP=0.945),
+        published=published("paper, EfficientNet-B5, 768 px", image_AUROC=0.993)
+        | published("IM-IAD, EfficientNet-B5, 768 px", image_AP=0.945),
         notes="128 px, 32 hidden channels, 3 epochs of 4 images a step at 1e-3.",
         **MTD,
     ),

@@ -12,7 +12,8 @@ from experiments.recipes import MTD, RESNET50, Recipe, published
 
 SMALL = {"layer": "layer3", "pretrained": True, "head": (512, 128), "train_batch_size": 8, "learning_rate": 1e-3}
 NOTES = "A pretrained ResNet-50 up to layer3, 128 px, a head of two layers, 6 epochs of 8 images at 1e-3."
-TABLE = "paper, ResNet-18 from scratch, 3-way"
+SCRATCH = published("paper, ResNet-18 from scratch, 3-way", image_AUROC=0.983, pixel_AUROC=0.976)
+PRETRAINED = SCRATCH | published("paper, pretrained EfficientNet-B4", image_AUROC=1.0)
 
 RECIPES = {
     "cutpaste_bottle": Recipe(
@@ -21,7 +22,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=128,
         hyperparameters=SMALL | {"epochs": 20},
-        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        published=PRETRAINED,
         notes="A pretrained ResNet-18 up to layer3, 128 px, a head of two layers, 20 epochs of 8 images at 1e-3.",
     ),
     "cutpaste_bottle_scratch": Recipe(
@@ -30,7 +31,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=128,
         hyperparameters={"epochs": 20, "train_batch_size": 8},
-        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        published=SCRATCH,
         notes="128 px, 20 epochs of 8 images instead of 256 px, 256 of 32.",
     ),
     "cutpaste_bottle_patches": Recipe(
@@ -39,7 +40,7 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=256,
         hyperparameters=SMALL | {"patch_size": 64, "stride": 8, "train_batch_size": 32, "epochs": 40},
-        published=published(f"{TABLE}, mean of all classes", image_AUROC=0.952, pixel_AUROC=0.96),
+        published=PRETRAINED,
         notes="A pretrained ResNet-18 up to layer3, patches of 64 px, 40 epochs of 32 images at 1e-3.",
     ),
     "cutpaste_mtd": Recipe(

@@ -28,7 +28,6 @@ RECIPES = {
         backbone="resnet18.tv_in1k",
         image_size=256,
         hyperparameters={"layer": "layer3", "rotations": 4, "train_rotations": 2, "hidden": 512, "epochs": 96},
-        published=published("paper, AlexNet, 448 px, mean of all classes", image_AUROC=0.949),
         notes="A ResNet-18's layer 3, 256 px, 4 rotations (2 in a step), 512 hidden units, 96 epochs; no changes of "
         "brightness and contrast. The paper: AlexNet, 448 px, 64 (4), 2,048, 192.",
     ),
