@@ -14,7 +14,8 @@ Reference: https://github.com/sungwool/CFA_for_anomaly_localization
 Differences: as in the reference, the memory is a mean over images, not the clusters of the first image updated by the
     others; it counts the images of an incomplete last batch too; its clusters come from a single k-means++ seeding and
     at most 300 iterations; the hard negatives follow the K nearest whatever J is; EfficientNets get no special
-    treatment; the bias of the convolution starts at zero; the last epoch is kept, not the best on the test images.
+    treatment; the last epoch is kept, not the best on the test images, and
+    scores are not scaled to their range there.
 Results: experiments/recipes/cfa.py
 """
 
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
-from jaxad.nn.initial import torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.heatmap import patch_features, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
@@ -135,7 +136,8 @@ def cfa(
                 f"num_hard_negatives) of {h * w} positions, got {gamma_c}"
             )
         size = max(1, (c - 2) // gamma_d)
-        descriptor = nn.Dense(size, kernel_init=torch_uniform).init(key, jnp.zeros((1, c)))
+        dense = nn.Dense(size, kernel_init=torch_uniform, bias_init=torch_bias(c))
+        descriptor = dense.init(key, jnp.zeros((1, c)))
         return CfaSums(descriptor, jnp.zeros((h, w, size)), jnp.zeros(()))
 
     def collect(key: Key, state: CfaSums, frozen: Frozen, batch: Batch) -> tuple[CfaSums, Metrics]:

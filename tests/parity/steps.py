@@ -12,6 +12,7 @@ from jaxad.base import Batch, Stage
 from tests.parity.golden import synthetic
 
 KEY = jax.random.key(0)
+ADAM = optax.ScaleByAdamState, optax.ScaleByAmsgradState
 
 
 def batch_of(x: Any, progress: float = 0.0, **fields: Any) -> Batch:
@@ -54,9 +55,7 @@ def gradient(training: Any, decay: float = 0.9) -> Any:
         decay: Adam's first.
     """
     moments = [
-        jax.tree.map(lambda leaf: leaf / (1 - decay), state.mu)
-        if isinstance(state, optax.ScaleByAdamState)
-        else state.trace
+        jax.tree.map(lambda leaf: leaf / (1 - decay), state.mu) if isinstance(state, ADAM) else state.trace
         for state in jax.tree.leaves(training.optimizer, is_leaf=_has_moment)
         if _has_moment(state)
     ]
@@ -64,7 +63,26 @@ def gradient(training: Any, decay: float = 0.9) -> Any:
 
 
 def _has_moment(state: Any) -> bool:
-    return isinstance(state, optax.ScaleByAdamState | optax.TraceState)
+    return isinstance(state, (*ADAM, optax.TraceState))
+
+
+def unbiased(after: Any, before: Any, count: Callable[[str], int], steps: int = 3, decay: float = 0.9) -> Any:
+    """Running statistics as torch's batch norm has them, whose variances of batches are unbiased.
+
+    Args:
+        after: Ours.
+        before: The same before those steps.
+        count: (path) -> how many values of a batch a variance is of.
+        steps: Batches.
+        decay: What a batch leaves of the statistics before.
+    """
+
+    def one(path: Any, new: Any, old: Any) -> Any:
+        name, rest = _text(path), decay**steps * np.asarray(old)
+        factor = count(name) / (count(name) - 1) if name.endswith("var") else 1
+        return (rest + (np.asarray(new) - rest) * factor).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, after, before)
 
 
 def nhwc(x: Any) -> jax.Array:
