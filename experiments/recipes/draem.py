@@ -15,7 +15,7 @@ NOTES = "128 px, networks of 16 channels, 20 epochs of 4 images at 1e-3."
 TILES = published(
     "IM-IAD, 256 px", image_AUROC=0.782, image_AP=0.885, pixel_AUROC=0.66, pixel_AP=0.148, pixel_AUPRO=0.541
 )
-BOTTLE = published("paper", image_AUROC=0.992, pixel_AUROC=0.991, pixel_AP=0.865) | published(
+BOTTLE = published("paper, 256 px", image_AUROC=0.992, pixel_AUROC=0.991, pixel_AP=0.865) | published(
     "IM-IAD, 256 px", pixel_AUPRO=0.964
 )
 

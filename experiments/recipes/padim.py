@@ -3,7 +3,7 @@
     python -m experiments.run padim_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
     python -m experiments.run padim_bottle --data BOTTLE_FOLDER --weights resnet18.tv_in1k.safetensors
 
-MTD takes about 10 minutes and 10 GB on two CPU cores (3,136 covariances of 550 x 550 are 3.8 GB).
+MTD takes about 12 minutes and 17 GB on two CPU cores (3,136 covariances of 550 x 550 are 3.8 GB).
 """
 
 from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, published
