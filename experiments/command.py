@@ -1,8 +1,10 @@
 """What all experiments share: their start, their progress, where results go and what a result says of its origin."""
 
+import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 def start(main: Callable[[Any], None], options: type) -> None:
     """Calls `main` with the options of the command line; exits with 2 after a ValueError or a missing file."""
+    beginning()
     try:
         main(tyro.cli(options))
     except (ValueError, OSError) as error:
@@ -59,9 +62,25 @@ def machine() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
+@functools.cache
+def beginning() -> tuple[str | None, float]:
+    """The commit and the load of the machine at the first call, which is at the start: both change in the hours after.
+
+    The commit ends in "+" if code differs from it, and is None outside of a checkout.
+    """
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    head = git(["git", "rev-parse", "HEAD"]) if shutil.which("git") else None
+    if head is None or head.returncode:
+        return None, os.getloadavg()[0]
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", "jaxad/*.py", "experiments/*.py"]).returncode
+    return head.stdout.strip() + ("+" if changed else ""), os.getloadavg()[0]
+
+
 def origin() -> dict[str, Any]:
-    """The machine, the number of its CPU cores and the command line."""
-    return machine() | {"cores": os.cpu_count(), "command": command_line()}
+    """The commit, the machine, the number of its CPU cores, its load at the start and now, and the command line."""
+    commit, load = beginning()
+    loads = {"start": load, "end": os.getloadavg()[0]}
+    return {"commit": commit} | machine() | {"cores": os.cpu_count(), "load": loads, "command": command_line()}
 
 
 def progress(unit: str = "images") -> Callable[[str, int, int], None]:

@@ -3,9 +3,11 @@
     python -m experiments.run patchcore_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 Several recipes run in one process each, so that the peak memory is that of one recipe. The seconds are those of the
-first seed, since later seeds find the features in the cache. With `--checkpoints`, a run that was killed resumes when
-it is started again; the seconds are then those of the first seed that ran without a break. `--smoke` runs a recipe in
-seconds, on a few small images of the demo data with random weights, as the tests do; give it another `--results`.
+first seed, since later seeds find the features in the cache; `cpu_` seconds are those of the CPU, which other processes
+on the machine change little. No seconds but `compile` contain compilation. With `--checkpoints`, a run that was killed
+resumes when it is started again, unless the code has changed; the seconds are then those of the first seed that ran
+without a break. `--smoke` runs a recipe in seconds, on a few small images of the demo data with random weights, as the
+tests do; give it another `--results`.
 """
 
 import contextlib
@@ -24,12 +26,13 @@ import jaxad
 import jaxad.backbones
 from experiments.command import RESULTS, origin, progress, start
 from experiments.opening import settings_of, smoke_photographs, weights_of
+from experiments.provenance import code_hash
 from experiments.recipes import Recipe, all_recipes
 from jaxad.data import Dataset, open_data
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.memory import peak_bytes
-from jaxad.driver.program import compile_seconds
+from jaxad.driver.program import compile_seconds, cpu_seconds
 from jaxad.files import read_json, write_json
 from jaxad.metrics import evaluate
 from jaxad.runs import directory
@@ -61,8 +64,9 @@ def run(name: str, recipe: Recipe, options: Options) -> None:
         ValueError: A category has no test images.
     """
     checkpoints = options.checkpoints and options.checkpoints / name
+    code = code_hash(recipe.method, recipe.backbone)
     with smoke_photographs(recipe.method) if options.smoke else contextlib.nullcontext(options.auxiliary) as auxiliary:
-        measured = measure_all(name, recipe, options, auxiliary, checkpoints)
+        measured = measure_all(name, recipe, options, auxiliary, checkpoints and checkpoints / code)
     categories = {category: summary(parts) for category, parts in measured.items()}
     means = {k: float(np.mean([c["metrics"][k]["mean"] for c in categories.values()])) for k in shared(categories)}
     stds = {k: float(np.mean([c["metrics"][k]["std"] for c in categories.values()])) for k in means}
@@ -71,6 +75,7 @@ def run(name: str, recipe: Recipe, options: Options) -> None:
     record = {
         "recipe": name,
         "method": recipe.method,
+        "code": code,
         "dataset": recipe.dataset,
         "category": next(iter(categories)) if len(categories) == 1 else None,
         "backbone": recipe.backbone,
@@ -140,17 +145,21 @@ def measure(
     resumed = checkpoint is not None and directory.has_state(checkpoint)
     execution = Execution(cache=cache, progress=progress())
     kept = checkpoint and Checkpoint(checkpoint / "state")
+    cpu = [cpu_seconds()]
     model = detector.fit(train, execution=execution._replace(checkpoint=kept)).model
     assert model is not None
+    cpu.append(cpu_seconds())
     started, compiled = time.perf_counter(), compile_seconds()
     scores = [batch for _, batch in detector.score(test, execution)]
     compiled = compile_seconds() - compiled
     per_image = (time.perf_counter() - started - compiled) / len(test)
+    cpu.append(cpu_seconds())
     maps = [batch.pixel for batch in scores if batch.pixel is not None]
     pixel = np.concatenate(maps) if maps else None
     masks = test.masks(range(len(test))) if pixel is not None else None
     report = evaluate(np.concatenate([batch.image for batch in scores]), test.labels, pixel, masks)
     seconds = {k: model.seconds[k] for k in ("compile", "fit")} | {"score_per_image": per_image}
+    seconds |= {"cpu_fit": cpu[1] - cpu[0], "cpu_score_per_image": (cpu[2] - cpu[1]) / len(test)}
     measured = {
         "metrics": report.values,
         "reasons": report.reasons,

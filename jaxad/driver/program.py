@@ -12,12 +12,18 @@ import jax.numpy as jnp
 
 PyTree = Any
 
-_compilations: list[float] = []
+_compilations: list[tuple[float, float]] = []
+"""The seconds of each, and its CPU seconds."""
 
 
 def compile_seconds() -> float:
     """Seconds that this process has spent compiling programs."""
-    return sum(_compilations)
+    return sum(seconds for seconds, _ in _compilations)
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process, all threads, but for those in which it compiled programs."""
+    return time.process_time() - sum(seconds for _, seconds in _compilations)
 
 
 def compile_count() -> int:
@@ -79,12 +85,12 @@ class Program:
         types = ((jnp.shape(leaf), jnp.result_type(leaf), bool(getattr(leaf, "weak_type", False))) for leaf in leaves)
         key = (structure, tuple(types))
         if key not in self._executables:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             with self._ambient():
                 options = dict(self._options)
                 if self._shardings is not None:
                     options["out_shardings"] = self._shardings(jax.eval_shape(self._fn, *args))
                 lowered = jax.jit(self._fn, **options).lower(*args)
                 self._executables[key] = lowered.compile(compiler_options=compiler_options())
-            _compilations.append(time.perf_counter() - started)
+            _compilations.append((time.perf_counter() - started, time.process_time() - worked))
         return self._executables[key]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from experiments import run
 from experiments.command import RESULTS, command_line, run_module, start
 from experiments.opening import settings_of
+from experiments.provenance import code_hash
 from experiments.recipes import Recipe, all_recipes
 from jaxad.driver.programs import abstract_state, embedded_spec
 from jaxad.learning import abstract_frozen
@@ -29,7 +31,10 @@ def check_smoke_run(name: str, folder: Path) -> None:
     assert result["metrics"].keys() >= METRICS
     assert all(0 <= value["mean"] <= 1 for value in result["metrics"].values())
     assert result["published"] == recipe.published
-    assert set(result["seconds"]) == {"compile", "fit", "score_per_image"} and result["peak_bytes"] > 0
+    parts = {"compile", "fit", "score_per_image", "cpu_fit", "cpu_score_per_image"}
+    assert set(result["seconds"]) == parts and min(result["seconds"].values()) > 0 and result["peak_bytes"] > 0
+    assert result["code"] == code_hash(recipe.method, recipe.backbone)
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", result["commit"]) and set(result["load"]) == {"start", "end"}
     assert len(result["categories"]) == 4
     means = [category["metrics"]["image_AUROC"]["mean"] for category in result["categories"].values()]
     np.testing.assert_allclose(result["metrics"]["image_AUROC"]["mean"], np.mean(means))
