@@ -136,10 +136,16 @@ def strip(node: ast.AST) -> None:
 
 
 def bound(statement: ast.stmt) -> set[str]:
-    """The names that a statement binds."""
+    """The names that a statement binds; those within a comprehension are its own."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    comprehensions = [node.target for node in ast.walk(statement) if isinstance(node, ast.comprehension)]
+    return stored(statement) - set().union(*map(stored, comprehensions))
+
+
+def stored(node: ast.AST) -> set[str]:
+    """The variables in a syntax tree that get a value."""
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def references(node: ast.AST) -> Iterator[str]:
