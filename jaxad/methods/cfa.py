@@ -14,8 +14,7 @@ Reference: https://github.com/sungwool/CFA_for_anomaly_localization
 Differences: as in the reference, the memory is a mean over images, not the clusters of the first image updated by the
     others; it counts the images of an incomplete last batch too; its clusters come from a single k-means++ seeding and
     at most 300 iterations; the hard negatives follow the K nearest whatever J is; EfficientNets get no special
-    treatment; the last epoch is kept, not the best on the test images, and
-    scores are not scaled to their range there.
+    treatment; the last epoch is kept, not the best on the test images, and scores are not scaled to their range there.
 Results: experiments/recipes/cfa.py
 """
 

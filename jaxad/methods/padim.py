@@ -9,7 +9,9 @@ Family: features
 Paper: PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization, ICPR Workshops 2021,
     arXiv:2011.08785.
 Reference: none official; https://github.com/xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master.
-Differences: none. Deeper stages are upsampled to the layer1 grid by repetition, as in the reference.
+Differences: epsilon is at least 1e-5 of the mean variance, so that float32 can factor the covariances of very large
+    features; scores are not scaled to their range over the test images. Deeper stages are upsampled to the layer1 grid
+    by repetition, as in the reference.
 Results: experiments/recipes/padim.py
 """
 
