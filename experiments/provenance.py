@@ -1,20 +1,26 @@
-"""Which code made a result: a hash of what a method computes with, read from the sources without running them."""
+"""Which code made a result, and is it today's: a hash of what a method computes with, read from the sources."""
 
 import ast
 import functools
 import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.command import ROOT
+from experiments.recipes import Recipe
 from jaxad.backbones import backbone, registry
 
 TABLES = {"jaxad.backbones.networks.FAMILIES", "jaxad.backbones.registry.ENTRIES", "jaxad.backbones.registry.PLAIN"}
 """Tables of all backbones. They lead nowhere: of them only what a result was made with counts."""
 UNNAMED = "<statements>"
 """What stands in a module and binds no name."""
+
+
+DECISIVE = ("method", "dataset", "backbone", "hyperparameters", "image_size", "center_crop", "seeds")
+"""What a result has of its recipe, and what decides its numbers."""
 
 
 class Definition(NamedTuple):
@@ -34,7 +40,17 @@ class Module(NamedTuple):
     """Name -> what it stands for: `nn` -> `flax.linen`."""
 
 
-def code_hash(method: str, backbones: str | Sequence[str] | None = (), package: Path = ROOT / "jaxad") -> str:
+def is_current(result: Mapping[str, Any], recipe: Recipe | None) -> bool:
+    """Whether a result was measured with today's code and by its recipe as it is today; None: that is gone."""
+    if recipe is None:
+        return False
+    today = {field: getattr(recipe, field) for field in DECISIVE}
+    today = json.loads(json.dumps(today, default=dict)) | {"code": code_hash(recipe.method, recipe.backbone)}
+    return all(result.get(field) == value for field, value in today.items())
+
+
+@functools.cache
+def code_hash(method: str, backbones: str | tuple[str, ...] | None = (), package: Path = ROOT / "jaxad") -> str:
     """A hash of a method's code: of all that its file defines, and of every definition that this leads to by name.
 
     Only the definitions that are used count, not the rest of their files. Docstrings, comments, annotations and layout
@@ -46,7 +62,7 @@ def code_hash(method: str, backbones: str | Sequence[str] | None = (), package: 
     Args:
         method: Its name.
         backbones: The names of the backbones that it is used with.
-        package: The folder with the code, whose files are read once in a process.
+        package: The folder with the code; its files are read once in a process, like those that are imported.
     """
     home = f"{package.name}.methods.{method}"
     entries = [registry.lookup(name) for name in ([backbones] if isinstance(backbones, str) else backbones or ())]

@@ -3,7 +3,8 @@
     python -m experiments.update_readme
 
 A table lies between <!-- results --> and <!-- /results -->; that of a data set or an experiment begins with its name,
-as in <!-- results mtd -->. `--check` changes nothing, and fails if a table differs from the results.
+as in <!-- results mtd -->. `--check` changes nothing, and fails if a table differs from the results. Both list the
+results that are older than the code of their method, or than their recipe; the tables mark them with a dagger.
 """
 
 import re
@@ -13,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.command import RESULTS, ROOT, start
+from experiments.provenance import is_current
 from experiments.recipes import all_recipes
 from jaxad import methods
 from jaxad.files import read_json, write_atomically
@@ -22,11 +24,14 @@ from jaxad.report.tables import (
     markdown_table,
     metric_cells,
     read_results,
+    recipe_cell,
     results_markdown,
+    stale_note,
 )
 
 MARKED = re.compile(r"^(<!-- results ?(\w*) -->\n).*?(?=^<!-- /results -->$)", re.DOTALL | re.MULTILINE)
-PUBLISHED = {name: recipe.published for name, recipe in all_recipes().items()}
+RECIPES = all_recipes()
+PUBLISHED = {name: recipe.published for name, recipe in RECIPES.items()}
 """What the recipes have as published now; a result has what they had when it was measured."""
 NO_RESULT = "There is no result yet: run `python -m experiments.{}`.\n"
 
@@ -195,7 +200,13 @@ EXPERIMENTS = {
 """Experiments with a table of their own: the function that makes it, and the module that writes the result."""
 
 
-def best_results(results: Path, dataset: str) -> str:
+def stale_results(results: Path) -> list[str]:
+    """The recipes whose results are older than their code, or than the recipe, which may be gone."""
+    names = {result["recipe"]: result for result in read_results(results)}
+    return [name for name, result in names.items() if not is_current(result, RECIPES.get(name))]
+
+
+def best_results(results: Path, dataset: str, stale: list[str]) -> str:
     """One row per method, grouped by family: its recipe with the highest image_AUROC on a data set."""
     best: dict[str, dict[str, Any]] = {}
     for result in read_results(results, dataset, PUBLISHED):
@@ -208,10 +219,11 @@ def best_results(results: Path, dataset: str) -> str:
         year = re.search(r"\b(20\d\d)\b", description.paper)
         name = f"{description.title}, {year[1]}" if year else description.title
         metrics = metric_cells(result, ("image_AUROC", "pixel_AUPRO"), sources)
-        rows.append([description.family, name, f"`{result['recipe']}`", *metrics])
+        rows.append([description.family, name, recipe_cell(result, stale), *metrics])
     headings = ["family", "method", "recipe", "image_AUROC", "published", "pixel_AUPRO", "published"]
     listed = ", ".join(f"[{number}] {source.replace(', ', ' ')}" for source, number in sources.items())
-    return markdown_table(headings, rows, left=3) + (f"\nPublished: {listed}.\n" if sources else "")
+    table = markdown_table(headings, rows, left=3)
+    return table + stale_note(table) + (f"\nPublished: {listed}.\n" if sources else "")
 
 
 def updated(document: str, results: Path) -> str:
@@ -220,6 +232,7 @@ def updated(document: str, results: Path) -> str:
     Raises:
         ValueError: There are no markers, a pair of them occurs twice, or a file in the folder is no result.
     """
+    stale = stale_results(results)
 
     def filled(match: re.Match[str]) -> str:
         name = match[2]
@@ -227,9 +240,10 @@ def updated(document: str, results: Path) -> str:
             path, (table, module) = results / f"{name}.json", EXPERIMENTS[name]
             return match[1] + (table(read_json(path)) if path.exists() else NO_RESULT.format(module))
         dataset = name.removeprefix("best_")
-        table = (
-            results_markdown(results, name or None, PUBLISHED) if dataset == name else best_results(results, dataset)
-        )
+        if dataset == name:
+            table = results_markdown(results, name or None, PUBLISHED, stale)
+        else:
+            table = best_results(results, dataset, stale)
         return match[1] + (table if table.count("\n") > 2 else NO_RESULT.format("run"))  # more than the head
 
     names = [match[2] for match in MARKED.finditer(document)]
@@ -243,11 +257,17 @@ def updated(document: str, results: Path) -> str:
 
 def main(options: Options) -> None:
     """Updates the documents, or checks them."""
+    stale = stale_results(options.results)
+    if stale:
+        print(f"{len(stale)} results are older than their code: {', '.join(stale)}")
     for path in options.documents:
         old = path.read_text(encoding="utf-8")
         new = updated(old, options.results)
         if options.check and new != old:
-            raise ValueError(f"{path} is out of date: run python -m experiments.update_readme")
+            raise ValueError(
+                f"{path} is out of date: run python -m experiments.update_readme, which also marks results that are "
+                "older than their code, or first measure those again with python -m experiments.run"
+            )
         if new != old:
             write_atomically(path, new)
 

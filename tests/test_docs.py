@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import update_readme
+from experiments.provenance import DECISIVE, code_hash
 from jaxad import cli
 from jaxad.backbones import backbone
 from jaxad.base import Batch
@@ -21,6 +22,7 @@ from jaxad.data import Arrays, Preprocess, open_data
 from jaxad.driver.execution import Execution
 from jaxad.driver.fit import fit
 from jaxad.driver.scoring import score_all
+from jaxad.report.tables import STALE
 from jaxad.settings import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +96,8 @@ def test_update_readme(tmp_path):
     update_readme.main(options)
     update_readme.main(update_readme.Options((readme,), results, check=True))
     text = readme.read_text()
-    assert re.search(r"^\| `padim_mtd` \|.* 0\.93[78] \|", text, re.MULTILINE)
-    assert re.search(r"^\| `ensemble` \| patch17, patch33 \|.* 0\.93[78] \|", text, re.MULTILINE)
+    assert re.search(r"^\| `padim_mtd`† \|.* 0\.93[78] \|", text, re.MULTILINE)
+    assert re.search(r"^\| `ensemble`† \| patch17, patch33 \|.* 0\.93[78] \|", text, re.MULTILINE)
     assert text.startswith("before\n") and text.endswith("\n<!-- /results -->\nafter\n")
     readme.write_text("<!-- results pillqc -->\n<!-- /results -->\n")
     update_readme.main(options)
@@ -104,6 +106,22 @@ def test_update_readme(tmp_path):
         readme.write_text(text)
         with pytest.raises(ValueError, match="each pair once"):
             update_readme.main(options)
+
+
+def test_stale_results_have_a_mark(tmp_path, capsys):
+    recipe, path = update_readme.RECIPES["padim_mtd"], tmp_path / "padim_mtd.json"
+    result = {"recipe": "padim_mtd", "metrics": {"image_AUROC": {"mean": 0.5, "std": 0.0}}}
+    result |= {field: getattr(recipe, field) for field in DECISIVE}
+    result |= {"code": code_hash(recipe.method, recipe.backbone), "seconds": {"cpu_fit": 41.7}, "device": "cpu"}
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results -->\n<!-- /results -->\n<!-- results best_mtd -->\n<!-- /results -->\n")
+    options = update_readme.Options((readme,), tmp_path)
+    for changed, is_stale in ({}, False), ({"code": "0" * 16}, True), ({"seeds": [7]}, True):
+        path.write_text(json.dumps(result | changed, default=dict))
+        update_readme.main(options)
+        text, listed = readme.read_text(), capsys.readouterr().out
+        assert text.count("`padim_mtd`† |") == text.count(f"\n\n{STALE}") == 2 * is_stale
+        assert "| 42 |\n" in text and (listed == "1 results are older than their code: padim_mtd\n") == is_stale
 
 
 def test_tables_of_experiments(tmp_path):

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -122,16 +122,27 @@ Published = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """The published metrics by recipe, as in its result: metric -> {"value", "source"}."""
 
 
-def results_markdown(results_dir: Path, dataset: str | None = None, published: Published = MappingProxyType({})) -> str:
+DAGGER = "†"
+STALE = f"{DAGGER} Measured before the method's code or the recipe changed, or before results recorded their code.\n"
+
+
+def results_markdown(
+    results_dir: Path,
+    dataset: str | None = None,
+    published: Published = MappingProxyType({}),
+    stale: Collection[str] = (),
+) -> str:
     """A Markdown table of measured and published metrics, from `experiments/results/*.json`.
 
     It has one row per recipe, ordered by data set, method and backbone. Metrics are means over seeds, with the standard
-    deviation if there are several. A numbered list below the table gives the sources of the published metrics.
+    deviation if there are several. CPU seconds are those of fitting one category, where it ran on a CPU. A numbered
+    list below the table gives the sources of the published metrics.
 
     Args:
         results_dir: the folder of the results.
         dataset: the only data set to include; None for all.
         published: replaces what the results of these recipes have as published.
+        stale: the recipes whose results are older than what they measure; a dagger marks them.
 
     Raises:
         ValueError: a file is not a result; the message names it.
@@ -139,10 +150,21 @@ def results_markdown(results_dir: Path, dataset: str | None = None, published: P
     rows, sources = [], {}
     for result in read_results(results_dir, dataset, published):
         backbone = result.get("backbone") or ABSENT
-        cells = [f"`{result['recipe']}`", backbone if isinstance(backbone, str) else ", ".join(backbone)]
-        rows.append(cells + metric_cells(result, MARKDOWN_METRICS, sources))
-    headings = ["recipe", "backbone", *(heading for name in MARKDOWN_METRICS for heading in (name, "published"))]
-    return markdown_table(headings, rows, left=2) + footnotes(sources)
+        cells = [recipe_cell(result, stale), backbone if isinstance(backbone, str) else ", ".join(backbone)]
+        rows.append([*cells, *metric_cells(result, MARKDOWN_METRICS, sources), _cpu_seconds(result)])
+    metrics = [heading for name in MARKDOWN_METRICS for heading in (name, "published")]
+    table = markdown_table(["recipe", "backbone", *metrics, "fit, CPU seconds"], rows, left=2)
+    return table + stale_note(table) + footnotes(sources)
+
+
+def recipe_cell(result: Mapping[str, Any], stale: Collection[str]) -> str:
+    """The name of a result's recipe, with a dagger if it is one of the stale ones."""
+    return f"`{result['recipe']}`" + (DAGGER if result["recipe"] in stale else "")
+
+
+def stale_note(table: str) -> str:
+    """What a dagger means, as Markdown below a table that has one."""
+    return f"\n{STALE}" if DAGGER in table else ""
 
 
 def read_results(
@@ -187,6 +209,11 @@ def _measured(metric: Mapping[str, float | None] | None) -> str:
     if mean is None:
         return ABSENT
     return fraction(mean, std or None)
+
+
+def _cpu_seconds(result: Mapping[str, Any]) -> str:
+    seconds = (result.get("seconds") or {}).get("cpu_fit") if result.get("device") == "cpu" else None
+    return ABSENT if seconds is None else f"{seconds:.0f}"
 
 
 def _published(metric: Mapping[str, Any], sources: dict[str, int]) -> str:

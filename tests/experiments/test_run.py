@@ -93,16 +93,13 @@ def test_command_line_is_one_to_type(monkeypatch) -> None:
     assert command_line() == "python somewhere/run.py padim_mtd --data 'a folder'"
 
 
-def test_committed_results_match_their_recipes() -> None:
+def test_committed_results_are_of_whole_recipes() -> None:
+    """One that is older than its recipe has a mark in the tables."""
     for path in RESULTS.glob("*.json"):
-        if path.stem.startswith(OF_EXPERIMENTS):
-            continue
-        result, recipe = json.loads(path.read_text()), RECIPES[path.stem]
-        assert result["hyperparameters"] == json.loads(json.dumps(dict(recipe.hyperparameters))), path.name
-        assert result["backbone"] == json.loads(json.dumps(recipe.backbone)), path.name
-        assert result["seeds"] == list(recipe.seeds), path.name
-        assert result["image_size"] == recipe.image_size, path.name
-        assert "--smoke" not in result["command"], path.name
+        if not path.stem.startswith(OF_EXPERIMENTS):
+            result = json.loads(path.read_text())
+            assert result["recipe"] == path.stem and path.stem in RECIPES, path.name
+            assert "--smoke" not in result["command"], path.name
 
 
 @pytest.mark.slow
