@@ -22,7 +22,7 @@ import optax
 
 from experiments.bench import plain_generators
 from experiments.bench.plain_generators import STEPS, discriminator
-from experiments.command import RESULTS, origin, start
+from experiments.command import RESULTS, machine, origin, start
 from jaxad.data.demo import render
 from jaxad.files import read_json, replacing, write_json
 from jaxad.methods.glass import MIN_DISTANCE, STEP_LENGTH, STEPS_PER_PROJECTION
@@ -215,11 +215,11 @@ def main(options: Options) -> None:
         draw(options, options.sheet)
         return
     record = {"experiment": "bench_generators", "size": options.size}
-    path, run = options.results / "bench_generators.json", origin()
+    path, device = options.results / "bench_generators.json", machine()["device"]
     old = read_json(path) if path.exists() else {}
     devices = old["devices"] if record.items() <= old.items() else {}
     for name, row in measure(options):
-        devices.setdefault(run["device"], {})[name] = row | {"batch": options.batch} | run
+        devices.setdefault(device, {})[name] = row | {"batch": options.batch} | origin()
         write_json(path, record | {"devices": devices})
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 import jaxad
 from experiments.bench.program_cost import Module
-from experiments.command import RESULTS, origin, start
+from experiments.command import RESULTS, machine, origin, start
 from jaxad.backbones import backbone, of_file
 from jaxad.data import open_data
 from jaxad.driver.program import Program
@@ -139,7 +139,7 @@ def main(options: Options) -> None:
         "image_size": options.size,
         "batches": options.batches,
     }
-    path, run = options.results / "bench_latency.json", origin()
+    path, device = options.results / "bench_latency.json", machine()["device"]
     old = read_json(path) if path.exists() else {}
     rows = old["rows"] if record.items() <= old.items() else []
     cpu = jax.default_backend() == "cpu"
@@ -147,10 +147,10 @@ def main(options: Options) -> None:
     resnet = "resnet18" if options.weights is None else of_file(options.weights)
     for name in options.methods or METHODS:
         for network in NETWORKS.get(name, (resnet,)):
-            identity = {"method": name, "backbone": network, "device": run["device"]}
+            identity = {"method": name, "backbone": network, "device": device}
             on_cpu = identity | {"device": "cpu"}
             cpu_row = next((row for row in rows if on_cpu.items() <= row.items()), None)
-            row = identity | measure(name, network, options, cpu_row) | {"peak_flops_a_second": fastest} | run
+            row = identity | measure(name, network, options, cpu_row) | {"peak_flops_a_second": fastest} | origin()
             rows = [other for other in rows if not identity.items() <= other.items()] + [row]
             rows.sort(key=lambda row: (row["device"], row["method"], row["backbone"]))
             write_json(path, record | {"rows": rows})
