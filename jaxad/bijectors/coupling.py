@@ -11,15 +11,17 @@ from jaxtyping import Array, Bool, Float
 from jaxad.base import Key, PyTree
 
 Clamp = Literal["atan", "tanh"]
+SHARE = 0.636
+"""2 / pi, rounded as in the published code."""
 Conditioner = Callable[[Any], Any]
 """The part that stays unchanged -> unbounded log scales and shifts of the other part, concatenated on the last axis."""
 
 
 def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array, "*s"]:
-    """Within ±limit everywhere, and around 0 nearly x ("atan") or limit * x ("tanh").
+    """Within ±limit everywhere, and around 0 nearly 0.636 * x ("atan") or limit * x ("tanh").
 
-    Source: "atan": Ardizzone et al., arXiv:1907.02392; "tanh": RealNVP, Dinh et al., arXiv:1605.08803, as in FrEIA's
-    AllInOneBlock.
+    Source: "atan": Ardizzone et al., arXiv:1907.02392, as in CS-Flow's and DifferNet's code; "tanh": RealNVP, Dinh et
+    al., arXiv:1605.08803, as in FrEIA's AllInOneBlock.
 
     Args:
         x: Any numbers.
@@ -32,7 +34,7 @@ def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array,
     if not limit > 0:
         raise ValueError(f"clamp must be above 0, got {limit}")
     if kind == "atan":
-        return limit * (2 / jnp.pi) * jnp.arctan(x / limit)
+        return limit * SHARE * jnp.arctan(x / limit)
     if kind == "tanh":
         return limit * jnp.tanh(x)
     raise ValueError(f'the soft clamp must be "atan" or "tanh", got "{kind}"')
@@ -66,7 +68,7 @@ def coupling(
 def glow_coupling(
     conditioners: tuple[Conditioner, Conditioner], channels: int, *, clamp: float, kind: Clamp, event_ndims: int
 ) -> distrax.Bijector:
-    """Transforms the first part, then the second.
+    """Transforms the first part (the smaller one if the number of channels is odd), then the second.
 
     Source: Kingma, Dhariwal, arXiv:1807.03039, as in FrEIA's GLOWCouplingBlock.
 
@@ -77,8 +79,11 @@ def glow_coupling(
         kind: The function that bounds them.
         event_ndims: 1 for vectors, 3 for images (h w c).
     """
-    options: dict[str, Any] = dict(clamp=clamp, kind=kind, event_ndims=event_ndims)
-    first, second = (coupling(f, channels, swap=not i, **options) for i, f in enumerate(conditioners))
+    inner = functools.partial(clamped_affine, clamp=clamp, kind=kind)
+    first, second = (
+        distrax.SplitCoupling(channels // 2, event_ndims, conditioner, inner, swap)
+        for conditioner, swap in zip(conditioners, (True, False), strict=True)
+    )
     return distrax.Chain([second, first])
 
 
@@ -94,7 +99,7 @@ class GlowNetworks(NamedTuple):
         n = self.channels // 2
         first, second = (
             network.init(key, example(inputs))
-            for network, key, inputs in zip(self._networks(), keys, (n, self.channels - n), strict=True)
+            for network, key, inputs in zip(self._networks(), keys, (self.channels - n, n), strict=True)
         )
         return first, second
 
@@ -105,7 +110,7 @@ class GlowNetworks(NamedTuple):
 
     def _networks(self) -> tuple[Any, Any]:
         n = self.channels // 2
-        return self.make(2 * (self.channels - n)), self.make(2 * n)
+        return self.make(2 * n), self.make(2 * (self.channels - n))
 
 
 def masked_coupling(
@@ -140,7 +145,7 @@ class CrossScaleCoupling(distrax.Bijector):
         kind: Clamp,
     ) -> None:
         super().__init__(event_ndims_in=3)
-        self._conditioners, self._split = conditioners, channels - channels // 2
+        self._conditioners, self._split = conditioners, channels // 2
         self._inner = functools.partial(clamped_affine, clamp=clamp, kind=kind)
 
     def forward_and_log_det(self, x: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:

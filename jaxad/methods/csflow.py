@@ -2,14 +2,14 @@
 
 Stored: a flow of couplings on the feature maps of the image at full, half and quarter size, whose networks pass
 features between neighboring scales (Eq. 3-4); trained to map those of normal images to a standard normal. An image
-scores the mean of |z|^2 / 2 over all latent entries; the heat map is the same at the positions of the finest scale,
-averaged over channels and upsampled (section 3.4).
+scores the mean of z^2 / 2 over all latent entries; the heat map is the mean of z^2 over the channels at every position
+of the finest scale, upsampled (section 3.4).
 
 Family: flows
 Paper: Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection, WACV 2022, arXiv:2110.02855.
 Reference: https://github.com/marco-rudolph/cs-flow
 Differences: 240 plain epochs in place of 4 of 60, and the last one is kept, not the best on the test images; an
-    incomplete last batch is dropped; biases start at zero.
+    incomplete last batch is dropped.
 Results: experiments/recipes/csflow.py
 """
 
@@ -28,7 +28,7 @@ from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, State
 from jaxad.bijectors import CrossScaleCoupling, GlowNetworks, Permutation
-from jaxad.nn.initial import torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
@@ -57,18 +57,22 @@ class CrossConvolutions(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Unbounded log scales and shifts, zero before the first step of training."""
-        conv = functools.partial(nn.Conv, kernel_size=(self.kernel, self.kernel), kernel_init=torch_uniform)
-        half = (self.kernel // 2, self.kernel // 2)
-        hidden = [nn.leaky_relu(conv(self.hidden)(scale), 0.1) for scale in x]
+        k = self.kernel
+
+        def conv(x: Array, out: int, stride: int = 1) -> Array:
+            init: Any = dict(kernel_init=torch_uniform, bias_init=torch_bias(k * k * x.shape[-1]))
+            return nn.Conv(out, (k, k), stride, padding=k // 2, **init)(x)
+
+        hidden = [nn.leaky_relu(conv(scale, self.hidden), 0.1) for scale in x]
         outputs = []
         for i, scale in enumerate(hidden):
-            total = conv(self.out)(scale)
+            total = conv(scale, self.out)
             if i > 0:
-                total = total + conv(self.out, strides=2, padding=(half, half))(hidden[i - 1])
+                total = total + conv(hidden[i - 1], self.out, 2)
             if i < len(hidden) - 1:
                 coarser = hidden[i + 1]
                 upsampled = jax.image.resize(coarser, (*scale.shape[:3], coarser.shape[-1]), "linear")
-                total = total + conv(self.out)(upsampled)
+                total = total + conv(upsampled, self.out)
             outputs.append(total * self.param(f"gain{i}", nn.initializers.zeros, ()))
         return tuple(outputs)
 
@@ -165,7 +169,7 @@ def csflow(
     def score(state: CsflowFlow, frozen: Frozen, x: Maps) -> Scores:
         del frozen
         z, _ = latent(state.params, state.permutations, x)
-        pixel = upsample_blur(jnp.mean(z[0] ** 2, -1) / 2, image_size, 0.0)
+        pixel = upsample_blur(jnp.mean(z[0] ** 2, -1), image_size, 0.0)
         return Scores(squared_norm(z) / (2 * entries(z)), pixel)
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), torch_adam(learning_rate, weight_decay, eps=1e-4))

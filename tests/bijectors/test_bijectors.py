@@ -86,8 +86,8 @@ def conditional(key: Any, c: int, h: int, w: int) -> Example:
 
 
 def convolutional(key: Any, c: int, h: int, w: int) -> Example:
-    first, apply = network(key, c // 2, c - c // 2, True)
-    second, other = network(jax.random.fold_in(key, 2), c - c // 2, c // 2, True)
+    first, apply = network(key, c - c // 2, c // 2, True)
+    second, other = network(jax.random.fold_in(key, 2), c // 2, c - c // 2, True)
 
     def flow(p: Any) -> distrax.Bijector:
         conditioners = functools.partial(apply, p[0]), functools.partial(other, p[1])
@@ -127,7 +127,7 @@ def repeated_block(key: Any, c: int, h: int, w: int) -> Example:
 
 def cross_scale(key: Any, c: int, h: int, w: int) -> Example:
     shapes = (2 * h, 2 * w, c), (h, w, c)
-    sizes = ((c // 2, c - c // 2), (c - c // 2, c // 2))
+    sizes = ((c - c // 2, c // 2), (c // 2, c - c // 2))
     params = tuple(network(jax.random.fold_in(key, i), 2 * a, b)[0] for i, (a, b) in enumerate(sizes))
     applies = tuple(network(key, 2 * a, b, True)[1] for a, b in sizes)
 
