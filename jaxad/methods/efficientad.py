@@ -15,9 +15,11 @@ Differences: the teacher may be `pdn_small`, which has stride 8 and pads: teache
     networks do; its channels, principal components of its own teacher's, are rotated first (`rotation`). The decoder of
     the autoencoder stops at twice the teacher's grid, which is the published one for the published networks, and its
     sizes follow the image's; every tenth training image is held out for the quantiles, not a random tenth; training is
-    counted in epochs (70,000 steps on MVTec's classes of about 240 images); photographs are drawn from 1,000 at most.
-    As in the reference, the border that the teacher does not describe scores 0, and the heat map has the size of the
-    network's input.
+    counted in epochs (70,000 steps on MVTec's classes of about 240 images); photographs are drawn from 1,000 at most;
+    in a step of several images each has a quantile of its own. As in the first reference, quantiles are those of the
+    maps before upsampling, and the border that the teacher does not describe scores 0 (anomalib scales maps that are
+    upsampled and padded); the heat map has the size of the network's input. As in anomalib, jittered images are not
+    cut to 256 levels again (the autoencoder's loss then differs by 1 % at most).
 Results: experiments/recipes/efficientad.py
 """
 
