@@ -24,7 +24,7 @@ def paste(
     degrees: float,
     jitter: float,
 ) -> Pasted:
-    """Copies a rectangle to another place; both places are uniform among those inside the image.
+    """Copies a rectangle to another place; both places are uniform among those where it lies inside the image.
 
     Only a window of static size around each place is computed, large enough for the largest rectangle.
 
@@ -33,17 +33,17 @@ def paste(
         image: In [0, 1].
         size: Height and width of the rectangle in pixels, rounded to at least 1.
         max_size: Upper bounds of `size`.
-        degrees: Largest rotation of the pasted patch about its center, in both directions; its corners may then leave
-            the image.
+        degrees: Largest rotation of the pasted patch about its center, in both directions.
         jitter: Strength of the color jitter of the patch.
     """
     source_key, target_key, color_key, angle_key = jax.random.split(key, 4)
     size, dims = jnp.maximum(jnp.round(size), 1), jnp.asarray(image.shape[:2], jnp.float32)
     angle = jax.random.uniform(angle_key, minval=-degrees, maxval=degrees) * (jnp.pi / 180)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     extent = (math.hypot(*max_size),) * 2 if degrees else max_size
     window = tuple(min(math.ceil(e) + 2, n) for e, n in zip(extent, image.shape[:2], strict=True))
 
-    def place(key: Key) -> tuple[Array, Array, Array]:
+    def place(key: Key, size: Array) -> tuple[Array, Array, Array]:
         """The corner of a window around a random place, and y and x of its pixels from the center of the rectangle."""
         center = jnp.floor(jax.random.uniform(key, (2,)) * (dims - size + 1)) + (size - 1) / 2
         corner = jnp.clip(jnp.floor(center - jnp.asarray(window) / 2), 0, dims - jnp.asarray(window, jnp.float32))
@@ -53,11 +53,13 @@ def paste(
     def in_rectangle(y: Array, x: Array) -> Array:
         return (jnp.abs(y) < size[0] / 2) & (jnp.abs(x) < size[1] / 2)
 
-    (source, *source_grid), (target, y, x) = place(source_key), place(target_key)
+    growth = jnp.ceil(((cos - 1) * size + jnp.abs(sin) * size[::-1]) / 2)  # of the patch on every side, as in Pillow
+    turned = jnp.minimum(size + 2 * growth, dims)
+    (source, *source_grid), (target, y, x) = place(source_key, size), place(target_key, turned)
     patch = jax.lax.dynamic_slice(image, source, (*window, 3))
     if jitter:
         patch = color_jitter(color_key, patch, jitter, in_rectangle(*source_grid))
-    rotated = (jnp.cos(angle) * y + jnp.sin(angle) * x, jnp.cos(angle) * x - jnp.sin(angle) * y)
+    rotated = (cos * y + sin * x, cos * x - sin * y)
     mask = in_rectangle(*rotated)
     nearest = (jnp.round(to - of.min()).astype(jnp.int32) for to, of in zip(rotated, source_grid, strict=True))
     patch = patch.at[tuple(nearest)].get(mode="clip")
@@ -81,16 +83,15 @@ def cutpaste(
         key: Draws size, places, rotation and color jitter.
         image: In [0, 1].
         area: Range of the rectangle's area, as a fraction of the image's.
-        aspect: Least ratio of the shorter to the longer side; half of the rectangles are upright.
+        aspect: Least ratio of height to width; its logarithm is uniform, and half of the rectangles are upright.
         degrees: Largest rotation, in both directions.
         jitter: Strength of the color jitter.
     """
     size_key, paste_key = jax.random.split(key)
-    fraction, ratio, orientation = jax.random.uniform(size_key, (3,))
+    fraction, ratio = jax.random.uniform(size_key, (2,))
     h, w = image.shape[:2]
     pixels = (area[0] + fraction * (area[1] - area[0])) * (h * w)
-    ratio = aspect + ratio * (1 - aspect)
-    ratio = jnp.where(orientation < 0.5, 1 / ratio, ratio)
+    ratio = aspect ** (2 * ratio - 1)
     longest = math.sqrt(area[1] * h * w / aspect)
     max_size = (min(longest, h), min(longest, w))
     size = jnp.minimum(jnp.sqrt(jnp.stack([pixels * ratio, pixels / ratio])), jnp.asarray(max_size))

@@ -55,7 +55,9 @@ def gradient(training: Any, decay: float = 0.9) -> Any:
         decay: Adam's first.
     """
     moments = [
-        jax.tree.map(lambda leaf: np.asarray(leaf) / np.float32(1 - decay), state.mu) if isinstance(state, ADAM) else state.trace
+        jax.tree.map(lambda leaf: np.asarray(leaf) / np.float32(1 - decay), state.mu)
+        if isinstance(state, ADAM)
+        else state.trace
         for state in jax.tree.leaves(training.optimizer, is_leaf=_has_moment)
         if _has_moment(state)
     ]
