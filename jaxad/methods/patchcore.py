@@ -38,6 +38,8 @@ from jaxad.training.checks import at_least_one
 
 ROUNDED_FROM, ROUNDED_TO = 2048, 128
 """A bank of 2,048 rows or more has room for a multiple of 128 rows, so that common numbers of devices divide it."""
+EXACT = 1 + 1e-6
+"""A share of the patches is rounded down; one that is a whole number but for the rounding of float32 is that number."""
 
 
 class PatchcorePatches(NamedTuple):
@@ -165,10 +167,12 @@ def _one_backbone(
         patches, valid = all_patches(state.patches, state.seen)
         size = None if ratio == 1 else bank_size(ratio, valid.sum())
         project = _projection(projection_key, c, projection_dim)
-        return _select(patches, valid, first, max(1, round(ratio * p * n)), size, project, jnp.int32(num_neighbors))
+        return _select(
+            patches, valid, first, max(1, int(ratio * p * n * EXACT)), size, project, jnp.int32(num_neighbors)
+        )
 
     def bank_size(ratio: float | Array, patches: Int[Array, ""]) -> Int[Array, ""]:
-        return jnp.maximum(jnp.round(ratio * patches.astype(jnp.float32)).astype(jnp.int32), 1)
+        return jnp.maximum((ratio * patches.astype(jnp.float32) * EXACT).astype(jnp.int32), 1)
 
     def with_ratio(state: PatchcoreBank, value: Array) -> PatchcoreBank:
         """The greedy selection is ordered: a smaller coreset is the head of a larger one."""
