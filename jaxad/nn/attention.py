@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.nn.norm import ConvNorm
 
 
@@ -23,10 +24,11 @@ class CoordinateAttention(nn.Module):
         """The weighted map; `train` as in `ConvNorm`."""
         h, c = x.shape[1], x.shape[-1]
         lines = jnp.concatenate([x.mean(2), x.mean(1)], 1)[:, :, None]
-        hidden = ConvNorm(max(8, c // self.reduction), 1)(lines, train=train)
+        n = max(8, c // self.reduction)
+        hidden = ConvNorm(n, 1, kernel_init=torch_uniform)(lines, train=train)
         hidden = jax.nn.hard_swish(hidden)[:, :, 0]
         rows, columns = (
-            jax.nn.sigmoid(nn.Dense(c, name=name)(part))
+            jax.nn.sigmoid(nn.Dense(c, kernel_init=torch_uniform, bias_init=torch_bias(n), name=name)(part))
             for name, part in (("rows", hidden[:, :h]), ("columns", hidden[:, h:]))
         )
         return x * rows[:, :, None] * columns[:, None]

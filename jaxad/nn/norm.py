@@ -30,12 +30,15 @@ class Convolution(nn.Module):
     kernel: int
     stride: int = 1
     up: bool = False
+    kernel_init: nn.initializers.Initializer | None = None
+    """By default a ResNet's, and torch's of a transposed convolution."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
         """The convolved map."""
         (b, h, w, c), k, stride = x.shape, self.kernel, self.stride
-        kernel = self.param("kernel", TRANSPOSED if self.up else HE, (k, k, c, self.features))
+        init = self.kernel_init or (TRANSPOSED if self.up else HE)
+        kernel = self.param("kernel", init, (k, k, c, self.features))
         layout = ("NHWC", "HWIO", "NHWC")
         if self.up and k == 1:
             zeros_between = ((0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0))
@@ -63,6 +66,7 @@ class ConvNorm(nn.Module):
     kernel: int
     stride: int = 1
     up: bool = False
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
@@ -71,7 +75,7 @@ class ConvNorm(nn.Module):
         With `train` it is normalized by the statistics of the batch, and the collection `batch_stats` must be mutable;
         otherwise by the running statistics.
         """
-        y = Convolution(self.features, self.kernel, self.stride, self.up, name="conv")(x)
+        y = Convolution(self.features, self.kernel, self.stride, self.up, self.kernel_init, name="conv")(x)
         return nn.BatchNorm(not train, momentum=0.9, epsilon=EPSILON, name="norm")(y)
 
 

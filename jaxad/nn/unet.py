@@ -1,6 +1,8 @@
 """The building blocks of DRAEM's encoders and decoders."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -29,3 +31,14 @@ def doubled(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Twice as many rows and columns, by bilinear interpolation."""
     b, h, w, c = x.shape
     return jax.image.resize(x, (b, 2 * h, 2 * w, c), "linear")
+
+
+def stretched(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Twice as many rows and columns, by bilinear interpolation; corners stay corners (torch's `align_corners`)."""
+
+    def weights(n: int) -> Float[np.ndarray, "n2 n"]:
+        distance = np.linspace(0, n - 1, 2 * n)[:, None] - np.arange(n)
+        return np.maximum(0, 1 - np.abs(distance)).astype(np.float32)
+
+    rows, columns = (weights(n) for n in x.shape[1:3])
+    return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
