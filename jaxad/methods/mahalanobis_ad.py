@@ -9,8 +9,11 @@ Family: features
 Paper: Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection, ICPR 2020,
     arXiv:2005.14140.
 Reference: https://github.com/ORippler/gaussian-ad-mvtec.
-Differences: with fewer images than features, NPCA leaves out the last component, which has no variance, so that
-    rounding errors decide its direction.
+Differences: a score is the sum over the stages, not their mean. With fewer images than features, NPCA leaves out the
+    last component, which has no variance, so that rounding errors decide its direction (on 100 images of MTD and three
+    stages of a ResNet-50, scores change by up to 2 %, the image AUROC by 0.0004). Where the first component alone
+    passes the threshold, NPCA keeps all, not only the last. The shrinkage is at least 1e-5, which matters for two
+    images.
 Results: experiments/recipes/mahalanobis_ad.py
 """
 
