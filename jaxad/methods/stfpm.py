@@ -7,10 +7,11 @@ vectors. The heat map is the product of the upsampled maps of all stages (Eq. 4)
 Family: distillation
 Paper: Student-Teacher Feature Pyramid Matching for Anomaly Detection, BMVC 2021, arXiv:2103.04257.
 Reference: https://github.com/gdwang08/STFPM
-Differences: maps are multiplied at the size of the image, as in the paper, not on a grid of 64 x 64; the student trains
-    on all images and its last epoch is kept, where the reference keeps the best epoch on a fifth of the images; running
-    variances are biased (torch's are not); every step takes a full batch; the factor 1/2 of Eq. 2 is in the heat map
-    but, as in the reference, not in the loss.
+Differences: maps are multiplied at the size of the image, as in the paper, not on a grid of 64 x 64 (6.7e-2 of a heat
+    map at 256 px, 2.3e-2 of its maximum); the student trains on all images and its last epoch is kept, where the
+    reference keeps the best epoch on a fifth of the images; running variances are biased (torch's are not: 4e-4 of a
+    heat map after three steps); every step takes a full batch; the factor 1/2 of Eq. 2 is in the heat map but, as in
+    the reference, not in the loss.
 Results: experiments/recipes/stfpm.py
 """
 
