@@ -6,7 +6,7 @@
 This is no way to choose an epoch. But published numbers often belong to an epoch that was chosen on the test images:
 anomalib's example configurations of FastFlow and CFA stop when pixel_AUROC has not risen for 3 or 5 epochs. The curve
 shows the best value that such a rule would find here. With `--torch-python`, FrEIA's blocks are trained on the same
-features instead, as a FastFlow of 3x3 convolutions; what both curves share is no mistake of jaxad's blocks. Writes
+features instead, as a FastFlow of 3x3 convolutions: jaxad's curve must lie within the ups and downs of theirs. Writes
 results/epochs_<recipe>.json after every epoch; the curve of the other blocks is kept. `--smoke` is the small variant
 for the tests.
 """

@@ -14,9 +14,9 @@ Differences: the largest likelihood is taken over the training images, not the t
     does not depend on other test images; one image size for all classes; 200 plain epochs in place of 25 of 8; the
     learning rate changes with every step; the last epoch is kept, not the best on the test images; images are not
     rotated by up to 5 degrees in training, so that their features are computed once; upsampling aligns pixel centers,
-    not corners; positions that fill no step are left out, not added to the last step; biases of the networks start at
-    zero. The flows share one Adam in the reference, which with PyTorch 2 leaves the others alone in the step of one, as
-    an Adam for each does; before, its momentum moved them too.
+    not corners; positions that fill no step are left out, not added to the last step. The flows share one Adam in the
+    reference, which with PyTorch 2 leaves the others alone in the step of one, as an Adam for each does; before, its
+    momentum moved them too.
 Results: experiments/recipes/cflow.py
 """
 
@@ -41,7 +41,7 @@ from jaxad.bijectors import (
     init_in_order,
     random_orthogonal,
 )
-from jaxad.nn.initial import torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.training import Descent, cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
@@ -74,8 +74,9 @@ class Subnet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
         """Unbounded log scales and shifts."""
-        hidden = nn.relu(nn.Dense(2 * x.shape[-1], kernel_init=torch_uniform)(x))
-        return nn.Dense(self.out, kernel_init=torch_uniform)(hidden)
+        n = x.shape[-1]
+        hidden = nn.relu(nn.Dense(2 * n, kernel_init=torch_uniform, bias_init=torch_bias(n))(x))
+        return nn.Dense(self.out, kernel_init=torch_uniform, bias_init=torch_bias(2 * n))(hidden)
 
 
 def position_encoding(height: int, width: int, size: int) -> Float[Array, "h w size"]:

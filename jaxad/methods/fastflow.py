@@ -10,7 +10,7 @@ have passed its own layer norm, so no other is learned. The published setting fo
 Family: flows
 Paper: FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows, 2021, arXiv:2111.07677.
 Reference: none official; https://github.com/gathierry/FastFlow (FrEIA's AllInOneBlock, layer norm, likelihoods).
-Differences: biases of the networks start at zero; alternating 3x3 and 1x1 needs an even number of couplings.
+Differences: alternating 3x3 and 1x1 needs an even number of couplings.
 Results: experiments/recipes/fastflow.py
 """
 
@@ -27,7 +27,7 @@ from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, State
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
-from jaxad.nn.initial import torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.heatmap import upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
@@ -52,9 +52,12 @@ class Subnet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b h w d"]:
         """Unbounded log scales and shifts."""
-        window = (self.kernel, self.kernel)
-        x = nn.relu(nn.Conv(self.hidden, window, kernel_init=torch_uniform)(x))
-        return nn.Conv(self.out, window, kernel_init=torch_uniform)(x)
+        return self.conv(nn.relu(self.conv(x, self.hidden)), self.out)
+
+    def conv(self, x: Float[Array, "*b h w c"], out: int) -> Float[Array, "*b h w d"]:
+        """A convolution with torch's initial values."""
+        k = self.kernel
+        return nn.Conv(out, (k, k), kernel_init=torch_uniform, bias_init=torch_bias(k * k * x.shape[-1]))(x)
 
 
 def fastflow(
