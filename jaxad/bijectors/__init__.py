@@ -11,10 +11,11 @@ from jaxad.bijectors.coupling import (
     clamped_affine,
     coupling,
     glow_coupling,
+    half_coupling,
     masked_coupling,
     soft_clamp,
 )
-from jaxad.bijectors.image import MultiScale, Squeeze, channel_mask, checkerboard_mask, half_mask, quadrant_mask
+from jaxad.bijectors.image import MultiScale, Squeeze, checkerboard_mask, half_mask, quadrant_mask
 from jaxad.bijectors.linear import (
     ActNorm,
     Invertible1x1,
@@ -42,11 +43,11 @@ __all__ = [
     "act_norm_init",
     "affine_block",
     "block_params",
-    "channel_mask",
     "checkerboard_mask",
     "clamped_affine",
     "coupling",
     "glow_coupling",
+    "half_coupling",
     "half_mask",
     "init_in_order",
     "lu_identity",

@@ -14,7 +14,7 @@ Clamp = Literal["atan", "tanh"]
 SHARE = 0.636
 """2 / pi, rounded as in the published code."""
 Conditioner = Callable[[Any], Any]
-"""The part that stays unchanged -> unbounded log scales and shifts of the other part, concatenated on the last axis."""
+"""The part that stays unchanged -> log scales and shifts of the other part, concatenated on the last axis."""
 
 
 def soft_clamp(x: Float[Array, "*s"], limit: float, kind: Clamp) -> Float[Array, "*s"]:
@@ -113,14 +113,26 @@ class GlowNetworks(NamedTuple):
         return self.make(2 * n), self.make(2 * (self.channels - n))
 
 
-def masked_coupling(
-    mask: Bool[Array, "h w c"], conditioner: Conditioner, *, clamp: float, kind: Clamp
-) -> distrax.Bijector:
-    """Transforms the entries of an image where the mask is False, conditioned on the others.
+def shifted_and_scaled(raw: Float[Array, "*s c2"]) -> distrax.Bijector:
+    """exp(log scale) * (x + shift), from the output of a conditioner that bounds the log scales itself."""
+    log_scale, shift = jnp.split(raw, 2, -1)
+    return distrax.ScalarAffine(shift * jnp.exp(log_scale), log_scale=log_scale)
 
-    Source: RealNVP, arXiv:1605.08803, Eq. 9.
+
+def half_coupling(conditioner: Conditioner, channels: int) -> distrax.Bijector:
+    """Transforms the first half of the channels of an image, conditioned on the second.
+
+    Source: RealNVP, arXiv:1605.08803, section 3.4, as in the code of Kirichenko et al., arXiv:2006.08545.
     """
-    return distrax.MaskedCoupling(mask, conditioner, functools.partial(clamped_affine, clamp=clamp, kind=kind))
+    return distrax.SplitCoupling(channels // 2, 3, conditioner, shifted_and_scaled, True)
+
+
+def masked_coupling(mask: Bool[Array, "*s"], conditioner: Conditioner) -> distrax.Bijector:
+    """Transforms the entries of an image or a vector where the mask is False, conditioned on the others.
+
+    Source: RealNVP, arXiv:1605.08803, Eq. 9, as in the code of Kirichenko et al., arXiv:2006.08545.
+    """
+    return distrax.MaskedCoupling(mask, conditioner, shifted_and_scaled)
 
 
 class CrossScaleCoupling(distrax.Bijector):

@@ -16,12 +16,6 @@ def checkerboard_mask(height: int, width: int, channels: int, odd: bool = False)
     return np.repeat(((y + x) % 2 == int(odd))[..., None], channels, -1)
 
 
-def channel_mask(height: int, width: int, channels: int, second: bool = False) -> Bool[np.ndarray, "h w c"]:
-    """True for the first half of the channels (or the second). Source: RealNVP, arXiv:1605.08803, figure 3."""
-    half = (np.arange(channels) < channels - channels // 2) != second
-    return np.broadcast_to(half, (height, width, channels)).copy()
-
-
 def half_mask(height: int, width: int, channels: int, lower: bool = False) -> Bool[np.ndarray, "h w c"]:
     """True for the upper half of the rows (or the lower). Source: Kirichenko et al., arXiv:2006.08545, figure 5."""
     half = (np.arange(height) < height // 2) != lower
@@ -39,7 +33,7 @@ def quadrant_mask(height: int, width: int, channels: int, number: int) -> Bool[n
 
 
 class Squeeze(distrax.Bijector):
-    """Turns every 2 x 2 block of pixels into one pixel with four times the channels.
+    """Turns every 2 x 2 block of pixels into one pixel with four times the channels: the four of the first, and so on.
 
     Source: RealNVP, arXiv:1605.08803, section 3.6.
     """
@@ -57,12 +51,12 @@ class Squeeze(distrax.Bijector):
         if h % 2 or w % 2:
             raise ValueError(f"squeezing needs an even height and width, got {h} x {w}")
         blocks = x.reshape(*batch, h // 2, 2, w // 2, 2, c)
-        return jnp.moveaxis(blocks, -4, -3).reshape(*batch, h // 2, w // 2, 4 * c), jnp.zeros(batch)
+        return jnp.moveaxis(blocks, (-4, -2), (-2, -1)).reshape(*batch, h // 2, w // 2, 4 * c), jnp.zeros(batch)
 
     def inverse_and_log_det(self, y: Float[Array, "*b h w c4"]) -> tuple[Array, Array]:
         """The inverse of `forward_and_log_det`."""
         *batch, h, w, c = y.shape
-        blocks = jnp.moveaxis(y.reshape(*batch, h, w, 2, 2, c // 4), -3, -4)
+        blocks = jnp.moveaxis(y.reshape(*batch, h, w, c // 4, 2, 2), (-2, -1), (-4, -2))
         return blocks.reshape(*batch, 2 * h, 2 * w, c // 4), jnp.zeros(batch)
 
 
@@ -80,7 +74,7 @@ class MultiScale(distrax.Bijector):
         super().__init__(event_ndims_in=3, event_ndims_out=1)
         self._levels, self._shapes = tuple(levels), []
         for number, level in enumerate(levels):
-            h, w, c = jax.eval_shape(level.forward, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+            h, w, c = jax.eval_shape(level.forward, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1:]
             leaving = c if number == len(levels) - 1 else c // 2
             self._shapes.append((h, w, leaving))
             shape = (h, w, c - leaving)

@@ -9,7 +9,7 @@ Family: flows
 Paper: Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection, WACV 2022, arXiv:2110.02855.
 Reference: https://github.com/marco-rudolph/cs-flow
 Differences: 240 plain epochs in place of 4 of 60, and the last one is kept, not the best on the test images; an
-    incomplete last batch is dropped.
+    incomplete last batch is dropped; latents are not cut off at 1e6.
 Results: experiments/recipes/csflow.py
 """
 

@@ -3,15 +3,17 @@
 Stored: a flow of affine couplings on the feature vector of an image, which is the pooled output of the backbone at
 full, half and quarter size; trained to map the vectors of rotated normal images to a standard normal (Eq. 4). An image
 scores the mean of z^2 over all its rotations and all entries (Eq. 6). The heat map, if requested, is the gradient of
-the loss with respect to the pixels of every rotation, rotated back and smoothed; its absolute value is averaged over
-rotations and channels (section 3.4) and squared as in the reference.
+the loss of all rotations with respect to the normalized pixels of every one, rotated back and smoothed; its absolute
+value is averaged over rotations and channels (section 3.4) and squared as in the reference.
 
 Family: flows
 Paper: Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing Flows, WACV 2021, arXiv:2008.12577.
 Reference: https://github.com/marco-rudolph/differnet
-Differences: rotations are by evenly spaced angles, not random ones, so that their features are computed once; a
-    training step draws some of them for each image. Rotation is bilinear, not by the nearest pixel. Epochs are plain
-    passes over the images, the last one is kept, and an incomplete last batch is dropped; biases start at zero.
+Differences: the default backbone is not an AlexNet. Rotations are by evenly spaced angles, not random ones, so that
+    their features are computed once; a training step draws some of them for each image. Rotation is bilinear, not by
+    the nearest pixel (0.68 mean image AUROC either way, three short trainings on a class of the demo data), and for
+    gradients not by cubic splines (heat maps change by 3% of their largest value). Latents are not cut off at 1e6.
+    Epochs are plain passes over the images, the last one is kept, and an incomplete last batch is dropped.
 Results: experiments/recipes/differnet.py
 """
 
@@ -28,7 +30,7 @@ from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, State
 from jaxad.bijectors import GlowNetworks, Permutation, Scan, glow_coupling
-from jaxad.nn.initial import torch_uniform
+from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.heatmap import blur_matrix
 from jaxad.ops.loops import map_rows
 from jaxad.training import gradient_stage
@@ -64,9 +66,13 @@ class Subnet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
         """Unbounded log scales and shifts."""
+
+        def dense(x: Array, out: int) -> Array:
+            return nn.Dense(out, kernel_init=torch_uniform, bias_init=torch_bias(x.shape[-1]))(x)
+
         for _ in range(3):
-            x = nn.relu(nn.Dense(self.hidden, kernel_init=torch_uniform)(x))
-        return nn.Dense(self.out, kernel_init=torch_uniform)(x)
+            x = nn.relu(dense(x, self.hidden))
+        return dense(x, self.out)
 
 
 def as_floats(image: Array) -> Float[Array, "b h w c"]:
@@ -212,7 +218,8 @@ def differnet(
             return negative_log_likelihood(state.params, state.permutations, extract(frozen, rotated)).sum()
 
         def one_rotation(degrees: Float[Array, ""]) -> Array:
-            gradient = rotate(jax.grad(total)(rotate(as_floats(image), degrees)), -degrees)
+            gradient = jax.grad(total)(rotate(as_floats(image), degrees)) * frozen["std"] / (255 * rotations)
+            gradient = rotate(gradient, -degrees)
             return jnp.abs(jnp.einsum("Hh,bhwc,Ww->bHWc", blur[0], gradient, blur[1]))
 
         return jnp.mean(map_rows(one_rotation, jnp.asarray(angles(rotations))), (0, -1)) ** 2

@@ -24,10 +24,10 @@ from jaxad.bijectors import (
     act_norm_init,
     affine_block,
     block_params,
-    channel_mask,
     checkerboard_mask,
     coupling,
     glow_coupling,
+    half_coupling,
     half_mask,
     lu_matrix,
     masked_coupling,
@@ -99,7 +99,12 @@ def convolutional(key: Any, c: int, h: int, w: int) -> Example:
 def masked(key: Any, c: int, h: int, w: int, mask: Any = checkerboard_mask, other: bool = False) -> Example:
     params, apply = network(key, c, c, True)
     m = jnp.asarray(mask(h, w, c, other))
-    return Example(params, lambda p: masked_coupling(m, functools.partial(apply, p), clamp=2.0, kind="tanh"), (h, w, c))
+    return Example(params, lambda p: masked_coupling(m, functools.partial(apply, p)), (h, w, c))
+
+
+def halves(key: Any, c: int, h: int, w: int) -> Example:
+    params, apply = network(key, c - c // 2, c // 2, True)
+    return Example(params, lambda p: half_coupling(functools.partial(apply, p), c), (h, w, c))
 
 
 def quadrants(key: Any, c: int, h: int, w: int) -> Example:
@@ -109,7 +114,7 @@ def quadrants(key: Any, c: int, h: int, w: int) -> Example:
 
     def flow(p: Any) -> distrax.Bijector:
         conditioner = lambda x: apply(p, jnp.where(inputs, x, 0))  # noqa: E731
-        return masked_coupling(jnp.asarray(unchanged), conditioner, clamp=2.0, kind="tanh")
+        return masked_coupling(jnp.asarray(unchanged), conditioner)
 
     return Example(params, flow, (h, w, c))
 
@@ -216,8 +221,7 @@ EXAMPLES = {
     "convolutional coupling of both parts": convolutional,
     "checkerboard": masked,
     "checkerboard, odd": functools.partial(masked, other=True),
-    "channel mask": functools.partial(masked, mask=channel_mask),
-    "channel mask, second": functools.partial(masked, mask=channel_mask, other=True),
+    "coupling of the first half": halves,
     "half mask, odd": functools.partial(masked, mask=half_mask, other=True),
     "quadrants": quadrants,
     "cross-scale coupling": cross_scale,

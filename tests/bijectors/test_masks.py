@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.bijectors import Squeeze, channel_mask, checkerboard_mask, half_mask, quadrant_mask, soft_clamp
+from jaxad.bijectors import Squeeze, checkerboard_mask, half_mask, quadrant_mask, soft_clamp
 
 
 @pytest.mark.parametrize("kind", ["atan", "tanh"])
@@ -19,7 +19,7 @@ def test_soft_clamp(kind):
 
 
 def test_masks_split_images_into_halves():
-    for mask in (checkerboard_mask, channel_mask, half_mask):
+    for mask in (checkerboard_mask, half_mask):
         first, second = mask(4, 6, 2), mask(4, 6, 2, True)
         assert (first ^ second).all() and first.sum() == second.sum()
     assert checkerboard_mask(2, 2, 1)[..., 0].tolist() == [[True, False], [False, True]]
@@ -29,8 +29,8 @@ def test_masks_split_images_into_halves():
 
 
 def test_squeeze_moves_blocks_of_pixels_to_channels():
-    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    np.testing.assert_array_equal(Squeeze().forward(x)[0, 0, 0], [0, 1, 4, 5])
+    x = jnp.arange(32.0).reshape(1, 4, 4, 2)
+    np.testing.assert_array_equal(Squeeze().forward(x)[0, 0, 0], [0, 2, 8, 10, 1, 3, 9, 11])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from jaxad.driver.fit import fit
 from jaxad.driver.record import NonFiniteLoss
 from jaxad.methods.cflow import CflowState, cflow, position_encoding, warm_up_cosine
 from jaxad.methods.csflow import csflow, features_of_scales
-from jaxad.methods.differnet import DiffernetFlow, RotatedFeatures, angles, differnet, rotate
+from jaxad.methods.differnet import differnet, rotate
 from jaxad.methods.fastflow import fastflow
 
 KEY = jax.random.key(0)
@@ -192,57 +192,6 @@ def test_rotation_is_that_of_scipy(degrees):
     inside = scipy.ndimage.rotate(np.ones((12, 12)), degrees, reshape=False, order=1, mode="constant") > 0.999
     rotated = np.asarray(jax.jit(rotate)(jnp.asarray(image), jnp.float32(degrees)))[0]
     np.testing.assert_allclose(rotated[inside], expected[inside], atol=1e-3)
-
-
-def test_differnet_scores_the_mean_over_rotations():
-    method = differnet(
-        backbone="pdn_small", image_size=(8, 8), coupling_blocks=2, hidden=4, rotations=3, train_rotations=2, epochs=1
-    )
-    x = RotatedFeatures(normal(0, 4, 3, 6), None)
-    flow, _ = train(method, x, 4, 2)
-    single = [jax.jit(method.score)(flow, None, RotatedFeatures(x.feature[:, i : i + 1], None)).image for i in range(3)]
-    np.testing.assert_allclose(method.score(flow, None, x).image, np.mean(single, 0), rtol=1e-4)
-    assert angles(4) == [0, 90, 180, 270]
-
-
-def localizing(**options: Any) -> Any:
-    size: Any = dict(layer="layer1", image_size=(32, 32), coupling_blocks=1, hidden=4, train_rotations=1)
-    return differnet(backbone="pdn_small", localize=True, **size, **options)
-
-
-def test_differnet_heat_maps_are_gradients():
-    """Of the loss with respect to the pixels: where they are largest, a changed pixel changes the score more."""
-    method = localizing(rotations=1, sigma=0.0)
-    frozen = backbone("pdn_small").init(KEY)
-    image = jnp.asarray(np.random.default_rng(0).random((1, 32, 32, 3)), jnp.float32)
-    x = jax.jit(method.embed)(frozen, image)
-    params, permutations = begin(method, x).model
-    flow = DiffernetFlow(jax.tree.map(lambda leaf: 2 * leaf, params), permutations)
-    gradient = np.sqrt(np.asarray(jax.jit(method.score)(flow, frozen, x).pixel))
-    assert gradient.shape == (1, 32, 32)
-
-    @jax.jit
-    def score(image: Any) -> Any:
-        return jax.jit(method.score)(flow, frozen, method.embed(frozen, image)).image[0]
-
-    assert gradient[0, 0, 0] < gradient.max()
-    peak = np.unravel_index(gradient[0].argmax(), (32, 32))
-    at_peak, in_corner = (abs(float(score(image.at[0, y, x].add(0.3)) - score(image))) for y, x in (peak, (0, 0)))
-    assert at_peak > in_corner
-
-
-def test_differnet_heat_maps_rotate_with_the_image():
-    """By 90 degrees: its four rotations are those of the original, each rotated back, smoothed and averaged."""
-    method = localizing(rotations=4, sigma=1.0)
-    frozen = backbone("pdn_small").init(KEY)
-    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    x = jax.jit(method.embed)(frozen, image)
-    assert x.image.dtype == jnp.uint8  # no larger than the input
-    flow = begin(method, x).model
-    maps = jax.jit(lambda image: jax.jit(method.score)(flow, frozen, method.embed(frozen, image)).pixel)
-    upright, rotated = maps(image), maps(np.rot90(image, axes=(1, 2)))
-    np.testing.assert_allclose(rotated, np.rot90(upright, axes=(1, 2)), atol=1e-3 * float(upright.max()))
-    assert np.abs(rotated - upright).max() > 0.1 * upright.max()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])

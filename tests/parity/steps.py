@@ -33,7 +33,7 @@ def shapes_of(stage: Stage, x: Any, state: Any = None, frozen: Any = None) -> An
         frozen: Weights of the backbone.
     """
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-    shapes = jax.eval_shape(lambda: stage.init(KEY, state, frozen, spec))
+    shapes = jax.eval_shape(lambda state, frozen: stage.init(KEY, state, frozen, spec), state, frozen)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
