@@ -29,10 +29,10 @@ def test_learning_rates_are_compared_on_held_out_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_hyperparameters_are_compared_too(tmp_path: Path) -> None:
-    options = dict(vary="clamp", epochs=1, learn=8, hold_out=8, results=tmp_path, smoke=True)
+    options = dict(vary="blocks", epochs=1, learn=8, hold_out=8, results=tmp_path, smoke=True)
     select_rate.main(select_rate.Options("nf_demo", (1, 2), **options))
-    result = json.loads((tmp_path / "select_nf_demo_clamp.json").read_text())
-    assert result["varied"] == "clamp" and list(result["held_out_loss"]) == ["1", "2"]
+    result = json.loads((tmp_path / "select_nf_demo_blocks.json").read_text())
+    assert result["varied"] == "blocks" and list(result["held_out_loss"]) == ["1", "2"]
     first, second = result["held_out_loss"].values()
     assert first != second
 
