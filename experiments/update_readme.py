@@ -10,7 +10,7 @@ results that are older than the code of their method, or than their recipe; the 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 from experiments.command import RESULTS, ROOT, start
@@ -181,7 +181,25 @@ def transfer(record: dict[str, Any]) -> str:
     return markdown_table(["learned from", *kinds], cells)
 
 
+def beside_anomalib(record: dict[str, Any]) -> str:
+    """The metrics of jaxad and anomalib after the same steps, from anomalib_*.json."""
+    names = ("image_AUROC", "image_AP", "pixel_AUROC", "pixel_AP")
+
+    def cell(fits: list[dict[str, Any]], name: str) -> str:
+        values = [fit["metrics"][name] for fit in fits]
+        return fraction(fmean(values)) + (f" ± {fraction(pstdev(values))}" if len(values) > 1 else "")
+
+    rows = [
+        [f"`{method}`", str(row["epochs"] or ABSENT)]
+        + [cell(row[library], name) for name in names for library in ("jaxad", "anomalib")]
+        for method, row in record["methods"].items()
+    ]
+    return markdown_table(["method", "epochs", *(head for name in names for head in (name, "anomalib"))], rows)
+
+
 EXPERIMENTS = {
+    "anomalib_bottle": (beside_anomalib, "bench.anomalib_peers"),
+    "anomalib_mtd": (beside_anomalib, "bench.anomalib_peers"),
     "ablate_generators_mtd": (transfer, "studies.ablate_generators"),
     "ablate_generators_demo": (transfer, "studies.ablate_generators"),
     "nf_ood": (foreign_images, "studies.nf_ood"),

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from experiments import update_readme
 from experiments.bench import (
+    anomalib_peers,
     classes,
     coreset,
     flows,
@@ -54,6 +55,19 @@ def test_peers_find_the_same_neighbors_and_radius(tmp_path: Path) -> None:
     radius = result["coreset"]["radius"]
     np.testing.assert_allclose(radius["jaxad"], radius["plain jitted greedy"], rtol=1e-4)
     assert {"jaxad", "FAISS flat", "scikit-learn"} < result["knn"]["contenders"].keys()
+
+
+@pytest.mark.slow
+def test_jaxad_beside_anomalib(tmp_path: Path) -> None:
+    options = anomalib_peers.Options("demo", methods=("padim", "stfpm"), results=tmp_path, smoke=True)
+    anomalib_peers.main(options)
+    path = tmp_path / "anomalib_demo.json"
+    before = json.loads(path.read_text())
+    anomalib_peers.main(options)  # keeps what is there
+    assert json.loads(path.read_text()) == before and set(before["methods"]) == {"padim", "stfpm"}
+    for row in before["methods"].values():
+        row["anomalib"] = row["jaxad"]
+    assert "| `stfpm` | 1 |" in update_readme.beside_anomalib(before)
 
 
 @pytest.mark.slow
