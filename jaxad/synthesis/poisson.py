@@ -18,6 +18,19 @@ def neighbors(x: Float[Array, "h w c"]) -> Float[Array, "4 h w c"]:
     return jnp.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
 
 
+def gradient(x: Float[Array, "h w c"]) -> Float[Array, "2 h w c"]:
+    """The differences to the pixels below and on the right; 0 on the border of the image."""
+    return jnp.stack([jnp.diff(x, axis=0, append=x[-1:]), jnp.diff(x, axis=1, append=x[:, -1:])])
+
+
+def divergence(field: Float[Array, "2 h w c"]) -> Float[Array, "h w c"]:
+    """That of a field on the edges between pixels: the laplacian, if it is a gradient."""
+    down, right = field
+    return jnp.diff(down, axis=0, prepend=jnp.zeros_like(down[:1])) + jnp.diff(
+        right, axis=1, prepend=jnp.zeros_like(right[:, :1])
+    )
+
+
 def sine_transform(
     n: int, start: Float[Array, ""], length: Float[Array, ""]
 ) -> tuple[Float[Array, "n n"], Float[Array, "n"]]:
@@ -78,7 +91,11 @@ def solve_poisson(right: Float[Array, "h w c"], mask: Bool[Array, "h w"]) -> Flo
 
 
 def seamless_clone(
-    target: Float[Array, "h w c"], source: Float[Array, "h w c"], mask: Bool[Array, "h w"], mixed: bool | Array = False
+    target: Float[Array, "h w c"],
+    source: Float[Array, "h w c"],
+    mask: Bool[Array, "h w"],
+    mixed: bool | Array = False,
+    guided: Bool[Array, "h w"] | None = None,
 ) -> Float[Array, "h w c"]:
     """The target with the source's gradients inside the mask.
 
@@ -86,11 +103,16 @@ def seamless_clone(
         target: In [0, 1]; its pixels outside the mask stay as they are.
         source: In [0, 1], aligned with the target.
         mask: Pixels to replace; those on the border of the image are left out.
-        mixed: Whether to use the larger of both gradients (mixed seamless cloning), so that textures show through.
+        mixed: Whether to use the larger of both gradients (mixed seamless cloning), so that textures show through. As
+            in OpenCV, a gradient is as large as its two components differ.
+        guided: Pixels whose gradients come from the source; those of others stay as they are. All by default.
     """
     inner = jnp.zeros_like(mask).at[1:-1, 1:-1].set(mask[1:-1, 1:-1])
-    source_gradient, target_gradient = source - neighbors(source), target - neighbors(target)
-    use_target = jnp.asarray(mixed) & (jnp.abs(target_gradient) > jnp.abs(source_gradient))
-    gradient = jnp.where(use_target, target_gradient, source_gradient)
-    change = solve_poisson((gradient - target_gradient).sum(0), inner)
+    source_gradient, target_gradient = gradient(source), gradient(target)
+    size, target_size = (jnp.abs(x[0] - x[1]) for x in (source_gradient, target_gradient))
+    use_source = ~jnp.asarray(mixed) | (size > target_size)
+    if guided is not None:
+        use_source &= guided[..., None]
+    guidance = jnp.where(use_source, source_gradient - target_gradient, 0)
+    change = solve_poisson(-divergence(guidance), inner)
     return jnp.where(inner[..., None], jnp.clip(target + change, 0, 1), target)

@@ -30,6 +30,8 @@ def test_seamless_cloning_is_the_sparse_solution(name, mixed):
     )
     inner = mask.copy()
     inner[[0, -1]] = inner[:, [0, -1]] = False
+    sizes = [np.abs(np.diff(x, axis=0)[:, :-1] - np.diff(x, axis=1)[:-1]) for x in (source, target)]
+    use_target = mixed & (sizes[1] >= sizes[0])
     number = np.full(SIZE, -1)
     number[inner] = np.arange(inner.sum())
     matrix = scipy.sparse.lil_array((inner.sum(), inner.sum()))
@@ -39,7 +41,7 @@ def test_seamless_cloning_is_the_sparse_solution(name, mixed):
         matrix[i, i] = 4
         for p, q in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
             gradient, target_gradient = source[y, x] - source[p, q], target[y, x] - target[p, q]
-            right[i] += np.where(mixed & (np.abs(target_gradient) > np.abs(gradient)), target_gradient, gradient)
+            right[i] += np.where(use_target[min(y, p), min(x, q)], target_gradient, gradient)
             if inner[p, q]:
                 matrix[i, number[p, q]] = -1
             else:
