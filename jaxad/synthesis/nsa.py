@@ -1,8 +1,8 @@
 """Natural synthetic anomalies (NSA): patches of another normal image, resized and cloned in without a visible border.
 
 Source: Natural Synthetic Anomalies for Self-Supervised Anomaly Detection and Localization, ECCV 2022, arXiv:2109.15222.
-Differences from its code: objects are compared at 16 x 16 points, and a patch with an odd number of columns is not moved to
-the right by a pixel.
+Differences from its code: objects are compared at 16 x 16 points, and a patch with an odd number of columns is not
+moved to the right by a pixel.
 """
 
 import math
