@@ -11,7 +11,9 @@ Paper: PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and 
 Reference: none official; https://github.com/xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master.
 Differences: epsilon is at least 1e-5 of the mean variance, so that float32 can factor the covariances of very large
     features; scores are not scaled to their range over the test images. Deeper stages are upsampled to the layer1 grid
-    by repetition, as in the reference.
+    by repetition, as in the reference. The draw of channels matters more than any of this: on 100 training and 100 test
+    images of MTD, six draws of 550 of a ResNet-50's channels give image AUROCs from 0.830 to 0.862 and pixel AUROCs
+    from 0.765 to 0.780.
 Results: experiments/recipes/padim.py
 """
 

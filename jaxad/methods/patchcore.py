@@ -13,10 +13,14 @@ where L - 1 < log4(1 + 3 n h w / (4 k)), and at the end the same extra. Scoring 
 Family: features
 Paper: Towards Total Recall in Industrial Anomaly Detection, CVPR 2022, arXiv:2106.08265.
 Reference: https://github.com/amazon-science/patchcore-inspection (no re-weighting).
-Differences: the stacked channels stay as they are (1,536 for a ResNet-50) instead of being averaged in groups down to
-    1,024; the coreset is the exact greedy one, not one from 10 sampled starting points; the scores of an ensemble's
-    members are scaled by the spread of their banks, not by the minimum and maximum over the test set; with
-    `coreset_size` the coreset is merged from coresets of parts of the stream, and depends on the order of the images.
+Differences: scores are distances (Eq. 6), not FAISS's squared ones (pixel AUROC on MTD: within 0.0002); the stacked
+    channels stay as they are (1,536 for a ResNet-50) instead of being averaged in groups down to 1,024; the coreset is
+    the exact greedy one, not one from 10 sampled starting points, in a Gaussian projection, not a uniform one; the
+    scores of an ensemble's members are scaled by the spread of their banks, not by the minimum and maximum over the
+    test set; with `coreset_size` the coreset is merged from coresets of parts of the stream, and depends on the order
+    of the images. On 100 training and 100 test images of MTD, with a ResNet-50 and 2 % of the patches, three draws give
+    image AUROCs of 0.851 to 0.854 and pixel AUROCs of 0.776 to 0.790; with averaged channels 0.850 to 0.878 and 0.743
+    to 0.765; from sampled starting points 0.842 to 0.859 and 0.762 to 0.781.
 Results: experiments/recipes/patchcore.py
 """
 

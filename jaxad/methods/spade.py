@@ -7,10 +7,12 @@ section 3.4).
 
 Family: features
 Paper: Sub-Image Anomaly Detection with Deep Pyramid Correspondences, 2020, arXiv:2005.02357.
-Reference: none official; https://github.com/byungjae89/SPADE-pytorch (K = 5, distances not squared, each stage
-    compared separately).
-Differences: the gallery is kept in half precision. The distance of two stacked features is the sum of the distances of
-    the stages, each computed on the grid of its stage and repeated to that of layer1; features are never stacked.
+Reference: none official; https://github.com/byungjae89/SPADE-pytorch (K = 5).
+Differences: distances are squared and pixels compared by stacked features, as in the paper; the reference takes roots
+    and compares each stage separately (with 100 training images of MTD and a ResNet-18, the image AUROC is 0.004 lower
+    than its, the pixel AUROC equal to 0.0003). The gallery is kept in half precision, which changes a map by 1e-4 of
+    its largest value. The distance of two stacked features is the sum of the distances of the stages, each computed on
+    the grid of its stage and repeated to that of layer1; features are never stacked.
 Results: experiments/recipes/spade.py
 """
 
