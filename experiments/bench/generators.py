@@ -102,14 +102,14 @@ def climb(x: jax.Array, moved: jax.Array) -> jax.Array:
     """GLASS's ascent of features (b h w c) that start near the normal ones x, with its own constants."""
     first, second = discriminator()
 
-    def loss(features: jax.Array) -> jax.Array:
+    def loss(features: jax.Array, _: None) -> tuple[jax.Array, None]:
         logit = jax.nn.leaky_relu(features @ first, 0.2) @ second
-        return optax.sigmoid_binary_cross_entropy(logit, jnp.ones(())).sum()
+        return optax.sigmoid_binary_cross_entropy(logit, jnp.ones(())).sum(), None
 
     def project(features: jax.Array) -> jax.Array:
         return project_to_shell(features, x, jnp.float32(MIN_DISTANCE))
 
-    return ascend(loss, moved, STEPS, STEP_LENGTH, STEPS_PER_PROJECTION, project)
+    return ascend(loss, moved, None, STEPS, STEP_LENGTH, STEPS_PER_PROJECTION, project)[0]
 
 
 def ascent(key: jax.Array, image: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -123,14 +123,14 @@ def discriminator(options: Options, network: str, generator: Any) -> Method:
         variables = {"params": model.params, "batch_stats": model.stats}
         distance = DEVIATION * math.sqrt(normal.shape[-1])
 
-        def normality(x: jax.Array) -> jax.Array:
+        def normality(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             logits: Any = module.apply(variables, x, train=False)
-            return optax.sigmoid_binary_cross_entropy(logits, jnp.ones(())).mean()
+            return optax.sigmoid_binary_cross_entropy(logits, jnp.ones(())).mean(), None
 
         def project(x: jax.Array) -> jax.Array:
             return project_to_shell(x, normal, jnp.float32(distance))
 
-        return ascend(normality, normal + noise, generator, 0.1 * distance, 5, project)
+        return ascend(normality, normal + noise, None, generator, 0.1 * distance, 5, project)[0]
 
     def anomalies(
         key: Key, model: DiscriminatorState, frozen: Frozen, x: PyTree, normal: jax.Array

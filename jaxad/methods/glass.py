@@ -12,12 +12,11 @@ Family: synthetic
 Paper: A Unified Anomaly Synthesis Strategy with Gradient Ascent for Industrial Anomaly Detection and Localization,
     ECCV 2024, arXiv:2407.09359.
 Reference: https://github.com/cqylunlun/GLASS
-Differences: the center is computed with the current adaptor at every step, not once an epoch; no gradient flows through
-    the displacement of an anomalous feature; patch features are stacked means of neighborhoods, without pooling of
-    channels; the hypothesis is a hyperparameter, not chosen by the spectrum of the images; the object is found by
-    Otsu's threshold, not given as a mask; an epoch has all images, not 392; no layer in front of the batch norm has a
-    bias, which batch norm would cancel; the last epoch counts, not the best one on the test images; the running
-    variance is the biased one of the batches.
+Differences: the center is computed with the current adaptor at every step, not once an epoch; patch features are
+    stacked means of neighborhoods, without pooling of channels; the hypothesis is a hyperparameter, not chosen by the
+    spectrum of the images; the object is found by Otsu's threshold, not given as a mask; an epoch has all images, not
+    392; no layer in front of the batch norm has a bias, which batch norm would cancel; the last epoch counts, not the
+    best one on the test images; the running variance is the biased one of the batches.
 Results: experiments/recipes/glass.py
 """
 
@@ -50,8 +49,6 @@ MAX_DRAWS = 64
 """Draws of a shape before an image goes without one."""
 STEP_LENGTH, STEPS_PER_PROJECTION = 1e-3, 5
 """Of the ascent."""
-MOMENTUM = 0.9
-"""Of the discriminator's batch norm."""
 
 
 class GlassFeatures(NamedTuple):
@@ -149,8 +146,6 @@ def glass(
         discriminator=optax.adamw(2 * learning_rate, weight_decay=0.01),
     )
     discriminator, spherical = Discriminator(hidden), hypothesis == "hypersphere"
-    # The batch norm sees the global anomalies once for every step of the ascent, and once for the loss.
-    stats_updates = (1 - MOMENTUM ** (ascent_steps + 1)) / (1 - MOMENTUM)
 
     def patches(x: dict[str, Array]) -> Float[Array, "b h w c"]:
         return feature_scale * patch_features(x, layers)
@@ -210,16 +205,15 @@ def glass(
         is_normal = jnp.concatenate([~mask, jnp.ones_like(mask)])
         radius = jnp.nanquantile(jnp.where(is_normal, distances, jnp.nan), RADIUS_QUANTILE)
 
-        def normality(x: Array) -> Array:
-            output, _ = logits(fixed_params, model.stats, jnp.concatenate([constant, x]))
-            return optax.sigmoid_binary_cross_entropy(jnp.split(output, 2)[1], jnp.ones(())).mean()
+        def normality(x: Array, stats: PyTree) -> tuple[Array, PyTree]:
+            output, stats = logits(fixed_params, stats, jnp.concatenate([constant, x]))
+            return optax.sigmoid_binary_cross_entropy(jnp.split(output, 2)[1], jnp.ones(())).mean(), stats
 
-        middle, distance = (center, radius) if spherical else (constant, jnp.float32(MIN_DISTANCE))
+        middle, distance = (center, radius) if spherical else (normal, jnp.float32(MIN_DISTANCE))
         project = lambda x: project_to_shell(x, middle, distance)  # noqa: E731
-        start = constant + noise * jax.random.normal(noise_key, raw.shape)
-        moved = ascend(normality, start, ascent_steps, STEP_LENGTH, STEPS_PER_PROJECTION, project)
-        output, updated = logits(params, model.stats, jnp.concatenate([normal, normal + (moved - constant)]))
-        stats = jax.tree.map(lambda old, new: old + stats_updates * (new - old), model.stats, updated)
+        start = normal + noise * jax.random.normal(noise_key, raw.shape)
+        moved, stats = ascend(normality, start, model.stats, ascent_steps, STEP_LENGTH, STEPS_PER_PROJECTION, project)
+        output, stats = logits(params, stats, jnp.concatenate([normal, moved]))
         of_normal, of_global = (
             optax.sigmoid_binary_cross_entropy(part, label).mean()
             for part, label in zip(jnp.split(output, 2), (jnp.zeros(()), jnp.ones(())), strict=True)

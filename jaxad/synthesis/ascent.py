@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxad.base import PyTree
+
 
 def project_to_shell(
     x: Float[Array, "*b c"], center: Float[Array, "..."], radius: Float[Array, ""]
@@ -20,27 +22,44 @@ def project_to_shell(
 
 
 def ascend(
-    loss: Callable[[Float[Array, "b h w c"]], Float[Array, ""]],
+    loss: Callable[[Float[Array, "b h w c"], PyTree], tuple[Float[Array, ""], PyTree]],
     x: Float[Array, "b h w c"],
+    carried: PyTree,
     steps: int,
     length: float,
     every: int,
     project: Callable[[Float[Array, "b h w c"]], Float[Array, "b h w c"]],
-) -> Float[Array, "b h w c"]:
+) -> tuple[Float[Array, "b h w c"], PyTree]:
     """Gradient ascent of features, with a normalized gradient at every position.
 
+    The result has a gradient with respect to the features to start from, to which the steps are constants.
+
     Args:
-        loss: A scalar function of all features.
+        loss: (features, carried) -> a scalar, and what the next step is given.
         x: The features to start from.
+        carried: What the first step is given: statistics of batch norms.
         steps: Number of steps.
         length: Euclidean length of a step.
         every: Steps from one projection to the next.
         project: Applied to all features after every `every` steps.
+
+    Returns:
+        The features, and what the last step has left.
     """
 
-    def step(i: Array, x: Array) -> Array:
-        gradient = jax.grad(loss)(x)
-        x = x + length * gradient / (jnp.linalg.norm(gradient, axis=-1, keepdims=True) + 1e-10)
-        return jnp.where((i + 1) % every == 0, project(x), x)
+    def step(_: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        x, carried = state
+        gradient, carried = jax.grad(loss, has_aux=True)(x, carried)
+        return x + length * gradient / (jnp.linalg.norm(gradient, axis=-1, keepdims=True) + 1e-10), carried
 
-    return jax.lax.fori_loop(0, steps, step, x)
+    def climb(x: Array, carried: PyTree, count: int) -> tuple[Array, PyTree]:
+        start = jax.lax.stop_gradient(x)
+        moved, carried = jax.lax.fori_loop(0, count, step, jax.lax.stop_gradient((start, carried)))
+        return x + jax.lax.stop_gradient(moved - start), jax.lax.stop_gradient(carried)
+
+    def round_(state: tuple[Array, PyTree], _: None) -> tuple[tuple[Array, PyTree], None]:
+        x, carried = climb(*state, every)
+        return (project(x), carried), None
+
+    (x, carried), _ = jax.lax.scan(round_, (x, carried), length=steps // every)
+    return climb(x, carried, steps % every)

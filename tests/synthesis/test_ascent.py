@@ -22,10 +22,10 @@ def test_features_move_into_the_shell_along_the_line_to_their_centers():
 
 def test_ascent_takes_steps_of_equal_length():
     goal = jnp.asarray(RNG.normal(size=(1, 1, 2, 3)), jnp.float32)
-    loss = lambda x: -jnp.sum((x - goal) ** 2)  # noqa: E731
+    loss = lambda x, count: (-jnp.sum((x - goal) ** 2), count + 1)  # noqa: E731
     start = jnp.asarray(RNG.normal(size=(1, 1, 2, 3)) + 5, jnp.float32)
-    moved = ascend(loss, start, 4, 0.1, 10, lambda x: x)
+    moved, count = ascend(loss, start, 0, 4, 0.1, 10, lambda x: x)
     np.testing.assert_allclose(np.linalg.norm(moved - start, axis=-1), 0.4, rtol=1e-3)
-    assert loss(moved) > loss(start)
-    projected = ascend(loss, start, 4, 0.1, 2, lambda x: x * 0)
+    assert loss(moved, 0)[0] > loss(start, 0)[0] and count == 4
+    projected, _ = ascend(loss, start, 0, 4, 0.1, 2, lambda x: x * 0)
     np.testing.assert_array_equal(projected, jnp.zeros_like(start))
