@@ -35,7 +35,7 @@ NAMES = {
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """That of `synthetic`, but for the last weights, which are of both signs."""
-    return normal("tail", *shape) / 2 if name == "tail.0.weight" else synthetic(name, shape)
+    return normal("tail", *shape) / 2 if name.startswith("tail") else synthetic(name, shape)
 
 
 def maps(name: str) -> dict[str, np.ndarray]:
