@@ -1,9 +1,9 @@
 """SimpleNet against simplenet.py of DonaldRR/SimpleNet, with given maps in place of its backbone.
 
 Commit 351a2b8. Called are `SimpleNet._train_discriminator`, three times for a batch, and `_predict`; `torch.normal`
-gives the same noise as `jax.random.normal` here. Both stages have as many channels, so that the reference's pooling to that
-number is the mean of a neighborhood. The biases in front of the batch norm stay zero. jaxad's variances of batches are
-biased: they are corrected before images are scored.
+gives the same noise as `jax.random.normal` here. Both stages have as many channels, so that the reference's pooling to
+that number is the mean of a neighborhood. The biases in front of the batch norm stay zero. jaxad's variances of batches
+are biased: they are corrected before images are scored.
 """
 
 from typing import Any
