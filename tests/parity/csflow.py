@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxad.methods.csflow import SCALES, CsflowFlow, csflow
@@ -27,7 +28,7 @@ TOLERANCES = {"change in 3 steps": (3e-4, "a change of 6e-4 of parameters near 1
 
 def name_of(path: str) -> str:
     """A leaf of the parameters -> its tensor in torch."""
-    block, first, leaf = re.fullmatch(r"(\d)/(\d)/params/(.*)", path).groups()
+    block, first, leaf = path.replace("/params", "").split("/", 2)
     conv = re.fullmatch(r"Conv_(\d)/(\w+)", leaf)
     tensor = f"{CONVOLUTIONS[int(conv[1])]}.{conv[2].replace('kernel', 'weight')}" if conv else f"gamma{leaf[-1]}"
     return f"block{block}.cross_convolution{2 - int(first)}.{tensor}"
@@ -40,7 +41,8 @@ def ours(golden: Golden) -> dict[str, Any]:
     start = shapes_of(stage, x)
     params = from_torch(start.model.params, name_of)
     permutations = tuple(
-        tuple(golden.given[f"permutation {block} {scale}"] for scale in range(SCALES)) for block in range(BLOCKS)
+        tuple(jnp.asarray(golden.given[f"permutation {block} {scale}"]) for scale in range(SCALES))
+        for block in range(BLOCKS)
     )
     states, losses = follow(stage, start._replace(model=CsflowFlow(params, permutations)), [batch_of(x)] * 3)
     scores = jax.jit(method.score)(states[-1].model, None, x)

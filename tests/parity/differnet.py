@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -48,7 +49,7 @@ BACKBONE = build("convolutions", "own", Convolutions(), ("features",), fold)
 
 def name_of(path: str) -> list[str]:
     """A leaf of the parameters -> its tensors in torch, one for each block."""
-    first, dense, leaf = re.fullmatch(r"(\d)/params/Dense_(\d)/(\w+)", path).groups()
+    first, dense, leaf = re.findall(r"\w+", path.replace("params/Dense_", ""))
     tensor = f"s{2 - int(first)}.{LAYERS[int(dense)]}.{leaf.replace('kernel', 'weight')}"
     return [f"block{block}.{tensor}" for block in range(BLOCKS)]
 
@@ -67,7 +68,7 @@ def ours(golden: Golden) -> dict[str, Any]:
     x = jax.jit(method.embed)(frozen, pixels("images", 3, 24, 24, 3))
     start = shapes_of(stage, x)
     params = from_torch(start.model.params, name_of)
-    permutations = np.stack([golden.given[f"permutation {block}"] for block in range(BLOCKS)])
+    permutations = jnp.asarray([golden.given[f"permutation {block}"] for block in range(BLOCKS)])
     states, losses = follow(stage, start._replace(model=DiffernetFlow(params, permutations)), [batch_of(x)] * 3)
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, states[-1].model.params, params)
     scores = jax.jit(method.score)(states[-1].model, frozen, x)

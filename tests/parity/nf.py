@@ -33,8 +33,8 @@ def name_of(*couplings: int) -> Callable[[str], str | list[str]]:
         first = {"log_scale": "first.logs", "shift": "first.bias"}.get(path)
         if first:
             return first
-        part, leaf = re.fullmatch(r"flow/(\d)/params/(.*)", path).groups()
-        conv = re.fullmatch(r"network/Convolution_(\d)/(\w+)", leaf)
+        _, part, _, leaf = path.split("/", 3)
+        conv = re.fullmatch(r"network/WeightNormConv_(\d)/(\w+)", leaf)
         tensor = f"st_net.{CONVOLUTIONS[int(conv[1])]}.conv.{LEAVES[conv[2]]}" if conv else "rescale.weight_g"
         start = sum(couplings[: int(part)])
         return [f"coupling{i}.{tensor}" for i in range(start, start + couplings[int(part)])]
