@@ -14,12 +14,13 @@ Reference: https://github.com/TooTouch/MemSeg (no official code)
 Differences: the whole backbone stays frozen, with its batch norm folded into its convolutions, and a separate stem and
     fourth stage are trained from random weights, drawn like a ResNet's (in the reference the trained stem feeds the
     frozen stages, whose features drift away from the memory: with its code on MVTec's bottle at 64 px, 200 steps, image
-    and pixel AUROC are 0.963 and 0.912, frozen 0.980 and 0.962, with a random stem 0.983 and 0.957); the shuffled image is changed as the paper says, not by
-    three of DRAEM's changes, and its grid is the paper's 4 x 8, not 8 x 8; textures come from 1,000 photographs at
-    most, and are synthetic without any; the object is found by Otsu's threshold, not by a brightness given for every
-    product (on MVTec's bottle their intersection is 0.95 of their union); images are resized without a crop; an
-    image with an anomaly is not rounded down to 256 levels (at most 1/255 of the range); every step takes a full
-    batch; running variances are biased (torch's are not: 3e-4 of a heat map after three steps).
+    and pixel AUROC are 0.963 and 0.912, frozen 0.980 and 0.962, with a random stem 0.983 and 0.957); the shuffled image
+    is changed as the paper says, not by three of DRAEM's changes, and its grid is the paper's 4 x 8, not 8 x 8;
+    textures come from 1,000 photographs at most, and are synthetic without any; the object is found by Otsu's
+    threshold, not by a brightness given for every product (on MVTec's bottle their intersection is 0.95 of their
+    union); images are resized without a crop; an image with an anomaly is not rounded down to 256 levels (at most 1/255
+    of the range); every step takes a full batch; running variances are biased (torch's are not: 3e-4 of a heat map
+    after three steps).
 Results: experiments/recipes/memseg.py
 """
 

@@ -21,7 +21,7 @@ from tests.parity.golden import Golden, pixels, synthetic
 from tests.parity.steps import KEY, batch_of, follow, from_torch, gradient, shapes_of, to_torch, unbiased, under
 
 N, SIDE = 8, 32
-NETWORK = "vgg16"
+NETWORK, LAYERS = "vgg16", ("pool2", "pool3", "pool4", "pool5")
 NUMBERS = {"ConvNorm": (0, 6, 12, 15, 21, 24, 30, 33), "Conv": (3, 9, 18, 27, 36)}
 """Of the convolutions in `features`."""
 SIDES = (32, 16, 8, 8, 4, 4, 2, 2)
@@ -56,7 +56,7 @@ def ours(golden: Golden) -> dict[str, Any]:
     del golden
     frozen = teacher()
     method, guided = (
-        mkd(backbone=NETWORK, image_size=(SIDE, SIDE), localization=kind, learning_rate=3e-5)
+        mkd(backbone=NETWORK, layers=LAYERS, image_size=(SIDE, SIDE), localization=kind, learning_rate=3e-5)
         for kind in ("gradients", "guided_backprop")
     )
     stage = method.stages[0]
