@@ -4,9 +4,10 @@ rohban-lab/Knowledge_Distillation_AD, commit 0c574ae9ad12666982a1ccc2c7148acd6bf
 cloner (`equal_network_size=False`, without biases) with `lamda=0.5`, and Adam as in train.py but at 3e-5 (at 1e-3,
 rounding decides after three steps which units are on).
 
-Images are not normalized, as there. Heat maps are those of the untrained cloner: absolute gradients summed over
-channels and smoothed, without `convert_to_grayscale`'s clipping and scaling, from `gradients_localization` and, with
-the same smoothing, from `GuidedBackprop`. jaxad's variances of batches are corrected before images are scored.
+Images are not normalized, as there; the first two are scored. Heat maps are those of the untrained cloner: absolute
+gradients summed over channels and smoothed, without `convert_to_grayscale`'s clipping and scaling, from
+`gradients_localization` and, with the same smoothing, from `GuidedBackprop`. jaxad's variances of batches are corrected
+before images are scored.
 """
 
 import re
@@ -68,13 +69,13 @@ def ours(golden: Golden) -> dict[str, Any]:
     begin = MkdCloner(params, stats)
     states, losses = follow(stage, start._replace(model=begin), [batch_of(x)] * 3, frozen)
     last = MkdCloner(states[-1].model.params, unbiased(states[-1].model.stats, stats, positions))
-    score = jax.jit(method.score)
+    score, first = jax.jit(method.score), jax.tree.map(lambda leaf: leaf[:2], x)
     return {
         "loss": np.asarray(losses),
         **under("gradient", to_torch(gradient(states[0]), name_of)),
         **under("parameters after a step", to_torch(states[0].model.params, name_of)),
         **under("statistics after 3 steps", to_torch(last.stats, name_of)),
-        "score": score(last, frozen, x).image,
-        "heat map": score(begin, frozen, x).pixel,
-        "guided heat map": jax.jit(guided.score)(begin, frozen, x).pixel,
+        "score": score(last, frozen, first).image,
+        "heat map": score(begin, frozen, first).pixel,
+        "guided heat map": jax.jit(guided.score)(begin, frozen, first).pixel,
     }
