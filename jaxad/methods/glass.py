@@ -13,10 +13,10 @@ Paper: A Unified Anomaly Synthesis Strategy with Gradient Ascent for Industrial 
     ECCV 2024, arXiv:2407.09359.
 Reference: https://github.com/cqylunlun/GLASS
 Differences: the center is computed with the current adaptor at every step, not once an epoch; patch features are
-    stacked means of neighborhoods, without pooling of channels; the hypothesis is a hyperparameter, not chosen by the
-    spectrum of the images; the object is found by Otsu's threshold, not given as a mask; an epoch has all images, not
-    392; no layer in front of the batch norm has a bias, which batch norm would cancel; the last epoch counts, not the
-    best one on the test images; the running variance is the biased one of the batches.
+    stacked means of neighborhoods, without pooling of channels (see SimpleNet); the hypothesis is a hyperparameter, not
+    chosen by the spectrum of the images; the object is found by Otsu's threshold, not given as a mask; an epoch has all
+    images, not 392; no layer in front of the batch norm has a bias, which batch norm would cancel; the last epoch
+    counts, not the best one on the test images; the running variance is the biased one of the batches.
 Results: experiments/recipes/glass.py
 """
 

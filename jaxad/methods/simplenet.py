@@ -9,9 +9,10 @@ Family: synthetic
 Paper: SimpleNet: A Simple Network for Image Anomaly Detection and Localization, CVPR 2023, arXiv:2303.15140.
 Reference: https://github.com/DonaldRR/SimpleNet
 Differences: patch features are means of neighborhoods, concatenated over the stages, as in the paper; the reference
-    pools the channels of all stages to one number. An epoch is one pass; the reference has 40 meta-epochs of 4. Images
-    are resized without a crop, and the last epoch is kept, not the best on the test images. The layer before the batch
-    norm has no bias, which batch norm would cancel; running variances are biased (torch's are not).
+    averages runs of channels and positions to one number of channels (0.991 and 0.993 image AUROC on bottles, two seeds
+    of 10 epochs on a ResNet-18). An epoch is one pass; the reference has 40 meta-epochs of 4. Images are resized
+    without a crop, and the last epoch is kept, not the best on the test images. The adaptor and the layer before the
+    batch norm have no bias, which batch norm would cancel; running variances are biased (torch's are not).
 Results: experiments/recipes/simplenet.py
 """
 

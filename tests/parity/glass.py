@@ -56,17 +56,17 @@ def run(hypothesis: str) -> dict[str, Any]:
     total, _ = jax.jit(measure.update)(KEY, shapes_of(measure, x), frozen, batch_of(x))
     mean = measure.finalize(KEY, total, frozen)
     start = shapes_of(train, x, mean)
-    params, stats = (from_torch(tree, NAMES.get, tensor) for tree in start.model[:2])
+    params, stats = (from_torch(tree, NAMES.__getitem__, tensor) for tree in start.model[:2])
     start = start._replace(model=module.GlassTraining(params, stats, mean))
     states, losses = follow(train, start, [batch_of(x)] * 3, frozen)
     scores = jax.jit(method.score)(train.finalize(KEY, states[-1], frozen), frozen, maps("test"))
-    gradients = [to_torch(part, NAMES.get) for part in gradient(states[0])]
+    gradients = [to_torch(part, NAMES.__getitem__) for part in gradient(states[0])]
     last = states[-1].model
     return {
         f"loss/{hypothesis}": np.asarray(losses),
         **under(f"gradient/{hypothesis}", gradients[0] | gradients[1]),
-        **under(f"parameters after 3 steps/{hypothesis}", to_torch(last.params, NAMES.get)),
-        **under(f"statistics after 3 steps/{hypothesis}", to_torch(last.stats, NAMES.get)),
+        **under(f"parameters after 3 steps/{hypothesis}", to_torch(last.params, NAMES.__getitem__)),
+        **under(f"statistics after 3 steps/{hypothesis}", to_torch(last.stats, NAMES.__getitem__)),
         f"score/{hypothesis}": scores.image,
         f"heat map/{hypothesis}": scores.pixel,
     }

@@ -35,19 +35,19 @@ def ours(golden: Golden) -> dict[str, Any]:
     )
     x, noise = maps("normal"), normal("noise", IMAGES * POSITIONS, 2 * CHANNELS)
     start = shapes_of(method.stages[0], x)
-    params, stats = (from_torch(tree, TENSORS.get, tensor) for tree in start.model)
+    params, stats = (from_torch(tree, TENSORS.__getitem__, tensor) for tree in start.model)
     start = start._replace(model=SimplenetNetworks(params, stats))
     with mock.patch.object(jax.random, "normal", lambda key, shape: jnp.asarray(noise.reshape(shape))):
         states, losses = follow(method.stages[0], start, [batch_of(x)] * 3)
     last = states[-1].model
     last = last._replace(stats=unbiased(last.stats, stats, lambda _: 2 * IMAGES * POSITIONS))
     scores = jax.jit(method.score)(last, None, maps("test"))
-    adaptor, discriminator = (to_torch(part, TENSORS.get) for part in gradient(states[0]))
+    adaptor, discriminator = (to_torch(part, TENSORS.__getitem__) for part in gradient(states[0]))
     return {
         "loss": np.asarray(losses),
         **under("gradient", adaptor | discriminator),
-        **under("parameters after 3 steps", to_torch(last.params, TENSORS.get)),
-        **under("statistics after 3 steps", to_torch(last.stats, TENSORS.get)),
+        **under("parameters after 3 steps", to_torch(last.params, TENSORS.__getitem__)),
+        **under("statistics after 3 steps", to_torch(last.stats, TENSORS.__getitem__)),
         "score": scores.image,
         "heat map": scores.pixel,
     }
