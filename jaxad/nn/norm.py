@@ -67,6 +67,7 @@ class ConvNorm(nn.Module):
     stride: int = 1
     up: bool = False
     kernel_init: nn.initializers.Initializer | None = None
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
@@ -76,7 +77,7 @@ class ConvNorm(nn.Module):
         otherwise by the running statistics.
         """
         y = Convolution(self.features, self.kernel, self.stride, self.up, self.kernel_init, name="conv")(x)
-        return nn.BatchNorm(not train, momentum=0.9, epsilon=EPSILON, name="norm")(y)
+        return nn.BatchNorm(not train, momentum=0.9, epsilon=EPSILON, scale_init=self.scale_init, name="norm")(y)
 
 
 def without_norm(variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:

@@ -1,12 +1,23 @@
 """The building blocks of DRAEM's encoders and decoders."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxad.base import Key
 from jaxad.nn.norm import ConvNorm
+
+NORMAL = nn.initializers.normal(0.02)
+"""The weights of DRAEM's convolutions."""
+
+
+def near_one(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """The scales of DRAEM's batch norms: normal, of deviation 0.02."""
+    return 1 + NORMAL(key, shape, dtype)
 
 
 class Blocks(nn.Module):
@@ -18,7 +29,7 @@ class Blocks(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w f"]:
         """The map of the last convolution; `train` as in `ConvNorm`."""
         for features in self.features:
-            x = nn.relu(ConvNorm(features, 3)(x, train=train))
+            x = nn.relu(ConvNorm(features, 3, kernel_init=NORMAL, scale_init=near_one)(x, train=train))
         return x
 
 
@@ -36,9 +47,9 @@ def doubled(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 def stretched(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Twice as many rows and columns, by bilinear interpolation; corners stay corners (torch's `align_corners`)."""
 
-    def weights(n: int) -> Float[np.ndarray, "n2 n"]:
-        distance = np.linspace(0, n - 1, 2 * n)[:, None] - np.arange(n)
-        return np.maximum(0, 1 - np.abs(distance)).astype(np.float32)
+    def weights(n: int) -> Float[Array, "n2 n"]:
+        distance = (n - 1) * jnp.arange(2 * n)[:, None] - (2 * n - 1) * jnp.arange(n)
+        return jnp.maximum(0, 1 - jnp.abs(distance) / (2 * n - 1))
 
     rows, columns = (weights(n) for n in x.shape[1:3])
     return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
