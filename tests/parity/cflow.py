@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxad.methods.cflow import CflowFlows, cflow
 from tests.parity.golden import Golden, normal
-from tests.parity.steps import batch_of, follow, from_torch, gradient, nhwc, shapes_of, to_torch, under
+from tests.parity.steps import KEY, batch_of, follow, from_torch, gradient, nhwc, shapes_of, to_torch, under
 
 SHAPES, BLOCKS = {"layer1": (5, 6, 8), "layer2": (6, 6, 8)}, 2
 
@@ -46,7 +46,7 @@ def ours(golden: Golden) -> dict[str, Any]:
     states, losses = follow(train, start._replace(model=flows), [batch] * 3)
 
     def scored(flows: CflowFlows) -> Any:
-        state, _ = calibrate.update(jax.random.key(0), calibrate.init(None, flows, None, None), None, batch)
+        state, _ = calibrate.update(KEY, calibrate.init(KEY, flows, None, None), None, batch)
         return method.score(state, None, x)
 
     scores = jax.jit(scored)(states[-1].model)
