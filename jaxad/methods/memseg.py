@@ -156,7 +156,8 @@ def anomalies(
 
     def defective(key: Key, image: Float[Array, "h w 3"]) -> Anomalous:
         which_key, texture_key, tiles_key, anomaly_key = jax.random.split(key, 4)
-        texture = source(texture_key, image.shape[:2], photographs, None)
+        height, width, _ = image.shape
+        texture = source(texture_key, (height, width), photographs, None)
         structural = jax.random.bernoulli(which_key)
         texture = jnp.where(structural, shuffled_tiles(tiles_key, image, TILES), texture)
         object_mask = foreground(image) if on_foreground else None
