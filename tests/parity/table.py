@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 HEAD = """# Parity
 
 Every method is compared with an implementation that is not jaxad's: the same inputs, the same weights, on one CPU. An
-error is the largest difference as a share of the largest value; tests allow {tolerance:.0e} unless a footnote says
+error is the largest difference as a share of the largest value; tests allow {tolerance} unless a footnote says
 otherwise. Written by `python -m tests.parity.table` from the golden files of tests/parity, whose modules say what was
 called.
 
@@ -55,6 +55,11 @@ def start_of_row(name: str) -> str:
     return f"| {name.replace('-', ', ', 1)} | {golden.read(name).reference} |"
 
 
+def power(error: float) -> str:
+    """The error to one digit, such as 2e-6."""
+    return f"{error:.0e}".replace("e-0", "e-") if error else "0"
+
+
 def document() -> str:
     """The page; compares everything."""
     rows, notes = [], []
@@ -63,11 +68,12 @@ def document() -> str:
         for quantity, error in errors(name).items():
             mark = ""
             if quantity in tolerances(name):
-                notes.append("[^{0}]: {2}; {1:.0e} is allowed.".format(len(notes) + 1, *tolerances(name)[quantity]))
+                tolerance, reason = tolerances(name)[quantity]
+                notes.append(f"[^{len(notes) + 1}]: {reason}; {power(tolerance)} is allowed.")
                 mark = f"[^{len(notes)}]"
-            cells.append(f"{quantity} {error:.0e}{mark}")
+            cells.append(f"{quantity} {power(error)}{mark}")
         rows.append(f"{start_of_row(name)} {', '.join(cells)} |\n")
-    return HEAD.format(tolerance=TOLERANCE) + "".join(rows) + "".join(f"\n{note}\n" for note in notes)
+    return HEAD.format(tolerance=power(TOLERANCE)) + "".join(rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def _module(name: str):
