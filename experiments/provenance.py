@@ -17,6 +17,8 @@ TABLES = {"jaxad.backbones.networks.FAMILIES", "jaxad.backbones.registry.ENTRIES
 """Tables of all backbones. They lead nowhere: of them only what a result was made with counts."""
 UNNAMED = "<statements>"
 """What stands in a module and binds no name."""
+STUDENTS, STUDENT = "<students>", "jaxad.backbones.networks.student"
+"""How a module makes untrained networks of a backbone's architecture; and the function by which a method gets one."""
 
 
 DECISIVE = ("method", "dataset", "backbone", "hyperparameters", "image_size", "center_crop", "seeds")
@@ -54,7 +56,8 @@ def code_hash(method: str, backbones: str | tuple[str, ...] | None = (), package
     """A hash of a method's code: of all that its file defines, and of every definition that this leads to by name.
 
     Only the definitions that are used count, not the rest of their files. Docstrings, comments, annotations and layout
-    do not count. Of the backbones, the families and the normalization of images count.
+    do not count. Of the backbones, the families and the normalization of images count, and how they make students if
+    the method trains one.
 
     Names are followed through imports, re-exports and attributes of modules, but not through `getattr`, strings or
     arguments. The driver, which calls the methods, the readers of images, the metrics and libraries do not count.
@@ -66,7 +69,8 @@ def code_hash(method: str, backbones: str | tuple[str, ...] | None = (), package
     """
     home = f"{package.name}.methods.{method}"
     entries = [registry.lookup(name) for name in ([backbones] if isinstance(backbones, str) else backbones or ())]
-    pending = [home, *(f"jaxad.backbones.{backbone(entry.name).family}.FAMILY" for entry in entries)]
+    families = [f"jaxad.backbones.{backbone(entry.name).family}" for entry in entries]
+    pending = [home, *(f"{family}.FAMILY" for family in families)]
     reached: dict[str, str] = {}
     while pending:
         for module, name in resolve(pending.pop(), package):
@@ -75,6 +79,8 @@ def code_hash(method: str, backbones: str | tuple[str, ...] | None = (), package
                 continue
             definition = module_at(module, package).definitions[name]
             reached[key] = definition.text
+            if key == STUDENT:
+                pending += [f"{family}.{STUDENTS}" for family in families]
             pending += [f"{module}.{reference}" for reference in (UNNAMED, *sorted(definition.references))]
     text = [*sorted(reached.items()), *((entry.normalization, entry.stride_in_1x1) for entry in entries)]
     return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
@@ -125,6 +131,11 @@ def parse(source: str) -> Module:
         elif isinstance(node, ast.ImportFrom):
             imports |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef):
+            students = [s for s in statement.body if isinstance(s, ast.FunctionDef) and s.name == "student"]
+            statement.body[:] = [s for s in statement.body if s not in students]
+            for student in students:
+                statements[STUDENTS].append(student)
         if not isinstance(statement, ast.Import | ast.ImportFrom):
             for name in bound(statement) or {UNNAMED}:
                 statements[name].append(statement)

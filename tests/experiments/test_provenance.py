@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.provenance import DECISIVE, code_hash, is_current
+from experiments.provenance import DECISIVE, STUDENTS, code_hash, is_current, parse
 from experiments.recipes import all_recipes
 from jaxad import methods
 
@@ -103,3 +103,11 @@ def test_a_result_is_current_until_code_or_recipe_change() -> None:
     assert is_current(result, recipe) and is_current(result, recipe._replace(notes="otherwise"))
     assert not is_current(result | {"code": "0" * 16}, recipe) and not is_current(fields, recipe)
     assert not is_current(result, recipe._replace(seeds=(0, 1, 2, 3, 4))) and not is_current(result, None)
+
+
+def test_how_a_family_makes_students_counts_for_methods_that_train_one():
+    module = parse(
+        "def make():\n    def student():\n        return norm\n    return build(student)\nnorm = build = 1\n"
+    )
+    assert "norm" in module.definitions[STUDENTS].references and "norm" not in module.definitions["make"].references
+    assert STUDENTS not in parse("def student():\n    return 1\n").definitions
