@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 # A representative tenth of the suite: rows of each kind, and the rooms that a new version of a dependency breaks first.
 SAMPLE := tests/test_conformance.py tests/test_lowering.py tests/test_structure.py tests/test_docs.py tests/test_detector.py \
-  tests/synthesis tests/metrics tests/bijectors tests/driver/test_fit.py tests/driver/test_embedding.py
+  tests/synthesis tests/metrics tests/bijectors tests/parity tests/driver/test_fit.py tests/driver/test_embedding.py
 ROWS := padim,patchcore,fastflow,stfpm,cutpaste,mahalanobis_ad
 
 .PHONY: demo test test-all test-sample lint clean

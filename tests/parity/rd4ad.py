@@ -42,7 +42,8 @@ SCALES = (2, 0.5, 0.5, 1, 0.5)
 """Rows and columns of a block's input by those of its result."""
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
-TOLERANCES = {"heat map": (5e-4, "Adam's steps are as large for gradients of the size of rounding as for others")}
+ROUNDED = "Adam's steps are as large for gradients of the size of rounding as for others"
+TOLERANCES = {"heat map": (5e-4, ROUNDED), "score": (5e-4, ROUNDED)}
 
 
 def name_of(path: str) -> str:
