@@ -3,13 +3,14 @@
 import pytest
 
 from jaxad.methods import METHODS
+from tests.examples import slow_outside
 from tests.parity import golden
 from tests.parity.table import DOCUMENT, TOLERANCE, errors, start_of_row, tolerances
 
 NAMES = golden.names()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_outside(METHODS, NAMES))
 def test_parity(name: str):
     allowed = {quantity: tolerance for quantity, (tolerance, _) in tolerances(name).items()}
     for quantity, error in errors(name).items():
