@@ -220,7 +220,7 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
     description.write_text(text[:50])
     with pytest.raises(ValueError, match=r"model\.json must be JSON"):
         jaxad.load(tmp_path)
-    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 2}', "lacks method, hyper")):
+    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 3}', "lacks method, hyper")):
         description.write_text(broken)
         with pytest.raises(ValueError, match=rf"model\.json {rule}"):
             jaxad.load(tmp_path)
@@ -230,8 +230,8 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
         limits.write_text(broken)
         with pytest.raises(ValueError, match=rf"threshold\.json.*{rule}"):
             jaxad.load(tmp_path)
-    description.write_text(text.replace('"format": 2', '"format": 99'))
-    with pytest.raises(ValueError, match="has format 99, but this version of jaxad reads format 2: fit again"):
+    description.write_text(text.replace('"format": 3', '"format": 99'))
+    with pytest.raises(ValueError, match="has format 99, but this version of jaxad reads format 3: fit again"):
         jaxad.load(tmp_path)
     description.unlink()
     with pytest.raises(FileNotFoundError, match="no fitted model"):
