@@ -26,8 +26,7 @@ from tests.parity.steps import KEY, batch_of, from_torch, gradient, shapes_of, t
 
 N, SIZE = 4, 64
 PROGRESS = (0.0, 0.8, 0.9)
-ROUNDED = "a ReLU near 0 that rounds to the other side changes small gradients, and Adam's steps, by as much"
-TOLERANCES = {"gradient": (1e-2, ROUNDED), "parameters after 3 steps": (1e-3, ROUNDED)}
+TOLERANCES = {"gradient": (3e-3, "a ReLU near 0 that rounds to the other side changes small gradients by as much")}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 

@@ -50,6 +50,11 @@ def tolerances(name: str) -> dict[str, tuple[float, str]]:
     return getattr(_module(name), "TOLERANCES", {})
 
 
+def note(tolerance: float, reason: str) -> str:
+    """The footnote of a quantity whose error may be larger."""
+    return f"{reason}; {power(tolerance)} is allowed."
+
+
 def start_of_row(name: str) -> str:
     """A row of the table up to the errors."""
     return f"| {name.replace('-', ', ', 1)} | {golden.read(name).reference} |"
@@ -68,8 +73,7 @@ def document() -> str:
         for quantity, error in errors(name).items():
             mark = ""
             if quantity in tolerances(name):
-                tolerance, reason = tolerances(name)[quantity]
-                notes.append(f"[^{len(notes) + 1}]: {reason}; {power(tolerance)} is allowed.")
+                notes.append(f"[^{len(notes) + 1}]: {note(*tolerances(name)[quantity])}")
                 mark = f"[^{len(notes)}]"
             cells.append(f"{quantity} {power(error)}{mark}")
         rows.append(f"{start_of_row(name)} {', '.join(cells)} |\n")

@@ -1,11 +1,13 @@
 """Every method of the registry gives what an implementation gives that is not ours."""
 
+import re
+
 import pytest
 
 from jaxad.methods import METHODS
 from tests.examples import slow_outside
 from tests.parity import golden
-from tests.parity.table import DOCUMENT, TOLERANCE, errors, start_of_row, tolerances
+from tests.parity.table import DOCUMENT, TOLERANCE, errors, note, start_of_row, tolerances
 
 NAMES = golden.names()
 
@@ -24,6 +26,8 @@ def test_every_method_has_a_golden_file():
 def test_every_golden_file_has_its_row():
     document = DOCUMENT.read_text()
     assert not [name for name in NAMES if start_of_row(name) not in document]
+    notes = [note(*larger) for name in NAMES for larger in tolerances(name).values()]
+    assert sorted(re.findall(r"^\[\^\d+\]: (.*)$", document, re.MULTILINE)) == sorted(notes)
 
 
 def test_golden_files_are_small():
