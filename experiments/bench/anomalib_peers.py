@@ -34,7 +34,6 @@ from jaxad.metrics import evaluate
 from jaxad.settings import Settings
 
 IMAGES = 100
-
 RESNET18, TEACHER = "resnet18.tv_in1k", "efficientad_small"
 """EfficientAD's teacher has random weights here, the same in both libraries."""
 
@@ -54,7 +53,6 @@ class Peer(NamedTuple):
     """Anomalib's name for the folder of other photographs."""
     size: int = 224
     """Of the images."""
-
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

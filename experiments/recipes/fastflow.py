@@ -26,7 +26,7 @@ BOTTLE = Recipe(
     hyperparameters={"conv3x3_only": True, "epochs": 16},
     published=published("anomalib, ResNet-18, 256 px, best epoch", image_AUROC=1.0, pixel_AUROC=0.983)
     | published("IM-IAD, ResNet-18, 256 px", pixel_AP=0.688, pixel_AUPRO=0.919),
-    notes="16 epochs instead of 500.",
+    notes="16 epochs instead of 500, after which gathierry/FastFlow has a pixel_AUROC of 0.975 (best epoch: 0.979).",
 )
 
 RECIPES = {
