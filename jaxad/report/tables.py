@@ -116,7 +116,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
 
 
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-OF_EXPERIMENTS = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
+OF_EXPERIMENTS = ("ablate_", "anomalib_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
 """Prefixes of result files that do not come from a recipe."""
 Published = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """The published metrics by recipe, as in its result: metric -> {"value", "source"}."""
