@@ -133,7 +133,7 @@ def learn(
             seconds=seconds | ({"threshold": threshold_seconds * share} if scored[i] else {}),
             loss=_curve(losses[i // len(values)] if several and losses.size else losses),
         )
-        models.append(model._replace(**_thresholds(scored[i], member.fpr)))
+        models.append(model._replace(**_thresholds(scored[i], member.fpr, held_out[i].groups)))
     return Learned(tuple(models), method, state, execution.classes_per_step)
 
 
@@ -157,12 +157,32 @@ def shortage(settings: Settings, plan: Plan) -> str | None:
 
 
 def split(settings: Settings, data: Dataset) -> tuple[Dataset, Dataset]:
-    """The images to learn from, and those held out."""
-    count = min(len(data) - 1, max(1, round(settings.holdout * len(data)))) if settings.holdout else 0
+    """The images to learn from, and those held out: a share of the groups, drawn at random, each as a whole.
+
+    The share is one of groups and not of images: which groups are drawn must not depend on their sizes, or those held
+    out would not be exchangeable with new ones.
+    """
+    names = {group: i for i, group in enumerate(dict.fromkeys(data.groups))}
+    if settings.holdout and len(names) == 1 < len(data):
+        raise ValueError(
+            f"holding out whole groups needs two or more, got {data.groups[0]!r} for all {len(data)} images of "
+            f"{data.category}: tell the groups apart, or set holdout to 0"
+        )
+    count = min(len(names) - 1, max(1, round(settings.holdout * len(names)))) if settings.holdout else 0
     if not count:
         return data, data.subset([])
-    order = np.random.default_rng(settings.seed).permutation(len(data))
-    return data.subset(np.sort(order[count:])), data.subset(np.sort(order[:count]))
+    order = np.random.default_rng(settings.seed).permutation(len(names))
+    is_held_out = np.isin([names[group] for group in data.groups], order[:count])
+    return data.subset(~is_held_out), data.subset(is_held_out)
+
+
+def leakage(settings: Settings, data: Dataset) -> str:
+    """Why the threshold may miss its rate on new parts: the hold-out seems to split shots of one part; else empty."""
+    signs = data.repeats if settings.holdout else ""
+    return signs and (
+        f"{signs}: if these show one part, the threshold will not keep its false-alarm rate on new parts; "
+        "name the parts with --group-by REGEX (group_by) or a group column"
+    )
 
 
 def configured(execution: Execution, settings: Settings) -> Execution:
@@ -249,14 +269,15 @@ def _held_out_scores(
     return summaries
 
 
-def _thresholds(summaries: Sequence[_Summary], fpr: float) -> dict[str, Any]:
+def _thresholds(summaries: Sequence[_Summary], fpr: float, groups: Sequence[str]) -> dict[str, Any]:
     """Fields of a `Model`, from the scores of held-out images if there are any."""
     if not summaries:
         return {}
     image, largest, median = (np.concatenate(column) for column in zip(*summaries, strict=True))
-    fields: dict[str, Any] = {"image_threshold": conformal_threshold(image, fpr)}
+    fields: dict[str, Any] = {"image_threshold": conformal_threshold(image, fpr, groups)}
     if largest.size:
-        fields |= {"pixel_threshold": conformal_threshold(largest, fpr), "normal_level": float(np.median(median))}
+        fields |= {"pixel_threshold": conformal_threshold(largest, fpr, groups)}
+        fields["normal_level"] = float(np.median(median))
     return fields
 
 

@@ -38,8 +38,8 @@ class Settings:
             draem, glass and memseg draw anomalies with them, and otherwise with generated textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
-        holdout: Share of the normal images that are held out to set the threshold; 0 uses all images and gives no
-            threshold.
+        holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
+            whole; 0 uses all images and gives no threshold.
         fpr: Wanted false-positive rate of the threshold.
         precision: What the backbone computes in; "bfloat16" is faster on GPUs and TPUs and halves its memory.
         cache: Where embedded images are cached while a method sees them several times: in the host's memory, or on the

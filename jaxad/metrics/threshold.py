@@ -3,8 +3,10 @@
 A sample is predicted anomalous if its score is greater than the threshold.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +33,11 @@ class Threshold(NamedTuple):
     """Number of samples that it was computed from."""
     source: str
     """`HELD_OUT`, `ORACLE` or `EDITED`."""
+    n_groups: int
+    """Number of independent groups that the samples belong to; n where each is on its own."""
 
 
-def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
+def conformal_threshold(normal_scores: ArrayLike, fpr: float, groups: Sequence[Hashable] | None = None) -> Threshold:
     """The split-conformal threshold: a new normal sample exceeds it with probability at most `guaranteed_fpr`.
 
     The threshold is the k-th smallest of the n scores, k = ceil((n + 1) (1 - fpr)), and `guaranteed_fpr` is
@@ -41,18 +45,25 @@ def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     `guaranteed_fpr` is 1 / (n + 1) > fpr. The guarantee holds on average over draws of the held-out samples and the new
     one, which must be exchangeable.
 
-    Source: Lei et al., Distribution-free predictive inference for regression, JASA 2018, section 2.2.
+    Samples of one group, such as photographs of one part, are not exchangeable with one of a new group; the groups are.
+    A sample of one of K groups then weighs 1 / ((K + 1) size of its group), and the threshold is the smallest score for
+    which the scores up to it weigh 1 - fpr or more. `guaranteed_fpr`, for a sample of a new group, is fpr, or
+    1 / (K + 1) where K is too small. With groups of one sample this is the rule above.
+
+    Sources: Lei et al., Distribution-free predictive inference for regression, JASA 2018, section 2.2; with groups Lee,
+    Barber & Willett, Distribution-free inference with hierarchical data, arXiv:2306.06342.
 
     Args:
         normal_scores: (n,) image scores of normal images held out of the fit, or (n, h, w) their anomaly maps. Of a map
             the maximum is used, so that at most the target rate of normal images has any false-positive pixel.
         fpr: target false-positive rate, in [0, 1).
+        groups: (n,) the group of each sample; None: each is on its own.
 
     Returns:
         The threshold, exactly representable in the precision of the scores.
 
     Raises:
-        ValueError: no scores, non-finite scores, or a rate outside [0, 1).
+        ValueError: no scores, non-finite scores, a rate outside [0, 1), or another number of groups.
     """
     if not 0 <= fpr < 1:
         raise ValueError(f"fpr must be in [0, 1), got {fpr}")
@@ -60,10 +71,19 @@ def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     if scores.ndim == 0 or scores.size == 0:
         raise ValueError(f"a threshold needs scores of held-out normals, got shape {scores.shape}")
     scores = scores.reshape(len(scores), -1).max(1)
-    n = len(scores)
-    allowed = max(1, math.floor((n + 1) * Fraction(str(float(fpr)))))  # str: 0.29 means 29/100, not the float below it
-    value = np.partition(scores, n - allowed)[n - allowed]
-    return Threshold(float(value), float(fpr), allowed / (n + 1), n, HELD_OUT)
+    members = range(len(scores)) if groups is None else groups
+    if len(members) != len(scores):
+        raise ValueError(f"groups must have one entry per score ({len(scores)}), got {len(members)}")
+    sizes = Counter(members)
+    k, unit = len(sizes), math.lcm(*sizes.values())
+    allowed = max(Fraction(1), (k + 1) * Fraction(str(float(fpr))))  # str: 0.29 means 29/100, not the float below it
+    if unit == 1:
+        allowed = Fraction(math.floor(allowed))
+    order = np.argsort(-scores)
+    shares = itertools.accumulate(unit // sizes[members[i]] for i in order.tolist())
+    spare = math.floor((allowed - 1) * unit)
+    above = sum(share <= spare for share in shares)
+    return Threshold(float(scores[order[above]]), float(fpr), float(allowed / (k + 1)), len(scores), HELD_OUT, k)
 
 
 def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
@@ -90,7 +110,8 @@ def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
     undetected = scores[scores < lowest_detected]
     value = undetected.max() if undetected.size else float(lowest_detected) - max(1.0, abs(float(lowest_detected)))
     fpr = float(points.normal[best] / points.n_normal)
-    return Threshold(float(value), fpr, 1.0, points.n_normal + points.n_anomalous, ORACLE)
+    n = points.n_normal + points.n_anomalous
+    return Threshold(float(value), fpr, 1.0, n, ORACLE, n)
 
 
 def manual_threshold(value: object) -> Threshold:
@@ -104,7 +125,7 @@ def manual_threshold(value: object) -> Threshold:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a threshold must be a finite number, got {value!r}")
-    return Threshold(float(value), math.nan, 1.0, 0, EDITED)
+    return Threshold(float(value), math.nan, 1.0, 0, EDITED, 0)
 
 
 def to_json(threshold: Threshold) -> dict[str, Any]:
@@ -129,11 +150,13 @@ def from_json(fields: Mapping[str, Any]) -> Threshold:
     manual = manual_threshold(fields["value"])
     if set(fields) == {"value"} or fields.get("computed") != fields["value"]:
         return manual
+    fields = {"n_groups": fields.get("n"), **fields}  # files of older versions have no groups
     names = {*Threshold._fields, "computed"}
     if set(fields) != names:
         raise ValueError(f"a threshold must have the fields {sorted(names)} or only 'value', got {sorted(fields)}")
     fpr = math.nan if fields["fpr"] is None else fields["fpr"]
-    return Threshold(manual.value, fpr, fields["guaranteed_fpr"], fields["n"], fields["source"])
+    guaranteed, n, source, n_groups = (fields[name] for name in ("guaranteed_fpr", "n", "source", "n_groups"))
+    return Threshold(manual.value, fpr, guaranteed, n, source, n_groups)
 
 
 class Thresholds(NamedTuple):

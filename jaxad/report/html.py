@@ -206,7 +206,8 @@ def _threshold_note(threshold: Threshold | None) -> str:
     if not math.isnan(threshold.fpr):
         parts.append(f"false-positive rate {100 * threshold.fpr:.3g}\u00a0%")
     if threshold.n:
-        parts.append(f"n = {threshold.n}")
+        grouped = threshold.n_groups < threshold.n
+        parts.append(f"n = {threshold.n} of {threshold.n_groups} groups" if grouped else f"n = {threshold.n}")
     if threshold.guaranteed_fpr < 1:
         parts.append(f"at most {100 * threshold.guaranteed_fpr:.3g}\u00a0% guaranteed")
     return "Threshold: " + ", ".join(parts) + "."
