@@ -1,5 +1,6 @@
 """The facade: any method, a folder of photographs in, scores and heat maps out."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jaxad.data.folders import recognize
 from jaxad.driver.execution import Execution
 from jaxad.driver.programs import abstract_state, embedded_spec
 from jaxad.driver.scoring import score
-from jaxad.learning import Model, configured, learn, load_frozen, load_photographs
+from jaxad.learning import Model, configured, leakage, learn, load_frozen, load_photographs
 from jaxad.metrics import Threshold
 from jaxad.metrics import threshold as thresholds
 from jaxad.settings import Settings
@@ -88,24 +89,32 @@ class Detector:
         *,
         category: str | None = None,
         mask_threshold: int = 0,
+        group_by: str | None = None,
         execution: Execution = Execution(),
     ) -> "Detector":
         """Learns from the normal images of a source.
+
+        Warns if the images look like several shots of the same parts and have no groups.
 
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
             mask_threshold: A mask pixel counts where it is above.
+            group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
+                "(tile[0-9]+)_". Images of one part are held out together.
             execution: Devices, checkpoint and progress; a cache that several detectors share needs the same weights
                 (`load_frozen`). The batch size is that of the settings.
 
         Returns:
             The detector itself.
         """
-        data = source if isinstance(source, Dataset) else self._open(source, category, mask_threshold, "train")
+        options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
+        data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        if signs := leakage(self.settings, data):
+            warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
-        options: dict[str, Any] = dict(frozen=self.load_frozen(), auxiliary=photographs)
-        self.model = learn([self.settings], [data], execution, **options).models[0]
+        frozen = self.load_frozen()
+        self.model = learn([self.settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
         return self
 
     def score(self, data: Dataset, execution: Execution = Execution()) -> Iterator[tuple[np.ndarray, Scores]]:
@@ -145,7 +154,7 @@ class Detector:
             category: Which product class, where the source has several.
             execution: As for `fit`.
         """
-        data = source if isinstance(source, Dataset) else self._open(source, category, 0, "test")
+        data = source if isinstance(source, Dataset) else self._open(source, category, "test")
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
         maps = [s.pixel for s in parts if s.pixel is not None]
@@ -187,7 +196,7 @@ class Detector:
             self._photographs = image_size, load_photographs(self.settings, method, image_size)
         return self._photographs[1]
 
-    def _open(self, source: Any, category: str | None, mask_threshold: int, split: str) -> Dataset:
+    def _open(self, source: Any, category: str | None, split: str, **options: Any) -> Dataset:
         """The only category of a source, or the one asked for."""
         if isinstance(source, np.ndarray) and (
             source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
@@ -198,8 +207,8 @@ class Detector:
             source,
             category=category,
             preprocess=self.settings.preprocess,
-            mask_threshold=mask_threshold,
             layout="flat" if flat and split == "test" else "auto",
+            **options,
         )
         if len(opened) > 1:
             raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")

@@ -141,9 +141,10 @@ def learn(
             seconds=seconds | ({"threshold": threshold_seconds * share} if any(scored[j] for j in own) else {}),
             loss=_curve(losses[i // len(values)] if several and losses.size else losses),
         )
+        groups = [f"{fits[j].fold} {group}" for j in own for group in held_out[j].groups]
         fold = np.repeat([fits[j].fold for j in own], [len(held_out[j]) for j in own])
         summaries = [summary for j in own for summary in scored[j]]
-        models.append(model._replace(**_thresholds(summaries, fold, members[number], methods[number])))
+        models.append(model._replace(**_thresholds(summaries, fold, groups, members[number], methods[number])))
     if len(members) == 1:
         state = models[0].state
     elif len(deployed) < len(fits):
@@ -173,23 +174,44 @@ def shortage(settings: Settings, plan: Plan) -> str | None:
 
 
 def split(settings: Settings, data: Dataset) -> tuple[Dataset, Dataset]:
-    """The images to learn from, and those held out."""
-    count = min(len(data) - 1, max(1, round(settings.holdout * len(data)))) if settings.holdout else 0
-    if not count:
-        return data, data.subset([])
-    order = np.random.default_rng(settings.seed).permutation(len(data))
-    return data.subset(np.sort(order[count:])), data.subset(np.sort(order[:count]))
+    """The images to learn from, and those held out: a share of the groups, drawn at random, each as a whole.
+
+    The share is one of groups and not of images: which groups are drawn must not depend on their sizes, or those held
+    out would not be exchangeable with new ones.
+    """
+    rank = _group_ranks(settings, data)
+    n = 1 + int(rank.max())
+    count = min(n - 1, max(1, round(settings.holdout * n))) if settings.holdout else 0
+    return data.subset(rank >= count), data.subset(rank < count)
 
 
 def folds(settings: Settings, data: Dataset) -> list[tuple[Dataset, Dataset]]:
-    """The images to learn from, and those held out, of each fold of a cross-holdout; none without."""
-    count = min(settings.cross_holdout or 0, len(data))
-    if count < 2:
-        return []
-    order = np.random.default_rng(settings.seed).permutation(len(data))
-    fold = np.empty(len(data), int)
-    fold[order] = np.arange(len(data)) % count
-    return [(data.subset(np.flatnonzero(fold != i)), data.subset(np.flatnonzero(fold == i))) for i in range(count)]
+    """The images to learn from, and those held out, of each fold of a cross-holdout: whole groups, as in `split`."""
+    rank = _group_ranks(settings, data)
+    count = min(settings.cross_holdout or 0, 1 + int(rank.max()))
+    parts = range(count) if count > 1 else ()
+    return [(data.subset(rank % count != part), data.subset(rank % count == part)) for part in parts]
+
+
+def _group_ranks(settings: Settings, data: Dataset) -> np.ndarray:
+    """The place of each image's group in a random order, counted from 0."""
+    names = {group: i for i, group in enumerate(dict.fromkeys(data.groups))}
+    if (settings.holdout or settings.cross_holdout) and len(names) == 1 < len(data):
+        raise ValueError(
+            f"holding out whole groups needs two or more, got {data.groups[0]!r} for all {len(data)} images of "
+            f"{data.category}: tell the groups apart, or set holdout to 0"
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(names))
+    return np.argsort(order)[[names[group] for group in data.groups]]
+
+
+def leakage(settings: Settings, data: Dataset) -> str:
+    """Why the threshold may miss its rate on new parts: the hold-out seems to split shots of one part; else empty."""
+    signs = data.repeats if settings.holdout or settings.cross_holdout else ""
+    return signs and (
+        f"{signs}: if these show one part, the threshold will not keep its false-alarm rate on new parts; "
+        "name the parts with --group-by REGEX (group_by) or a group column"
+    )
 
 
 class _Fit(NamedTuple):
@@ -299,28 +321,29 @@ def _held_out_scores(
     return summaries
 
 
-def _thresholds(summaries: Sequence[_Summary], fold: np.ndarray, settings: Settings, method: Method) -> dict[str, Any]:
+def _thresholds(summaries: Sequence[_Summary], *options: Any) -> dict[str, Any]:
     """Fields of a `Model`, from the scores of held-out images if there are any."""
     if not summaries:
         return {}
     image, largest, median = (np.concatenate(column) for column in zip(*summaries, strict=True))
-    fields: dict[str, Any] = {"image_threshold": _threshold(image, fold, settings, method)}
+    fields: dict[str, Any] = {"image_threshold": _threshold(image, *options)}
     if largest.size:
-        pixel = _threshold(largest, fold, settings, method)
-        fields |= {"pixel_threshold": pixel, "normal_level": float(np.median(median))}
+        fields |= {"pixel_threshold": _threshold(largest, *options), "normal_level": float(np.median(median))}
     return fields
 
 
-def _threshold(scores: np.ndarray, fold: np.ndarray, settings: Settings, method: Method) -> Threshold:
+def _threshold(
+    scores: np.ndarray, fold: np.ndarray, groups: Sequence[str], settings: Settings, method: Method
+) -> Threshold:
     if settings.cross_holdout is None:
-        threshold = conformal_threshold(scores, settings.fpr)
+        threshold = conformal_threshold(scores, settings.fpr, groups)
     else:
         monotone = isinstance(method, MonotoneMethod)
-        threshold = cross_threshold(scores, settings.fpr, fold, monotone=monotone)
+        threshold = cross_threshold(scores, settings.fpr, fold, groups, monotone=monotone)
     if settings.tail == "none" or shortfall(threshold) is None:
         return threshold
     try:
-        return tail_threshold(scores, settings.fpr)
+        return tail_threshold(scores, settings.fpr, groups)
     except ValueError:  # there are too few
         return threshold
 

@@ -40,10 +40,10 @@ class Settings:
             draem, glass and memseg draw anomalies with them, and otherwise with generated textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
-        holdout: Share of the normal images that are held out to set the threshold, 0.2 unless there is a cross-holdout;
-            0 uses all images and gives no threshold.
-        cross_holdout: In place of that, hold out every normal image once, in so many more fits (at least 2, one by one
-            from the number of images on), and learn from all of them.
+        holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
+            whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
+        cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
+            by one from their number on), and learn from all of them.
         fpr: Wanted false-positive rate of the threshold.
         tail: Where too few images are held out for that rate, the threshold is their maximum; "gpd" extrapolates their
             scores with a generalized Pareto distribution, a model without a guarantee.

@@ -203,14 +203,15 @@ def evaluate(
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
         threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
+        options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
         fitted = recipe.get("category")
         single = Run(detector, fitted or "", run_dir)
         if recipe.get("unified") and category is None:
-            options = {"preprocess": detector.settings.preprocess, "mask_threshold": threshold}
-            opened = {c: split for c, split in open_data(tested, **options).items() if split.test is not None}
+            opened = open_data(tested, preprocess=detector.settings.preprocess, **options)
+            opened = {category: split for category, split in opened.items() if split.test is not None}
             rows |= evaluate_unified(single, opened, source=tested, oracle=oracle)
             continue
-        split = open_split(tested, detector, asked=category, fitted=fitted, mask_threshold=threshold)
+        split = open_split(tested, detector, asked=category, fitted=fitted, **options)
         if split.test is None:
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
@@ -279,8 +280,8 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
 
 
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
-    options = {"preprocess": settings.preprocess, "mask_threshold": data.mask_threshold}
-    return open_data(data.source, category=data.category, **options)
+    options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
+    return open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
 
 
 def _join(data: Data) -> None:
@@ -307,7 +308,8 @@ def _fit(
 ) -> list[FittedGroup]:
     """Fits all categories and seeds."""
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
-    recipe = {"source": source, "mask_threshold": data.mask_threshold, "command": shlex.join(["jaxad", *argv])}
+    read = {"source": source, "mask_threshold": data.mask_threshold, "group_by": data.group_by}
+    recipe = read | {"command": shlex.join(["jaxad", *argv])}
     checkpoint = Checkpoint(data.output, data.checkpoint_seconds)
     return fit_all(
         settings,

@@ -30,6 +30,8 @@ class Data:
         source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
         category: One product class, or all of them: those of similar numbers of images, of one size, in one program.
         mask_threshold: A mask pixel counts where it is above.
+        group_by: A regular expression for the part (tile, workpiece, lot) in the path of a file below SOURCE, such as
+            "(tile[0-9]+)_": what the parentheses match names it. Images of one part are held out together.
         unified: One model for all classes: OUTPUT/METHOD/DATASET/unified.
         classes_per_step: Classes in memory at the same time; None: as many as fit.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
@@ -46,6 +48,7 @@ class Data:
     source: Source
     category: str = "all"
     mask_threshold: int = 0
+    group_by: str | None = None
     unified: bool = False
     classes_per_step: int | None = None
     output: Path = Path("runs")

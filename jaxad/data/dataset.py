@@ -6,6 +6,8 @@ To add a folder layout, write a reader and add it to `jaxad.data.folders.LAYOUTS
 
 import dataclasses
 import functools
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from jaxad.data import folders, images
+from jaxad.data import folders, images, repeats
 from jaxad.data.images import Preprocess, Size
 from jaxad.data.records import GOOD, Record
 
@@ -35,6 +37,8 @@ class Arrays(NamedTuple):
     """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
     masks: Any = None
     """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
+    groups: Any = None
+    """(n,) of the training images: the part that each one shows, as `Record.group`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +70,28 @@ class Dataset:
     def defects(self) -> tuple[str, ...]:
         """The kind of defect of each image; "good" for normal ones."""
         return tuple(record.defect for record in self.records)
+
+    @functools.cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The part that each image shows; an image of which nothing is known is a group of its own."""
+        return tuple(record.group or f"image {i}" for i, record in enumerate(self.records))
+
+    @functools.cached_property
+    def repeats(self) -> str:
+        """What makes several images look like shots of one part; empty if nothing does, or if there are groups.
+
+        Decodes at most `repeats.SAMPLE` images.
+        """
+        if any(record.group for record in self.records):
+            return ""
+        names = repeats.alike_names(self.paths)
+        if names:
+            return f"most file names differ in the last part only, as {names[0]} and {names[1]} do"
+        if len(self) < repeats.LEAST:
+            return ""
+        small = dataclasses.replace(self, preprocess=Preprocess((repeats.SIDE, repeats.SIDE)))
+        share = repeats.near_duplicates(small.images(repeats.sample(len(self))))
+        return f"{share:.0%} of the images have near duplicates" if share >= 0.5 else ""
 
     @functools.cached_property
     def image_size(self) -> Size:
@@ -133,8 +159,12 @@ class Dataset:
 
 
 def unite(datasets: Sequence[Dataset], category: str) -> Dataset:
-    """Merges the images of several categories into one data set."""
-    records = tuple(record for data in datasets for record in data.records)
+    """Merges the images of several categories into one data set. Groups of the same name stay apart."""
+    records = tuple(
+        record._replace(group=record.group and f"{data.category}/{record.group}")
+        for data in datasets
+        for record in data.records
+    )
     return dataclasses.replace(datasets[0], category=category, records=records)
 
 
@@ -146,6 +176,7 @@ def open_data(
     mask_threshold: int = 0,
     layout: str = "auto",
     train_anomalies: bool = False,
+    group_by: str | None = None,
 ) -> dict[str, Split]:
     """Opens a data set from any supported source.
 
@@ -158,6 +189,9 @@ def open_data(
         mask_threshold: a mask pixel is anomalous if its value is above this threshold.
         layout: one of `folders.LAYOUTS`, or "auto" to detect it. "flat" reads any folder as one set of images.
         train_anomalies: keep anomalous images in the training split instead of dropping them.
+        group_by: a regular expression, searched in every path below the data set's folder (of a list of files: in the
+            path as given). What its parentheses match is the image's group; several are joined. It replaces groups
+            that the source has.
 
     Returns:
         The training and test set of each category, in alphabetical order.
@@ -166,31 +200,32 @@ def open_data(
         FileNotFoundError: the source or one of its files does not exist.
         ValueError: the source is invalid: no images, no normal training images, an unknown category or layout, a broken
             CSV file, floats outside [0, 1], a mask that differs from its image in size, masks for only some of the
-            anomalous images, or images of different sizes without `resize`.
+            anomalous images, images of different sizes without `resize`, or a training image that `group_by` does not
+            match.
     """
     preprocess.check()
     name, records = _read(source, layout)
-    groups: dict[str, list[Record]] = {}
+    categories: dict[str, list[Record]] = {}
     for record in records:
-        group = groups.setdefault(record.category, [])
+        members = categories.setdefault(record.category, [])
         if category in (None, "all", record.category):
-            group.append(record)
-    if not groups:
+            members.append(record)
+    if not categories:
         raise ValueError(f"no images found in {source}: expected files ending in {' '.join(sorted(images.EXTENSIONS))}")
-    if category not in (None, "all", *groups):
-        raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(groups))}")
-    groups = {key: group for key, group in groups.items() if group}
+    if category not in (None, "all", *categories):
+        raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(categories))}")
     splits = {}
-    for key in sorted(groups):
-        group = groups[key] if train_anomalies else [r for r in groups[key] if r.split != "train" or r.label == 0]
-        parts = {split: tuple(r for r in group if r.split == split) for split in ("train", "test")}
+    for key in sorted(key for key, members in categories.items() if members):
+        members = [r for r in categories[key] if train_anomalies or r.split != "train" or r.label == 0]
+        members = members if group_by is None else list(_grouped(members, group_by, source))
+        parts = {split: tuple(r for r in members if r.split == split) for split in ("train", "test")}
         if not any(record.label == 0 for record in parts["train"]):
             raise ValueError(
                 f"category {key!r} of {name} has no normal training images: expected train/good, or rows with split "
                 "train and label good"
             )
-        _check(group, preprocess)
-        has_masks = any(record.mask is not None for record in group)
+        _check(members, preprocess)
+        has_masks = any(record.mask is not None for record in members)
         train, test = (
             Dataset(name, key, split, part, preprocess, mask_threshold, has_masks) for split, part in parts.items()
         )
@@ -217,10 +252,33 @@ def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
     return "arrays", _array_records("arrays", source)
 
 
+def _grouped(records: Iterable[Record], group_by: str, source: Any) -> Iterator[Record]:
+    """The records with the groups that a regular expression finds in their paths."""
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise ValueError(f"group_by must be a regular expression, got {group_by!r} ({error})") from None
+    if not pattern.groups:
+        raise ValueError(rf"group_by must have parentheses around the group, as in '(part\d+)', got {group_by!r}")
+    root = Path(source) if isinstance(source, str | Path) and Path(source).exists() else None
+    for record in records:
+        below = root if root is None or root.is_dir() else root.parent
+        path = Path(os.path.relpath(record.path, below) if below else record.path).as_posix()
+        match = pattern.search(path)
+        group = " ".join(filter(None, match.groups())) if match else ""
+        if not group and record.split == "train":
+            raise ValueError(f"group_by {group_by!r} finds no group in {path}: it must match every training image")
+        yield record._replace(group=group)
+
+
 def _array_records(category: str, value: Any) -> Iterator[Record]:
     arrays = value if isinstance(value, Arrays) else Arrays(value)
     train = _image_list(arrays.train, "train")
-    yield from (Record(f"array[{i}]", image, category, "train") for i, image in enumerate(train))
+    groups = [""] * len(train) if arrays.groups is None else [str(group) for group in arrays.groups]
+    if len(groups) != len(train):
+        raise ValueError(f"groups must have one entry per training image ({len(train)}), got {len(groups)}")
+    for i, (image, group) in enumerate(zip(train, groups, strict=True)):
+        yield Record(f"array[{i}]", image, category, "train", group=group)
     if arrays.test is None:
         if arrays.labels is not None or arrays.masks is not None:
             raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")

@@ -152,9 +152,9 @@ def _render_part(part: int, *arguments: Any) -> np.ndarray:
     return _render_cached(*arguments)[part]
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(160)
 def _render_cached(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Renders an image and its mask once, since both are usually read in a row."""
+    """Renders an image and its mask once, and the training images of all categories once for all that read them."""
     return render(*arguments)
 
 

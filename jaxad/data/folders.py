@@ -60,15 +60,14 @@ def files(paths: Iterable[Path], category: str = "files") -> Iterator[Record]:
 
 def flat(root: Path) -> Iterator[Record]:
     """All images in a folder and its subfolders as normal training images, except those that jaxad wrote."""
-    outputs = {path.parent for name in OUTPUT_FILES for path in root.rglob(name)} - {root}
-    paths = (path for path in _images(root, "**/*") if outputs.isdisjoint(path.parents))
-    return files(paths, root.resolve().name)
+    return files(_images_below(root), root.resolve().name)
 
 
 def mvtec(root: Path) -> Iterator[Record]:
     """MVTec AD: train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png, for one category or several.
 
-    Normal images may also lie in folders named ok or normal, or directly in train. Masks are optional; they may lack
+    Normal images may also lie in folders named ok or normal, or directly in train. A folder in train/good,
+    test/<defect> and ground_truth/<defect> is a group: train/good/<group>/<stem>.png. Masks are optional; they may lack
     the suffix _mask and be of any image type.
     """
     categories = [root] if _is_category(root) else [path for path in sorted(root.iterdir()) if _is_category(path)]
@@ -81,10 +80,12 @@ def mvtec(root: Path) -> Iterator[Record]:
                 defect = defect_of(defect_folder.name)
                 masks = {}
                 if defect != GOOD:
-                    mask_paths = _images(folder / "ground_truth" / defect_folder.name, "*")
-                    masks = {path.stem.removesuffix("_mask"): path for path in mask_paths}
-                for path in _images(defect_folder, "*"):
-                    yield Record(str(path), path, category, split, defect, masks.get(path.stem))
+                    mask_folder = folder / "ground_truth" / defect_folder.name
+                    mask_paths = _images_below(mask_folder)
+                    masks = {(_group(path, mask_folder), path.stem.removesuffix("_mask")): path for path in mask_paths}
+                for path in _images_below(defect_folder):
+                    group = _group(path, defect_folder)
+                    yield Record(str(path), path, category, split, defect, masks.get((group, path.stem)), group)
 
 
 def visa(root: Path) -> Iterator[Record]:
@@ -94,12 +95,13 @@ def visa(root: Path) -> Iterator[Record]:
 
 
 def table(path: Path) -> Iterator[Record]:
-    """A CSV file with the columns image_path, label and split, and optionally mask_path and category.
+    """A CSV file with the columns image_path, label and split, and optionally mask_path, category and group.
 
     Paths are relative to the file. The separator is a comma, a semicolon or a tab. The label is good, ok, normal or 0
-    for a normal image, empty if unknown (test images only), and the kind of defect otherwise.
+    for a normal image, empty if unknown (test images only), and the kind of defect otherwise. Images of one group show
+    one part.
     """
-    columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path")}
+    columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path", "group")}
     return _rows(path, path.parent, columns)
 
 
@@ -153,6 +155,18 @@ def _images(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith(".") and path.is_file())
 
 
+def _images_below(folder: Path) -> list[Path]:
+    """All images in a folder and its subfolders, without hidden ones and those that jaxad wrote."""
+    outputs = {path.parent for name in OUTPUT_FILES for path in folder.rglob(name)} - {folder}
+    paths = (path for path in _images(folder, "**/*") if outputs.isdisjoint(path.parents))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _group(path: Path, folder: Path) -> str:
+    """The subfolder of `folder` that an image lies in, which is its group; empty if it lies in `folder` itself."""
+    return path.parent.relative_to(folder).as_posix().removeprefix(".")
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
@@ -183,8 +197,9 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
         if missing:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}: its first line is {','.join(header)!r}")
         for row in reader:
-            fields = ("image_path", "label", "split", "mask_path", "category")
-            image, label, split, mask, category = ((row.get(columns[field]) or "").strip() for field in fields)
+            fields = ("image_path", "label", "split", "mask_path", "category", "group")
+            cells = ((row.get(columns.get(field, "")) or "").strip() for field in fields)
+            image, label, split, mask, category, group = cells
             defect = defect_of(label)
             line = f"line {reader.line_num} of {path}"
             if not image:
@@ -194,4 +209,4 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
             if split == "train" and not defect:
                 raise ValueError(f"a training image needs a label, got none in {line}: write good or the defect")
             mask_path = root / mask if mask and defect != GOOD else None
-            yield Record(str(root / image), root / image, category or path.stem, split, defect, mask_path)
+            yield Record(str(root / image), root / image, category or path.stem, split, defect, mask_path, group)

@@ -20,6 +20,8 @@ class Record(NamedTuple):
     defect: str = GOOD
     """The kind of defect, "good" for a normal image, or empty if unknown."""
     mask: Source | None = None
+    group: str = ""
+    """The part that it shows, such as a tile, a workpiece or a lot; empty: a part of its own."""
 
     @property
     def label(self) -> int:

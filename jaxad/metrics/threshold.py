@@ -3,9 +3,10 @@
 A sample is predicted anomalous if its score is greater than the threshold.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from scipy import special
 
 from jaxad.metrics import exact
 
+Groups = Sequence[Hashable] | None
+"""(n,) the group of each sample; None: each is on its own."""
 HELD_OUT = "held-out normals"
 CROSS_HOLDOUT = "normals held out in turn"
 TAIL = "generalized Pareto tail of held-out normals"
@@ -37,9 +40,11 @@ class Threshold(NamedTuple):
     """Number of samples that it was computed from."""
     source: str
     """`HELD_OUT`, `CROSS_HOLDOUT`, `TAIL`, `ORACLE` or `EDITED`."""
+    n_groups: int
+    """Number of independent groups that the samples belong to; n where each is on its own."""
 
 
-def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
+def conformal_threshold(normal_scores: ArrayLike, fpr: float, groups: Groups = None) -> Threshold:
     """The split-conformal threshold: a new normal sample exceeds it with probability at most `guaranteed_fpr`.
 
     The threshold is the k-th smallest of the n scores, k = ceil((n + 1) (1 - fpr)), and `guaranteed_fpr` is
@@ -47,50 +52,68 @@ def conformal_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     `guaranteed_fpr` is 1 / (n + 1) > fpr. The guarantee holds on average over draws of the held-out samples and the new
     one, which must be exchangeable.
 
-    Source: Lei et al., Distribution-free predictive inference for regression, JASA 2018, section 2.2.
+    Samples of one group, such as photographs of one part, are not exchangeable with one of a new group; the groups are.
+    A sample of one of K groups then weighs 1 / ((K + 1) size of its group), and the threshold is the smallest score for
+    which the scores up to it weigh 1 - fpr or more. `guaranteed_fpr`, for a sample of a new group, is fpr, or
+    1 / (K + 1) where K is too small. With groups of one sample this is the rule above.
+
+    Sources: Lei et al., Distribution-free predictive inference for regression, JASA 2018, section 2.2; with groups Lee,
+    Barber & Willett, Distribution-free inference with hierarchical data, arXiv:2306.06342.
 
     Args:
         normal_scores: (n,) image scores of normal images held out of the fit, or (n, h, w) their anomaly maps. Of a map
             the maximum is used, so that at most the target rate of normal images has any false-positive pixel.
         fpr: target false-positive rate, in [0, 1).
+        groups: (n,) the group of each sample; None: each is on its own.
 
     Returns:
         The threshold, exactly representable in the precision of the scores.
 
     Raises:
-        ValueError: no scores, non-finite scores, or a rate outside [0, 1).
+        ValueError: no scores, non-finite scores, a rate outside [0, 1), or another number of groups.
     """
     if not 0 <= fpr < 1:
         raise ValueError(f"fpr must be in [0, 1), got {fpr}")
-    scores = _one_an_image(normal_scores)
-    n = len(scores)
-    allowed = max(1, math.floor((n + 1) * Fraction(str(float(fpr)))))  # str: 0.29 means 29/100, not the float below it
-    value = np.partition(scores, n - allowed)[n - allowed]
-    return Threshold(float(value), float(fpr), allowed / (n + 1), n, HELD_OUT)
+    scores, members = _one_an_image(normal_scores, groups)
+    sizes = Counter(members)
+    k, unit = len(sizes), math.lcm(*sizes.values())
+    allowed = max(Fraction(1), (k + 1) * Fraction(str(float(fpr))))  # str: 0.29 means 29/100, not the float below it
+    if unit == 1:
+        allowed = Fraction(math.floor(allowed))
+    order = np.argsort(-scores)
+    shares = itertools.accumulate(unit // sizes[members[i]] for i in order.tolist())
+    spare = math.floor((allowed - 1) * unit)
+    above = sum(share <= spare for share in shares)
+    return Threshold(float(scores[order[above]]), float(fpr), float(allowed / (k + 1)), len(scores), HELD_OUT, k)
 
 
-def _one_an_image(normal_scores: ArrayLike) -> np.ndarray:
-    """The image scores, or the maxima of the maps; raises ValueError as `conformal_threshold`."""
+def _one_an_image(normal_scores: ArrayLike, groups: Groups) -> tuple[np.ndarray, Sequence[Hashable]]:
+    """The image scores, or the maxima of the maps, and the groups; raises ValueError as `conformal_threshold`."""
     scores = exact.as_finite(normal_scores, "scores of held-out normals")
     if scores.ndim == 0 or scores.size == 0:
         raise ValueError(f"a threshold needs scores of held-out normals, got shape {scores.shape}")
-    return scores.reshape(len(scores), -1).max(1)
+    members = range(len(scores)) if groups is None else groups
+    if len(members) != len(scores):
+        raise ValueError(f"groups must have one entry per score ({len(scores)}), got {len(members)}")
+    return scores.reshape(len(scores), -1).max(1), members
 
 
-def cross_threshold(normal_scores: ArrayLike, fpr: float, folds: ArrayLike, *, monotone: bool = False) -> Threshold:
+def cross_threshold(
+    normal_scores: ArrayLike, fpr: float, folds: ArrayLike, groups: Groups = None, *, monotone: bool = False
+) -> Threshold:
     """The threshold from scores of a cross-holdout: every normal image is scored by a model of the other folds.
 
-    It is the quantile that `conformal_threshold` takes. New images are scored by a model of all folds, so these scores
-    and theirs are not exchangeable. If no score can rise when normal images are added, a new normal sample that exceeds
-    the threshold is rejected by the cross-conformal rule as well, which compares it with each score under that score's
-    own model. `guaranteed_fpr` is then the smaller of two bounds for that rule. With K folds of n samples in all and
-    allowed = n + 1 - k (k is the rank of the threshold):
+    It is that of `conformal_threshold`. But new images are scored by a model of all folds, so that their scores are not
+    exchangeable with these. If no score can rise when normal images are added, a new normal sample that exceeds the
+    threshold is rejected by the cross-conformal rule, too, which compares it with each score under that score's own
+    model. `guaranteed_fpr` is then the smaller one of two bounds for that rule. With K folds, n samples in all and
+    allowed = n + 1 - k (k is the rank of the threshold), all counted in groups:
 
-    - 2 (allowed + K - 1) / (n + K): twice the average of the K conformal p-values is a p-value;
-    - (2 allowed + m - 2) / (m (c + 1)), for c folds of m samples each: the tournament of the jackknife+. With folds of
-      one sample it is (2 allowed - 1) / (n + 1).
+    - 2 (allowed + K - 1) / (n + K), because twice the average of the folds' conformal p-values is a p-value;
+    - (2 allowed + m - 2) / (m (c + 1)) for c folds of m samples, by the tournament in the proof of the jackknife+; if
+      samples are held out one by one, this is (2 allowed - 1) / (n + 1).
 
-    Otherwise the rate is near the target only as far as a model of all folds scores like one without a fold, and
+    For other methods the rate is near the target as far as a model of all folds scores like one without a fold, and
     `guaranteed_fpr` is 1.
 
     Sources: Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015; Barber, Candes,
@@ -99,30 +122,34 @@ def cross_threshold(normal_scores: ArrayLike, fpr: float, folds: ArrayLike, *, m
     Args:
         normal_scores: as for `conformal_threshold`, of all normal images.
         fpr: target false-positive rate, in [0, 1).
-        folds: (n,), the fold with which each image was held out; drawn at random, whatever the images show.
-        monotone: whether adding normal images to the fit can only lower scores.
+        folds: (n,) the fold with which each image was held out; folds are drawn at random, and groups not split.
+        groups: as for `conformal_threshold`.
+        monotone: whether normal images that are added to the fit can only lower scores.
 
     Raises:
         ValueError: as for `conformal_threshold`, or there is only one fold.
     """
-    threshold = conformal_threshold(normal_scores, fpr)
-    n, sizes = threshold.n, Counter(np.asarray(folds).tolist()).values()
+    threshold = conformal_threshold(normal_scores, fpr, groups)
+    numbers, n = np.asarray(folds).tolist(), threshold.n_groups
+    members = range(len(numbers)) if groups is None else groups
+    sizes = Counter(fold for fold, _ in {*zip(numbers, members, strict=True)}).values()
     if len(sizes) < 2:
         raise ValueError(f"a cross-holdout needs two folds or more, got {len(sizes)}")
     bound = 1.0
     if monotone:
         allowed = threshold.guaranteed_fpr * (n + 1)
-        tournaments = [(2 * allowed + m - 2) / (m * (c + 1)) for m, c in Counter(sizes).items()]
+        tournaments = ((2 * allowed + m - 2) / (m * (c + 1)) for m, c in Counter(sizes).items())
         bound = min(1.0, 2 * (allowed + len(sizes) - 1) / (n + len(sizes)), *tournaments)
     return threshold._replace(guaranteed_fpr=bound, source=CROSS_HOLDOUT)
 
 
-def tail_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
+def tail_threshold(normal_scores: ArrayLike, fpr: float, groups: Groups = None) -> Threshold:
     """The threshold at a rate that is too low for the number of scores: a model of their tail, without a guarantee.
 
-    The m scores above the median u exceed it by amounts that are taken as samples of a generalized Pareto distribution
-    (peaks over threshold). A new normal sample exceeds u with probability (m + 1) / (n + 1). The fit is the
-    quasi-Bayesian one, which is the most robust of those tried at small m: docs/metrics.md has its measured bias.
+    What the scores above the median u have in excess of it is taken as a sample of a generalized Pareto distribution
+    (peaks over threshold). If n samples have m scores above u, a new one exceeds u with probability (m + 1) / (n + 1);
+    of groups, m is the sum of their shares above u, and n their number. The fit is the quasi-Bayesian one, the best at
+    small m of those tried: docs/metrics.md has its bias.
 
     Source: Zhang and Stephens, A new and efficient estimation method for the generalized Pareto distribution,
     Technometrics 2009, section 3.
@@ -130,28 +157,34 @@ def tail_threshold(normal_scores: ArrayLike, fpr: float) -> Threshold:
     Args:
         normal_scores: as for `conformal_threshold`.
         fpr: target false-positive rate, in (0, (m + 1) / (n + 1)).
+        groups: as for `conformal_threshold`.
 
     Raises:
-        ValueError: fewer than `EXCEEDANCES` scores above the median, non-finite scores, or a rate out of range.
+        ValueError: fewer than `EXCEEDANCES` samples or groups have scores above the median, scores are not finite, or
+            the rate is out of range.
     """
-    scores = np.sort(_one_an_image(normal_scores)).astype(np.float64)
-    n = len(scores)
-    median = scores[(n - 1) // 2]
-    excess = scores[scores > median] - median
+    scores, members = _one_an_image(normal_scores, groups)
+    median = np.sort(scores)[(len(scores) - 1) // 2]
+    sizes, is_above = Counter(members), scores > median
+    above = [member for member, flag in zip(members, is_above.tolist(), strict=True) if flag]
+    rate = (1 + sum(1 / sizes[member] for member in above)) / (1 + len(sizes))
+    if len(set(above)) < EXCEEDANCES:
+        raise ValueError(
+            f"a Pareto tail needs {EXCEEDANCES} images or groups with scores above the median, got {len(set(above))}: "
+            "hold out more"
+        )
+    if not 0 < fpr < rate:
+        raise ValueError(f"fpr must be in (0, {rate:.3g}) for the Pareto tail of these scores, got {fpr}")
+    excess = np.sort(scores[is_above] - median).astype(np.float64)
     m = len(excess)
-    if m < EXCEEDANCES:
-        raise ValueError(f"a Pareto tail needs {EXCEEDANCES} scores above the median, got {m}: hold out more images")
-    if not 0 < fpr < (m + 1) / (n + 1):
-        raise ValueError(f"fpr must be in (0, {(m + 1) / (n + 1):.3g}) for a Pareto tail of {n} scores, got {fpr}")
-    candidates = 30 + math.isqrt(m)
-    quartile = excess[int(m / 4 + 0.5) - 1]
+    candidates, quartile = 30 + math.isqrt(m), excess[int(m / 4 + 0.5) - 1]
     theta = 1 / excess[-1] + (1 - np.sqrt(candidates / (np.arange(candidates) + 0.5))) / (3 * quartile)
     theta[theta == 0] = 1e-9 / excess[-1]  # the exponential distribution
     shape = np.log1p(-theta[:, None] * excess).mean(1)
     log_likelihood = m * (np.log(-theta / shape) - shape - 1)
     mean = special.softmax(log_likelihood) @ theta
-    value = median + (1 - (fpr * (n + 1) / (m + 1)) ** -np.log1p(-mean * excess).mean()) / mean
-    return Threshold(float(value), float(fpr), 1.0, n, TAIL)
+    quantile = (1 - (fpr / rate) ** -np.log1p(-mean * excess).mean()) / mean
+    return Threshold(float(median + quantile), float(fpr), 1.0, len(scores), TAIL, len(sizes))
 
 
 def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
@@ -178,7 +211,8 @@ def oracle_threshold(scores: ArrayLike, labels: ArrayLike) -> Threshold:
     undetected = scores[scores < lowest_detected]
     value = undetected.max() if undetected.size else float(lowest_detected) - max(1.0, abs(float(lowest_detected)))
     fpr = float(points.normal[best] / points.n_normal)
-    return Threshold(float(value), fpr, 1.0, points.n_normal + points.n_anomalous, ORACLE)
+    n = points.n_normal + points.n_anomalous
+    return Threshold(float(value), fpr, 1.0, n, ORACLE, n)
 
 
 def manual_threshold(value: object) -> Threshold:
@@ -192,7 +226,7 @@ def manual_threshold(value: object) -> Threshold:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a threshold must be a finite number, got {value!r}")
-    return Threshold(float(value), math.nan, 1.0, 0, EDITED)
+    return Threshold(float(value), math.nan, 1.0, 0, EDITED, 0)
 
 
 def to_json(threshold: Threshold) -> dict[str, Any]:
@@ -217,11 +251,13 @@ def from_json(fields: Mapping[str, Any]) -> Threshold:
     manual = manual_threshold(fields["value"])
     if set(fields) == {"value"} or fields.get("computed") != fields["value"]:
         return manual
+    fields = {"n_groups": fields.get("n"), **fields}  # files of older versions have no groups
     names = {*Threshold._fields, "computed"}
     if set(fields) != names:
         raise ValueError(f"a threshold must have the fields {sorted(names)} or only 'value', got {sorted(fields)}")
     fpr = math.nan if fields["fpr"] is None else fields["fpr"]
-    return Threshold(manual.value, fpr, fields["guaranteed_fpr"], fields["n"], fields["source"])
+    guaranteed, n, source, n_groups = (fields[name] for name in ("guaranteed_fpr", "n", "source", "n_groups"))
+    return Threshold(manual.value, fpr, guaranteed, n, source, n_groups)
 
 
 class Thresholds(NamedTuple):

@@ -208,11 +208,9 @@ def _rates(run: Run, threshold: float) -> Iterator[str]:
         rates |= {f"recall of {kind}": rate for kind, rate in decisions.recall_by_defect.items()}
     if run.pixel_fpr is not None:
         rates |= {"FPR of the pixel threshold": run.pixel_fpr}
+    headings = "".join(f'<th class="number">{name}</th>' for name in ("rate", "95 % interval", "images"))
     yield '<section><h3>Rates at the threshold</h3><div class="scroll"><table class="metrics rates">'
-    yield "<thead><tr><th></th>" + "".join(
-        f'<th class="number">{name}</th>' for name in ("rate", "95 % interval", "images")
-    )
-    yield "</tr></thead><tbody>"
+    yield f"<thead><tr><th></th>{headings}</tr></thead><tbody>"
     for name, rate in rates.items():
         interval = f"{rate.low:.3f}–{rate.high:.3f}" if rate.n else ABSENT
         cells = (fraction(rate.value), interval, str(rate.n))
@@ -229,7 +227,8 @@ def _threshold_note(threshold: Threshold | None) -> str:
     if not math.isnan(threshold.fpr):
         parts.append(f"false-positive rate {percent(threshold.fpr)}")
     if threshold.n:
-        parts.append(f"n = {threshold.n}")
+        grouped = threshold.n_groups < threshold.n
+        parts.append(f"n = {threshold.n} of {threshold.n_groups} groups" if grouped else f"n = {threshold.n}")
     known = f"Threshold: {', '.join(parts)}; {statement(threshold)}."
     lacking = shortfall(threshold)
     return " ".join([known, f"{lacking}." if lacking else ""]).replace(" %", "\u00a0%").strip()

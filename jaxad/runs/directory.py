@@ -108,7 +108,7 @@ def fingerprint(members: Sequence[Settings], datasets: Sequence[Dataset]) -> str
         marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
         weights = [(source["name"], source["sha256"]) for source in settings.sources()]
         images = list(zip(data.paths, marks, strict=True))
-        decisive.append([settings.to_json(), weights, data.mask_threshold, images])
+        decisive.append([settings.to_json(), weights, data.mask_threshold, images, data.groups])
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

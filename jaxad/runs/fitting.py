@@ -25,7 +25,7 @@ from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.driver.plan import Plan
-from jaxad.learning import Learned, Model, Sweep, learn, load_photographs, plan
+from jaxad.learning import Learned, Model, Sweep, leakage, learn, load_photographs, plan
 from jaxad.metrics.guarantees import shortfall, statement
 from jaxad.progress import Bars, say
 from jaxad.runs import directory
@@ -185,7 +185,7 @@ def fit_runs(
     Args:
         jobs: What to fit; their settings differ in their seeds at most, or in the value that is swept.
         run_dirs: Created where missing; an older run in one is replaced.
-        recipe: What the caller knows of the runs: source, mask_threshold, command.
+        recipe: What the caller knows of the runs: source, mask_threshold, group_by, command.
         frozen: Pretrained weights.
         execution: How; of its checkpoint only the seconds count.
         sweep: As for `jaxad.learning.learn`.
@@ -199,6 +199,7 @@ def fit_runs(
     created = sorted((folder for folder in folders if not folder.exists()), key=lambda path: -len(path.parts))
     checkpoint, name, size = common / "checkpoint", title(settings[0], datasets), datasets[0].image_size
     seconds = execution.checkpoint.seconds if execution.checkpoint else Checkpoint("").seconds
+    signs: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         if is_first():
             for run_dir in run_dirs:
@@ -210,6 +211,9 @@ def fit_runs(
         try:
             if is_first():
                 directory.resume(checkpoint, directory.fingerprint(settings, datasets))
+                signs = {job.category: warning for job in jobs if (warning := leakage(job.settings, job.data))}
+                if signs:
+                    say(f"{name}: warning: {', '.join(signs)}: {next(iter(signs.values()))}")
             wait_for_all("resume")
             with Bars(name) as bars:
                 photographs = load_photographs(settings[0], settings[0].build(size), size)
@@ -226,6 +230,7 @@ def fit_runs(
                 if is_first():
                     Detector.from_settings(job.settings, model, frozen).save(checkpoint / f"model{i}", state)
                     written = directory.recipe(job.settings, model, job.data) | shared | recipe
+                    written["warning"] = signs.get(job.category)
                     files.write_json(checkpoint / f"model{i}" / "recipe.json", written)
         except BaseException:
             if is_first() and not directory.has_state(checkpoint):
@@ -257,9 +262,11 @@ def _summary(models: Sequence[Model]) -> Iterator[str]:
     yield f"{n} images in {fit:.1f} s + {compile:.1f} s compiling"
     thresholds = [model.image_threshold for model in models if model.image_threshold]
     if thresholds:
-        weakest = max(thresholds, key=lambda threshold: (threshold.guaranteed_fpr, -threshold.n))
+        weakest = max(thresholds, key=lambda threshold: (threshold.guaranteed_fpr, -threshold.n_groups))
         noun = "threshold" if len(models) == 1 else "thresholds"
-        yield f"{noun} from {held_out} held-out images: {statement(weakest)}"
+        groups = sum(threshold.n_groups for threshold in thresholds)
+        images = f"{held_out} held-out images" + (f" of {groups} groups" if groups < held_out else "")
+        yield f"{noun} from {images}: {statement(weakest)}"
         if lacking := shortfall(weakest):
             yield lacking
 

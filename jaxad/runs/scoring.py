@@ -135,6 +135,7 @@ def open_split(
     asked: str | None,
     fitted: str | None,
     mask_threshold: int = 0,
+    group_by: str | None = None,
     any_folder: bool = False,
 ) -> Split:
     """One category of a source: the one asked for, or the only one, or the one that the run was fitted on.
@@ -145,6 +146,7 @@ def open_split(
         asked: A category, or None.
         fitted: The category of the run, or None.
         mask_threshold: A mask pixel counts where it is above.
+        group_by: As for `open_data`.
         any_folder: A folder in no known layout may hold normal and anomalous images.
 
     Raises:
@@ -153,8 +155,8 @@ def open_split(
     folder = any_folder and Path(source).is_dir()
     layout = recognize(Path(source)) if folder else "auto"
     preprocess = detector.settings.preprocess
-    options: dict[str, Any] = {"preprocess": preprocess, "mask_threshold": mask_threshold, "layout": layout}
-    opened = open_data(source, category=asked, **options)
+    options: dict[str, Any] = {"mask_threshold": mask_threshold, "group_by": group_by, "layout": layout}
+    opened = open_data(source, category=asked, preprocess=preprocess, **options)
     if len(opened) == 1:
         return next(iter(opened.values()))
     if fitted is None or fitted not in opened:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxad.data import Arrays, Preprocess, open_data
+from jaxad.data.dataset import unite
 
 RED = np.full((12, 16, 3), (200, 30, 30), np.uint8)
 SPOT = np.zeros((12, 16), np.uint8)
@@ -204,6 +205,62 @@ def test_subsets(tmp_path):
     assert len(test.subset(np.array([], int))) == 0
 
 
+def test_groups_of_a_csv_file(tmp_path):
+    for name in "abcd":
+        save(tmp_path / f"{name}.png")
+    rows = ["a.png,good,train,t1", "b.png,good,train,", "c.png,good,train,t1", "d.png,good,test,t2"]
+    (tmp_path / "t.csv").write_text("\n".join(["image_path,label,split,group", *rows]))
+    train, test = open_data(tmp_path / "t.csv")["t"]
+    assert [train.groups[i] for i in (0, 2)] == ["t1", "t1"] and test.groups == ("t2",)
+    assert train.groups[1] not in ("t1", "")
+
+
+@pytest.mark.parametrize("of", ["folder", "csv"])
+def test_groups_from_paths(tmp_path, of):
+    names = ["day1/tile3_a.png", "day1/tile3_b.png", "day2/tile3_a.png", "day2/tile12_a.png"]
+    for name in names:
+        save(tmp_path / "tile9" / name)
+    (tmp_path / "tile9/t.csv").write_text("\n".join(["image_path,label,split", *(f"{n},good,train" for n in names)]))
+    source = tmp_path / "tile9" / ("t.csv" if of == "csv" else "")
+    for pattern, expected in (
+        (r"(tile\d+)", ["tile3", "tile3", "tile3", "tile12"]),  # the folder of the data set does not count
+        (r"day(\d).*tile(\d+)", ["1 3", "1 3", "2 3", "2 12"]),
+        (r"^([^/]+)/", ["day1", "day1", "day2", "day2"]),
+    ):
+        (split,) = open_data(source, group_by=pattern).values()
+        assert sorted(split.train.groups) == sorted(expected)
+        assert split.train.subset([0, 2]).groups == (split.train.groups[0], split.train.groups[2])
+
+
+def test_only_training_images_need_a_group(tmp_path):
+    for name in ("train/good/p1_a.png", "train/good/p1_b.png", "test/good/p2_a.png", "test/dent/unknown.png"):
+        save(tmp_path / "a" / name)
+    train, test = open_data(tmp_path / "a", group_by=r"(p\d)_")["a"]
+    assert train.groups == ("p1", "p1") and test.groups[1] == "p2" and len(set(test.groups)) == 2
+
+
+def test_folders_of_the_mvtec_layout_are_groups_and_lose_no_image(tmp_path):
+    root = category(tmp_path / "tile")
+    for name in ("train/good/t1/000.png", "train/good/t1/001.png", "train/good/t2/000.png", "test/dent/t3/000.png"):
+        save(root / name)
+    save(root / "train/good/.ipynb_checkpoints/000.png")
+    save(root / "ground_truth/dent/t3/000_mask.png", 255 - SPOT)
+    train, test = open_data(root, preprocess=Preprocess((12, 16)))["tile"]
+    assert len(train) == 6 and train.groups[3:] == ("t1", "t1", "t2") and len(set(train.groups)) == 5
+    grouped = test.groups.index("t3")
+    assert len(test) == 7 and test.defects[grouped] == "dent"
+    assert np.array_equal(test.masks([grouped])[0], SPOT == 0) and np.array_equal(test.masks([0])[0], SPOT > 0)
+
+
+def test_groups_of_arrays_and_of_united_categories():
+    normal = np.stack([RED] * 3)
+    data = open_data({"nut": Arrays(normal, groups=[7, 7, 8]), "bolt": Arrays(normal, groups=["7", "", "7"])})
+    assert data["nut"].train.groups == ("7", "7", "8")
+    united = unite([data["nut"].train, data["bolt"].train, open_data(normal)["arrays"].train], "all")
+    sizes = sorted(united.groups.count(group) for group in set(united.groups))
+    assert sizes == [1] * 5 + [2, 2]  # a part of one category is none of another
+
+
 def test_images_are_decoded_on_request(tmp_path):
     category(tmp_path / "a")
     (tmp_path / "a/train/good/001.png").write_bytes(b"broken")
@@ -316,6 +373,10 @@ FAULTS = {
     "one image": (lambda t: RED, {}, r"got one image of shape \(12, 16, 3\): pass image\[None\]"),
     "array shape": (lambda t: np.zeros((2, 4, 4, 2)), {}, r"train must have shape .*, got \(2, 4, 4, 2\)"),
     "no array": (lambda t: np.zeros((0, 5, 5)), {}, r"got \(0, 5, 5\)"),
+    "group count": (lambda t: Arrays([RED], groups=[1, 2]), {}, r"one entry per training image \(1\), got 2"),
+    "no group": (mixed_sizes, {"group_by": "(1)"}, r"group_by '\(1\)' finds no group in 2.png: it must match every"),
+    "group without parentheses": (mixed_sizes, {"group_by": "[12]"}, r"must have parentheses .*, got '\[12\]'"),
+    "bad expression": (mixed_sizes, {"group_by": "("}, r"must be a regular expression, got '\(' \(missing \)"),
     "label count": (lambda t: Arrays([RED], [RED], [0, 1]), {}, r"one entry per test image \(1\), got 2"),
     "label value": (lambda t: Arrays([RED], [RED], [7]), {}, "must be 0 .* or 1 .*, got 7 at position 0"),
     "labels without images": (lambda t: Arrays([RED], None, [0]), {}, "labels and masks belong to test images"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from jaxad import metrics
 def test_the_rank_and_the_guarantee_follow_the_formula(n, fpr, rank, guaranteed):
     scores = np.random.default_rng(0).permutation(n) + 1.0
     threshold = metrics.conformal_threshold(scores, fpr)
-    assert threshold == metrics.Threshold(rank, fpr, threshold.guaranteed_fpr, n, "held-out normals")
+    assert threshold == metrics.Threshold(rank, fpr, threshold.guaranteed_fpr, n, "held-out normals", n)
     assert threshold.guaranteed_fpr == pytest.approx(guaranteed, abs=1e-15)
 
 
@@ -39,6 +40,69 @@ def test_the_guarantee_holds_on_new_normals(n, fpr):
     error = math.sqrt(guaranteed * (1 - guaranteed) / trials)
     assert abs(fpr_on_new - guaranteed) < 4 * error  # the rate is exact for continuous scores
     assert guaranteed <= fpr or guaranteed == 1 / (n + 1)
+
+
+def weigh(scores, groups, fpr):
+    """The definition with groups, score by score."""
+    members = {group: [s for s, g in zip(scores, groups, strict=True) if g == group] for group in groups}
+    for t in sorted(scores):
+        shares = [Fraction(sum(s <= t for s in group), len(group)) for group in members.values()]
+        if sum(shares) / (len(members) + 1) >= 1 - Fraction(str(fpr)):
+            return t, fpr
+    return max(scores), 1 / (len(members) + 1)
+
+
+@pytest.mark.parametrize("fpr", [0.0, 0.05, 0.1, 0.3, 0.35])
+def test_a_group_weighs_as_much_as_any_other(fpr):
+    rng = np.random.default_rng(4)
+    for n in (1, 2, 9, 40):
+        for n_groups in (1, 3, 20):
+            groups = rng.integers(0, n_groups, n).tolist()
+            scores = rng.integers(0, 30, n) / 4  # with ties
+            if len(set(groups)) < n:  # else the guarantee is a multiple of 1 / (n + 1)
+                threshold = metrics.conformal_threshold(scores, fpr, groups)
+                assert (threshold.value, threshold.guaranteed_fpr) == weigh(scores.tolist(), groups, fpr)
+                assert (threshold.n, threshold.n_groups) == (n, len(set(groups)))
+
+
+def test_rounding_decides_nothing():
+    """Three groups of 3 and fpr 1/2: 2 of 4 parts must weigh up to the threshold, of which 6 scores have 1/3 each."""
+    threshold = metrics.conformal_threshold(np.arange(9.0), 0.5, [0, 1, 2] * 3)
+    assert threshold.value == 5.0 and threshold.guaranteed_fpr == 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_groups_of_one_are_no_groups(dtype):
+    rng = np.random.default_rng(5)
+    for n in (1, 4, 19, 99):
+        scores = rng.integers(0, 3 * n, n).astype(dtype) / 7
+        for fpr in (0.0, 0.05, 0.1, 0.29, 0.5):
+            expected = metrics.conformal_threshold(scores, fpr)
+            assert metrics.conformal_threshold(scores, fpr, [f"part {i}" for i in range(n)]) == expected
+            allowed = max(1, math.floor((n + 1) * Fraction(str(fpr))))
+            assert (expected.value, expected.guaranteed_fpr) == (np.sort(scores)[n - allowed], allowed / (n + 1))
+
+
+@pytest.mark.parametrize(("n_groups", "fpr"), [(4, 0.05), (19, 0.1)])
+def test_the_guarantee_holds_on_new_groups(n_groups, fpr):
+    """Shots of a part score alike, and there are fewer of parts that score high. Counting the shots fails."""
+    rng, trials = np.random.default_rng(6), 2_000
+    part = rng.normal(size=(trials, n_groups + 1))
+    sizes = np.where(part > 0, 2, 8)
+    rates = {"groups": 0.0, "images": 0.0}
+    for effects, counts in zip(part, sizes, strict=True):
+        groups = np.repeat(np.arange(n_groups + 1), counts)
+        scores = effects[groups] + rng.normal(0, 0.1, len(groups))
+        seen, new = scores[groups < n_groups], scores[groups == n_groups]
+        grouped = metrics.conformal_threshold(seen, fpr, groups[groups < n_groups].tolist())
+        counted = metrics.conformal_threshold(seen, fpr)
+        rates["groups"] += np.mean(new > grouped.value) / trials
+        rates["images"] += np.mean(new > counted.value) / trials
+    guaranteed = max(fpr, 1 / (n_groups + 1))
+    error = math.sqrt(guaranteed * (1 - guaranteed) / trials)
+    assert rates["groups"] < guaranteed + 3 * error
+    assert rates["groups"] > guaranteed / 2  # it is no empty promise
+    assert rates["images"] > fpr + 4 * error
 
 
 def test_a_pixel_threshold_bounds_the_rate_of_images():
@@ -80,6 +144,12 @@ def test_thresholds_survive_a_json_round_trip():
     assert manual.value == 2.0 and manual.source == "edited by hand" and math.isnan(manual.fpr)
 
 
+def test_a_file_without_groups_counts_images():
+    fields = metrics.to_json(metrics.conformal_threshold(np.arange(10.0), 0.2))
+    del fields["n_groups"]
+    assert metrics.from_json(fields) == metrics.conformal_threshold(np.arange(10.0), 0.2)
+
+
 def test_edits_in_the_file_are_recognized():
     fields = metrics.to_json(metrics.conformal_threshold(np.arange(10.0), 0.2))
     for stored in (fields | {"value": 3.5}, {"value": 3.5}):
@@ -95,6 +165,7 @@ def test_edits_in_the_file_are_recognized():
         (lambda: metrics.conformal_threshold([1.0], 1.0), r"fpr must be in \[0, 1\), got 1.0"),
         (lambda: metrics.conformal_threshold([1.0], -0.1), "got -0.1"),
         (lambda: metrics.conformal_threshold([1.0], math.nan), "got nan"),
+        (lambda: metrics.conformal_threshold([1.0, 2.0], 0.1, ["a"]), r"one entry per score \(2\), got 1"),
         (lambda: metrics.oracle_threshold([1.0, 2.0], [0, 0]), "needs normal and anomalous samples: none of the 2"),
         (lambda: metrics.manual_threshold(math.inf), "finite number, got inf"),
         (lambda: metrics.from_json({"value": "high"}), "finite number, got 'high'"),
