@@ -262,8 +262,8 @@ def _summary(models: Sequence[Model]) -> str:
     if guarantees:
         noun = "threshold" if len(models) == 1 else "thresholds"
         groups = sum(model.image_threshold.n_groups for model in models if model.image_threshold)
-        others = f"{held_out} others" if groups == held_out else f"{held_out} others of {groups} groups"
-        line += f", {noun} from {others}: at most {max(guarantees):.0%} false alarms"
+        of_groups = f" of {groups} group{'s' * (groups > 1)}" if groups < held_out else ""
+        line += f", {noun} from {held_out} others{of_groups}: at most {max(guarantees):.0%} false alarms"
     return line
 
 
