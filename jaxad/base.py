@@ -118,3 +118,7 @@ class Method(NamedTuple):
     """Whether it learns from labeled anomalies (`Batch.label`, `Batch.mask`) too."""
     pretrained: bool = True
     """Whether it reads `frozen` at all; without, no backbone is loaded, stored or checked."""
+
+
+class MonotoneMethod(Method):
+    """A method whose scores never rise when normal images are added to the fit, as distances to the nearest of all."""

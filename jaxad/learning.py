@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxad.backbones
-from jaxad.base import Frozen, Method, Scores, State
+from jaxad.base import Frozen, Method, MonotoneMethod, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.driver import plan as planning
 from jaxad.driver.embedding import EmbeddingCache
@@ -21,9 +21,10 @@ from jaxad.driver.mesh import broadcast
 from jaxad.driver.plan import Plan, estimate
 from jaxad.driver.program import compile_seconds
 from jaxad.driver.programs import class_state
-from jaxad.driver.scoring import score, score_classes
+from jaxad.driver.scoring import embed_all, score, score_classes
 from jaxad.methods import factory
-from jaxad.metrics import Threshold, conformal_threshold
+from jaxad.metrics import Threshold, conformal_threshold, cross_threshold, tail_threshold
+from jaxad.metrics.guarantees import shortfall
 from jaxad.settings import Settings
 
 CURVE = 200
@@ -96,21 +97,26 @@ def learn(
             that a fitted model can change.
     """
     values = sweep.values if sweep else (0,)
-    first, several = members[int(np.argmax(values)) if sweep else 0], len(members) > 1
+    first = members[int(np.argmax(values)) if sweep else 0]
     methods = [member.build(data.image_size) for member, data in zip(members, datasets, strict=True)]
     method = first.build(datasets[0].image_size)
     if sweep and sweep.name not in dict(method.vary):
         names = ", ".join(name for name, _ in method.vary) or "nothing"
         raise ValueError(f"{first.method} up to {max(values)} can sweep {names} at once, got {sweep.name}")
-    train, held_out = map(list, zip(*map(split, members, datasets), strict=True))
-    execution, once = configured(execution, first), slice(None, None, len(values))
+    fits, once = _fits(members, datasets, len(values)), slice(None, None, len(values))
+    several, train, held_out = len(fits) > 1, [fit.train for fit in fits], [fit.held_out for fit in fits]
+    execution = configured(execution, first)
     started = compile_seconds()
     if execution.progress:
         execution.progress("compile", 0, 0)
     scoring = any(held_out) and not sweep
     execution = _fitting_into_memory(first, method, frozen, auxiliary, train[once], execution, scoring)
+    began, estimated = time.perf_counter(), compile_seconds()
+    if first.cross_holdout:
+        embed_all(method.embed, frozen, datasets[once], execution)
     compiled = compile_seconds() - started
-    keys = jnp.stack([jax.random.key(member.seed) for member in members])
+    embed_seconds = time.perf_counter() - began - (compile_seconds() - estimated)
+    keys = jnp.stack([jax.random.key(members[fit.member].seed) for fit in fits])
     if several:
         fitted = fit_classes(method, frozen, train[once], keys[once], execution, auxiliary=auxiliary)
         state = _swept(method, fitted.state, sweep) if sweep else fitted.state
@@ -121,19 +127,28 @@ def learn(
     scored = _held_out_scores(method, state, frozen, held_out, execution)
     threshold_seconds = time.perf_counter() - started
     losses, total = fitted.metrics.get("loss", np.empty(0)), sum(map(len, train))
-    models = []
-    for i, (member, data) in enumerate(zip(members, train, strict=True)):
-        share = len(data) / total
-        seconds = {"compile": (compiled + fitted.compile_seconds) * share, "fit": fitted.run_seconds * share}
+    models, deployed = [], [i for i, fit in enumerate(fits) if fit.fold == 0]
+    for number, i in enumerate(deployed):
+        data, own = train[i], [j for j, fit in enumerate(fits) if fit.member == number]
+        share = sum(len(train[j]) for j in own) / total
+        run_seconds = embed_seconds + fitted.run_seconds
+        seconds = {"compile": (compiled + fitted.compile_seconds) * share, "fit": run_seconds * share}
         model = Model(
             data.image_size,
-            class_state(methods[i], frozen, state, i, data) if several else state,
+            class_state(methods[number], frozen, state, i, data) if several else state,
             n_train=len(data),
-            n_heldout=len(held_out[i]),
-            seconds=seconds | ({"threshold": threshold_seconds * share} if scored[i] else {}),
+            n_heldout=sum(len(held_out[j]) for j in own),
+            seconds=seconds | ({"threshold": threshold_seconds * share} if any(scored[j] for j in own) else {}),
             loss=_curve(losses[i // len(values)] if several and losses.size else losses),
         )
-        models.append(model._replace(**_thresholds(scored[i], member.fpr, held_out[i].groups)))
+        groups = [f"{fits[j].fold} {group}" for j in own for group in held_out[j].groups]
+        fold = np.repeat([fits[j].fold for j in own], [len(held_out[j]) for j in own])
+        summaries = [summary for j in own for summary in scored[j]]
+        models.append(model._replace(**_thresholds(summaries, fold, groups, members[number], methods[number])))
+    if len(members) == 1:
+        state = models[0].state
+    elif len(deployed) < len(fits):
+        state = jax.tree.map(lambda leaf: leaf[np.asarray(deployed)], state)
     return Learned(tuple(models), method, state, execution.classes_per_step)
 
 
@@ -146,14 +161,16 @@ def plan(
     auxiliary: Any = None,
 ) -> Plan:
     """The memory that `learn` needs with these arguments; nothing is fitted."""
-    train, held_out = zip(*map(split, members, datasets), strict=True)
-    method, scoring = members[0].build(datasets[0].image_size), any(map(len, held_out))
-    return estimate(method, frozen, train, configured(execution, members[0]), auxiliary=auxiliary, scoring=scoring)
+    fits = _fits(members, datasets)
+    method, scoring = members[0].build(datasets[0].image_size), any(len(fit.held_out) for fit in fits)
+    execution = configured(execution, members[0])
+    return estimate(method, frozen, [fit.train for fit in fits], execution, auxiliary=auxiliary, scoring=scoring)
 
 
 def shortage(settings: Settings, plan: Plan) -> str | None:
     """Why a fit does not fit into memory, and what would help; None if it fits."""
-    return planning.shortage(plan, factory(settings.method), settings.hyperparameters, settings.precision)
+    lacking = planning.shortage(plan, factory(settings.method), settings.hyperparameters, settings.precision)
+    return lacking and lacking + (", a smaller --cross-holdout" if settings.cross_holdout else "")
 
 
 def split(settings: Settings, data: Dataset) -> tuple[Dataset, Dataset]:
@@ -162,32 +179,67 @@ def split(settings: Settings, data: Dataset) -> tuple[Dataset, Dataset]:
     The share is one of groups and not of images: which groups are drawn must not depend on their sizes, or those held
     out would not be exchangeable with new ones.
     """
+    rank = _group_ranks(settings, data)
+    n = 1 + int(rank.max())
+    count = min(n - 1, max(1, round(settings.holdout * n))) if settings.holdout else 0
+    return data.subset(rank >= count), data.subset(rank < count)
+
+
+def folds(settings: Settings, data: Dataset) -> list[tuple[Dataset, Dataset]]:
+    """The images to learn from, and those held out, of each fold of a cross-holdout: whole groups, as in `split`."""
+    rank = _group_ranks(settings, data)
+    count = min(settings.cross_holdout or 0, 1 + int(rank.max()))
+    parts = range(count) if count > 1 else ()
+    return [(data.subset(rank % count != part), data.subset(rank % count == part)) for part in parts]
+
+
+def _group_ranks(settings: Settings, data: Dataset) -> np.ndarray:
+    """The place of each image's group in a random order, counted from 0."""
     names = {group: i for i, group in enumerate(dict.fromkeys(data.groups))}
-    if settings.holdout and len(names) == 1 < len(data):
+    if (settings.holdout or settings.cross_holdout) and len(names) == 1 < len(data):
         raise ValueError(
             f"holding out whole groups needs two or more, got {data.groups[0]!r} for all {len(data)} images of "
             f"{data.category}: tell the groups apart, or set holdout to 0"
         )
-    count = min(len(names) - 1, max(1, round(settings.holdout * len(names)))) if settings.holdout else 0
-    if not count:
-        return data, data.subset([])
     order = np.random.default_rng(settings.seed).permutation(len(names))
-    is_held_out = np.isin([names[group] for group in data.groups], order[:count])
-    return data.subset(~is_held_out), data.subset(is_held_out)
+    return np.argsort(order)[[names[group] for group in data.groups]]
 
 
 def leakage(settings: Settings, data: Dataset) -> str:
     """Why the threshold may miss its rate on new parts: the hold-out seems to split shots of one part; else empty."""
-    signs = data.repeats if settings.holdout else ""
+    signs = data.repeats if settings.holdout or settings.cross_holdout else ""
     return signs and (
         f"{signs}: if these show one part, the threshold will not keep its false-alarm rate on new parts; "
         "name the parts with --group-by REGEX (group_by) or a group column"
     )
 
 
+class _Fit(NamedTuple):
+    """One of the fits of `learn`."""
+
+    member: int
+    """The number of the model that it is or belongs to."""
+    fold: int
+    """0 if it is the model; 1, 2, ... if it only scores the images that a cross-holdout holds out of it."""
+    train: Dataset
+    held_out: Dataset
+
+
+def _fits(members: Sequence[Settings], datasets: Sequence[Dataset], values: int = 1) -> list[_Fit]:
+    """All fits; the values of a sweep side by side."""
+    parts = [[split(member, data), *folds(member, data)] for member, data in zip(members, datasets, strict=True)]
+    return [
+        _Fit(first + value, fold, *parts[first + value][fold])
+        for first in range(0, len(members), values)
+        for fold in range(len(parts[first]))
+        for value in range(values)
+    ]
+
+
 def configured(execution: Execution, settings: Settings) -> Execution:
     """An execution with the batch size and the cache of the settings."""
-    cache = EmbeddingCache(settings.storage, shared=False) if execution.cache is None else execution.cache
+    shared = settings.cross_holdout is not None
+    cache = EmbeddingCache(settings.storage, shared=shared) if execution.cache is None else execution.cache
     return execution._replace(batch_size=settings.batch_size, cache=cache)
 
 
@@ -269,16 +321,31 @@ def _held_out_scores(
     return summaries
 
 
-def _thresholds(summaries: Sequence[_Summary], fpr: float, groups: Sequence[str]) -> dict[str, Any]:
+def _thresholds(summaries: Sequence[_Summary], *options: Any) -> dict[str, Any]:
     """Fields of a `Model`, from the scores of held-out images if there are any."""
     if not summaries:
         return {}
     image, largest, median = (np.concatenate(column) for column in zip(*summaries, strict=True))
-    fields: dict[str, Any] = {"image_threshold": conformal_threshold(image, fpr, groups)}
+    fields: dict[str, Any] = {"image_threshold": _threshold(image, *options)}
     if largest.size:
-        fields |= {"pixel_threshold": conformal_threshold(largest, fpr, groups)}
-        fields["normal_level"] = float(np.median(median))
+        fields |= {"pixel_threshold": _threshold(largest, *options), "normal_level": float(np.median(median))}
     return fields
+
+
+def _threshold(
+    scores: np.ndarray, fold: np.ndarray, groups: Sequence[str], settings: Settings, method: Method
+) -> Threshold:
+    if settings.cross_holdout is None:
+        threshold = conformal_threshold(scores, settings.fpr, groups)
+    else:
+        monotone = isinstance(method, MonotoneMethod)
+        threshold = cross_threshold(scores, settings.fpr, fold, groups, monotone=monotone)
+    if settings.tail == "none" or shortfall(threshold) is None:
+        return threshold
+    try:
+        return tail_threshold(scores, settings.fpr, groups)
+    except ValueError:  # there are too few
+        return threshold
 
 
 def _curve(losses: np.ndarray) -> list[float]:

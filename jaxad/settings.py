@@ -21,6 +21,8 @@ EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
 GIVEN = ("backbone", "image_size")
 """Arguments of a method's factory that are no hyperparameters."""
+HOLDOUT = 0.2
+"""The share of images that is held out where nothing else is said."""
 Size = int | tuple[int, int] | None
 
 
@@ -39,8 +41,12 @@ class Settings:
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
-            whole; 0 uses all images and gives no threshold.
+            whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
+        cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
+            by one from their number on), and learn from all of them.
         fpr: Wanted false-positive rate of the threshold.
+        tail: Where too few images are held out for that rate, the threshold is their maximum; "gpd" extrapolates their
+            scores with a generalized Pareto distribution, a model without a guarantee.
         precision: What the backbone computes in; "bfloat16" is faster on GPUs and TPUs and halves its memory.
         cache: Where embedded images are cached while a method sees them several times: in the host's memory, or on the
             devices, which then wait for no copy.
@@ -56,8 +62,10 @@ class Settings:
     auxiliary: Path | None = None
     image_size: Size = 224
     center_crop: Size = None
-    holdout: float = 0.2
+    holdout: float | None = None
+    cross_holdout: int | None = None
     fpr: float = 0.05
+    tail: Literal["none", "gpd"] = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
     cache: Literal["host", "device"] = "host"
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -85,6 +93,8 @@ class Settings:
         if chosen.get("auxiliary") is not None:
             chosen["auxiliary"] = Path(chosen["auxiliary"])
         chosen |= _backbones(chosen.get("backbone"), chosen.get("weights"))
+        if chosen.get("holdout") is None:
+            chosen["holdout"] = HOLDOUT if chosen.get("cross_holdout") is None else 0.0
         settings = cls(method=method, hyperparameters=hyperparameters, **chosen)
         settings._check()
         if not settings.build(settings.usual_size()).pretrained:
@@ -92,8 +102,16 @@ class Settings:
         return settings
 
     def _check(self) -> None:
-        if not 0 <= self.holdout < 1:
+        if self.holdout is None or not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
+        if self.cross_holdout is not None and self.cross_holdout < 2:
+            raise ValueError(f"cross_holdout must be 2 or more, got {self.cross_holdout}")
+        if self.cross_holdout is not None and self.holdout:
+            raise ValueError(
+                f"holdout and cross_holdout exclude each other, got {self.holdout} and {self.cross_holdout}: omit one"
+            )
+        if self.tail not in ("none", "gpd"):
+            raise ValueError(f'tail must be "none" or "gpd", got "{self.tail}"')
         if not 0 < self.fpr < 1:
             raise ValueError(f"fpr must be in (0, 1), got {self.fpr}")
         if self.precision not in ("float32", "bfloat16"):
@@ -144,7 +162,9 @@ class Settings:
             "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
             "preprocess": self.preprocess._asdict(),
             "holdout": self.holdout,
+            "cross_holdout": self.cross_holdout,
             "fpr": self.fpr,
+            "tail": self.tail,
             "precision": self.precision,
             "cache_dtype": self.cache_dtype,
             "seed": self.seed,
@@ -155,7 +175,7 @@ class Settings:
     def from_json(cls, saved: Mapping[str, Any], backbone: Sequence[str], weights: Any) -> "Settings":
         """The settings of which `to_json` made `saved`, with these weights."""
         resize, crop = (saved["preprocess"][name] for name in ("resize", "center_crop"))
-        names = ("holdout", "fpr", "precision", "seed", "batch_size")
+        names = {"holdout", "cross_holdout", "fpr", "tail", "precision", "seed", "batch_size"} & saved.keys()
         hyperparameters: dict[str, Any] = {k: _hashable(value) for k, value in saved["hyperparameters"].items()}
         return cls.of(
             saved["method"],

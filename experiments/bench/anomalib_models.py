@@ -1,8 +1,8 @@
 """Trains a model of anomalib on arrays; anomalib_peers.py runs this file with a Python that has anomalib.
 
-The command line is JSON (folder, method, options, weights, teacher, auxiliary, epochs, batch_size, seed). The folder
-holds train.npy and test.npy (uint8 n h w 3) and gets image.npy and pixel.npy, the scores; the seconds are printed as
-JSON.
+The command line is JSON (folder, method, options, weights, teacher, auxiliary, epochs, batch_size, seed, channels). The
+folder holds train.npy and test.npy (uint8 n h w 3) and gets image.npy and pixel.npy, the scores; the seconds are
+printed as JSON.
 """
 
 # pyright: reportMissingImports=false
@@ -141,6 +141,8 @@ def main(settings):
     if method == "csflow":
         use_three_scales(train.shape[2])
     module, held_out = build(settings, train.shape[2]), None
+    if settings["channels"]:
+        module.model.idx = torch.tensor(settings["channels"])
     started = time.perf_counter(), time.process_time()
     if method == "efficientad":
         rows = np.random.default_rng(settings["seed"]).permutation(len(train))
@@ -151,13 +153,13 @@ def main(settings):
         [ImageBatch(image=x[None], gt_label=torch.zeros(1, dtype=torch.bool)) for x in train],
         batch_size=settings["batch_size"],
         shuffle=True,
-        drop_last=len(train) >= settings["batch_size"],
+        drop_last=settings["epochs"] is not None,
         collate_fn=lambda items: ImageBatch(
             image=torch.cat([item.image for item in items]), gt_label=torch.cat([item.gt_label for item in items])
         ),
     )
     trainer = Trainer(
-        max_epochs=settings["epochs"],
+        max_epochs=settings["epochs"] or 1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -40,9 +40,10 @@ from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import is_first
 from jaxad.driver.plan import Plan, size
 from jaxad.learning import Sweep, abstract_frozen, check_auxiliary, load_frozen, shortage
+from jaxad.metrics.guarantees import shortfall
 from jaxad.progress import Bars, be_silent, say
 from jaxad.report.html import write_report
-from jaxad.report.tables import Row, metrics_table
+from jaxad.report.tables import Row, decisions_table, metrics_table
 from jaxad.runs import directory
 from jaxad.runs.evaluating import evaluate_group, evaluate_runs, evaluate_unified
 from jaxad.runs.fitting import FittedGroup, Run, fit_all, plan_all, shared_caches
@@ -217,6 +218,12 @@ def evaluate(
             )
         [rows[run_dir]] = evaluate_runs([single], [split.test], source=tested, oracle=oracle)
     print_table(metrics_table(list(rows.values())))
+    if decided := decisions_table(list(rows.values())):
+        print_table(decided)
+    lacking = {row.category: shortfall(row.threshold) for row in rows.values() if row.threshold}
+    for category, line in lacking.items():
+        if line:
+            say(f"{category}: {line}")
     _report(list(rows), report)
 
 

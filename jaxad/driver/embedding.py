@@ -90,6 +90,42 @@ def _set(cached: PyTree, rows: Array, x: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new.astype(leaf.dtype), mode="drop"), cached, x)
 
 
+class Part(Embedding):
+    """Some images of another embedding, under numbers of their own."""
+
+    def __init__(self, whole: Embedding, data: Dataset) -> None:
+        number = {id(record): i for i, record in enumerate(whole.data.records)}
+        self._whole, self._rows = whole, np.array([number[id(record)] for record in data.records])
+        self.data, self.on_device, self.frozen = data, whole.on_device, whole.frozen
+        self.spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(data), *x.shape[1:]), x.dtype), whole.spec)
+
+    @property
+    def caches(self) -> bool:
+        """As of the whole."""
+        return self._whole.caches
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """No bytes but those of the whole."""
+        return 0, 0
+
+    def has(self, rows: np.ndarray) -> bool:
+        """Whether all these images are there."""
+        return self._whole.has(self._rows[rows])
+
+    def get(self, rows: np.ndarray) -> PyTree:
+        """As of the whole."""
+        return self._whole.get(self._rows[rows])
+
+    def put(self, rows: np.ndarray, valid: np.ndarray, x: PyTree) -> None:
+        """As of the whole."""
+        self._whole.put(self._rows[rows], valid, x)
+
+    def rounded(self, x: PyTree) -> PyTree:
+        """As of the whole."""
+        return self._whole.rounded(x)
+
+
 class Storage(NamedTuple):
     """How embedded images are cached."""
 
@@ -113,8 +149,10 @@ class Storage(NamedTuple):
         return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), dtype)
 
 
-class EmbeddingCache(dict[Hashable, Embedding]):
+class EmbeddingCache(dict[tuple[Hashable, Hashable], Embedding]):
     """Embedded images by data set; several calls of `fit` and `score` that share one compute shared features once.
+
+    A part of a data set that is known already shares its images.
 
     Args:
         storage: How they are cached.
@@ -148,16 +186,25 @@ def embeddings(
         several: Whether the call needs the images more than once.
     """
     cache = EmbeddingCache(shared=False) if cache is None else cache
-    known: dict[Hashable, Embedding] = cache if cache.shared else {}
-    most = CACHE_BYTES / len(datasets) if several or cache.shared else -1
+    known: dict[tuple[Hashable, Hashable], Embedding] = cache if cache.shared else {}
+    wholes = [data for data in datasets if not (cache.shared and any(_is_part(data, other) for other in datasets))]
+    most = CACHE_BYTES / len(wholes) if several or cache.shared else -1
     result = []
     for data in datasets:
         images = tuple(map(id, data.records))  # subsets of one data set share their records
-        key = (embed, id(frozen), images, data.preprocess, batch_size, layout.local().mesh)
-        if key not in known:
-            known[key] = Embedding(embed, frozen, data, layout, most, cache.storage)
-        result.append(known[key])
+        terms = (embed, id(frozen), data.preprocess, batch_size, layout.local().mesh)
+        if (terms, images) not in known:
+            others = (other for (same, _), other in known.items() if cache.shared and same == terms)
+            whole = next((other for other in others if _is_part(data, other.data)), None)
+            embedding = Part(whole, data) if whole else Embedding(embed, frozen, data, layout, most, cache.storage)
+            known[terms, images] = embedding
+        result.append(known[terms, images])
     return result
+
+
+def _is_part(data: Dataset, other: Dataset) -> bool:
+    """Whether all images of a data set, but not all of the other one, are in both."""
+    return len(data) < len(other) and set(map(id, data.records)) <= set(map(id, other.records))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,12 +1,13 @@
 """Scoring: batch by batch, so that memory does not grow with the number of images."""
 
-from collections.abc import Iterator, Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxad.base import Frozen, Method, Scores, State
+from jaxad.base import EmbedFn, Frozen, Method, Scores, State
 from jaxad.data import Dataset
 from jaxad.driver.embedding import Block, Reader, embeddings, place
 from jaxad.driver.execution import Execution
@@ -68,6 +69,32 @@ def score_all(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
+def embed_all(embed: EmbedFn, frozen: Frozen, datasets: Sequence[Dataset], execution: Execution) -> None:
+    """Embeds data sets into a shared cache, where there is room, for calls that see them or parts of them."""
+    layout = Layout(execution.mesh)
+    slots = range(next_multiple(len(datasets), layout.class_shards))
+    datasets = [datasets[i % len(datasets)] for i in slots]
+    sources = embeddings(embed, frozen, datasets, layout, execution.batch_size, execution.cache, True)
+    if not all(source.caches for source in sources):
+        return
+    batch_size, sizes = next_multiple(execution.batch_size, layout.data_shards), [len(data) for data in datasets]
+    blocks = range(0, max(sizes), batch_size)
+    reader = Reader(embed, place(frozen, layout), sources, layout)
+    collections.deque(reader.read(blocks, _in_order(sizes, batch_size)), maxlen=0)
+
+
+def _in_order(sizes: Sequence[int] | np.ndarray, batch_size: int) -> Callable[[int], Block]:
+    """The block that begins with an image, for classes of so many; padding repeats their images."""
+
+    def block(first: int) -> Block:
+        rows = np.arange(first, first + batch_size)
+        valid = rows < np.asarray(sizes)[:, None]
+        index = np.stack([np.resize(rows[v] if v.any() else 0, batch_size) for v in valid])
+        return Block(index[:, None], valid[:, None])
+
+    return block
+
+
 def _score(
     method: Method,
     state: State,
@@ -92,17 +119,11 @@ def _score(
     program = score_program(method, layout, execution.classes_per_step if classes else None, classes)
     batch_size = next_multiple(execution.batch_size, layout.data_shards)
 
-    def block(first: int) -> Block:
-        rows = np.arange(first, first + batch_size)
-        valid = rows < n[:, None]
-        index = np.stack([np.resize(rows[v] if v.any() else 0, batch_size) for v in valid])
-        return Block(index[:, None], valid[:, None])
-
     total, done = int(sizes.sum()), 0
     if progress:
         progress("score", 0, total)
     reader = Reader(method.embed, placed, sources, layout)
-    for _, (index, valid), x in reader.read(range(0, int(n.max()), batch_size), block):
+    for _, (index, valid), x in reader.read(range(0, int(n.max()), batch_size), _in_order(n, batch_size)):
         outputs = fetch(program(state, placed.everywhere, x))
         for c, data in enumerate(datasets):
             rows = index[c, 0, valid[c, 0]]

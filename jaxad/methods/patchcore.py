@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage, State, VaryFn
+from jaxad.base import Batch, Frozen, Key, Method, MonotoneMethod, PyTree, Scores, Stage, State, VaryFn
 from jaxad.ops.collect import all_patches, collect, collect_positions, valid_first
 from jaxad.ops.coreset import CoresetStream, coreset_centers, stream_finish, stream_init, stream_update
 from jaxad.ops.heatmap import patch_features, upsample_blur
@@ -230,7 +230,9 @@ def _one_backbone(
         vary: tuple = (("num_neighbors", with_neighbors),)
         return Method(embed, (Stage("collect", init_stream, update_stream, finish_stream),), score, vary)
     vary = (("num_neighbors", with_neighbors), *((("coreset_sampling_ratio", with_ratio),) if ratio < 1 else ()))
-    return Method(embed, (Stage("collect", init, update, select),), score, vary)
+    keeps_all = ratio == 1 and num_neighbors == 1 and not reweight
+    make = MonotoneMethod if keeps_all else Method
+    return make(embed, (Stage("collect", init, update, select),), score, vary)
 
 
 def _projection(key: Key, c: int, projection_dim: int | None) -> Float[Array, "c e"] | None:

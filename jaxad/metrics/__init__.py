@@ -13,12 +13,15 @@ from jaxad.metrics.exact import (
     f1_max,
     region_weights,
 )
+from jaxad.metrics.guarantees import confident_fpr
 from jaxad.metrics.threshold import (
     Threshold,
     conformal_threshold,
+    cross_threshold,
     from_json,
     manual_threshold,
     oracle_threshold,
+    tail_threshold,
     to_json,
 )
 
@@ -30,7 +33,9 @@ __all__ = [
     "aupro",
     "auroc",
     "average_precision",
+    "confident_fpr",
     "conformal_threshold",
+    "cross_threshold",
     "curve",
     "evaluate",
     "f1_max",
@@ -39,5 +44,6 @@ __all__ = [
     "oracle_threshold",
     "region_weights",
     "streaming",
+    "tail_threshold",
     "to_json",
 ]

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from jaxad.files import replacing
+from jaxad.metrics.decisions import RATES, decide
+from jaxad.metrics.guarantees import percent, shortfall, statement
 from jaxad.metrics.threshold import ORACLE, Threshold
 from jaxad.report.charts import Series, histogram_svg, loss_svg, roc, roc_svg
 from jaxad.report.examples import Examples, is_anomalous
@@ -195,6 +197,25 @@ def _scores(run: Run) -> Iterator[str]:
         yield f'<figure><figcaption><h3>At the threshold</h3></figcaption><p class="figure">{count}</p>'
         yield f'<p class="note">{_share(count, len(unknown), "images are predicted anomalous")}</p></figure>'
     yield "</div>"
+    if value is not None and len(good) + len(anomalous):
+        yield from _rates(run, value)
+
+
+def _rates(run: Run, threshold: float) -> Iterator[str]:
+    decisions = decide(run.scores, run.labels, threshold, run.defects)
+    rates = {name: getattr(decisions, name) for name in RATES}
+    if len(decisions.recall_by_defect) > 1:
+        rates |= {f"recall of {kind}": rate for kind, rate in decisions.recall_by_defect.items()}
+    if run.pixel_fpr is not None:
+        rates |= {"FPR of the pixel threshold": run.pixel_fpr}
+    headings = "".join(f'<th class="number">{name}</th>' for name in ("rate", "95 % interval", "images"))
+    yield '<section><h3>Rates at the threshold</h3><div class="scroll"><table class="metrics rates">'
+    yield f"<thead><tr><th></th>{headings}</tr></thead><tbody>"
+    for name, rate in rates.items():
+        interval = f"{rate.low:.3f}–{rate.high:.3f}" if rate.n else ABSENT
+        cells = (fraction(rate.value), interval, str(rate.n))
+        yield f"<tr><th>{escape(name)}</th>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
+    yield "</tbody></table></div></section>"
 
 
 def _threshold_note(threshold: Threshold | None) -> str:
@@ -204,13 +225,13 @@ def _threshold_note(threshold: Threshold | None) -> str:
     if threshold.source == ORACLE:
         parts = [f"{ORACLE_BADGE} for the best F1: an upper bound that new images will not reach"]
     if not math.isnan(threshold.fpr):
-        parts.append(f"false-positive rate {100 * threshold.fpr:.3g}\u00a0%")
+        parts.append(f"false-positive rate {percent(threshold.fpr)}")
     if threshold.n:
         grouped = threshold.n_groups < threshold.n
         parts.append(f"n = {threshold.n} of {threshold.n_groups} groups" if grouped else f"n = {threshold.n}")
-    if threshold.guaranteed_fpr < 1:
-        parts.append(f"at most {100 * threshold.guaranteed_fpr:.3g}\u00a0% guaranteed")
-    return "Threshold: " + ", ".join(parts) + "."
+    known = f"Threshold: {', '.join(parts)}; {statement(threshold)}."
+    lacking = shortfall(threshold)
+    return " ".join([known, f"{lacking}." if lacking else ""]).replace(" %", "\u00a0%").strip()
 
 
 def _examples(run: Run, examples: Examples) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxad.files import read_json
+from jaxad.metrics.decisions import Rate
 from jaxad.metrics.threshold import ORACLE, Threshold, pair_from_json
 from jaxad.report.examples import Examples, load_examples
 
@@ -30,6 +31,10 @@ class Run(NamedTuple):
     scores: Float[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"]
     """0 normal, 1 anomalous, -1 unknown."""
+    defects: Sequence[str]
+    """The kind of defect of each image; empty where it is unknown."""
+    pixel_fpr: Rate | None
+    """The normal images with any pixel above the pixel threshold; None if that was edited since."""
     examples: Examples | None
 
 
@@ -46,7 +51,9 @@ def load_run(run_dir: Path) -> Run:
     threshold_path = run_dir / "threshold.json"
     stored = metrics.get("thresholds") or _read_json(threshold_path)
     threshold, pixel_threshold = pair_from_json(stored, threshold_path)
-    scores, labels = _read_scores(run_dir / "scores.csv")
+    scores, labels, defects = _read_scores(run_dir / "scores.csv")
+    pixel = (metrics.get("at_threshold") or {}).get("pixel") or {}
+    is_current = pixel_threshold is not None and pixel.get("threshold") == pixel_threshold.value
     return Run(
         recipe=_read_json(run_dir / "recipe.json"),
         metrics=metrics.get("metrics", {}),
@@ -56,6 +63,8 @@ def load_run(run_dir: Path) -> Run:
         pixel_threshold=pixel_threshold,
         scores=scores,
         labels=labels,
+        defects=defects,
+        pixel_fpr=Rate(**pixel["FPR"]) if is_current else None,
         examples=load_examples(run_dir),
     )
 
@@ -73,9 +82,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     return content | {"metrics": metrics}
 
 
-def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if not path.exists():
-        return np.empty(0), np.empty(0, np.int32)
+        return np.empty(0), np.empty(0, np.int32), []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -85,4 +94,4 @@ def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} needs the columns score and label, all numbers ({error!r}): score again") from error
     if not np.isfinite(scores).all():
         raise ValueError(f"{path}: the score of {rows[int(np.argmin(np.isfinite(scores)))]['path']} is not finite")
-    return scores, labels
+    return scores, labels, [row.get("defect") or "" for row in rows]

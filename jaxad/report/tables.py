@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxad.files import read_json
+from jaxad.metrics.decisions import RATES, Decisions, Rate
+from jaxad.metrics.guarantees import statement
+from jaxad.metrics.threshold import Threshold
 
 ABSENT = "–"
 MEAN = "Mean"
@@ -30,6 +33,9 @@ class Row(NamedTuple):
     seed: int = 0
     spread: Mapping[str, float] = {}
     """The standard deviation over seeds, if there are several."""
+    threshold: Threshold | None = None
+    decisions: Decisions | None = None
+    """At the threshold."""
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
@@ -115,8 +121,37 @@ def metrics_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def decisions_table(rows: Sequence[Row]) -> Table | None:
+    """A table for the terminal: what each run decides at its threshold, on all defects and on each kind of them.
+
+    Intervals stand below the rates, and what is known about the thresholds in the caption. None without thresholds.
+    """
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("at the threshold", overflow="fold")
+    for name in RATES:
+        table.add_column(name, justify="right", no_wrap=True)
+    notes: dict[str, None] = {}
+    for row in rows:
+        if row.decisions is None or row.threshold is None:
+            continue
+        run = f"{row.method} {row.category}"
+        table.add_row(Text(run), *(rate_text(getattr(row.decisions, name)) for name in RATES))
+        kinds = row.decisions.recall_by_defect
+        for kind, rate in kinds.items() if len(kinds) > 1 else ():
+            table.add_row(Text(f"  {kind}"), "", rate_text(rate))
+        notes[f"{run}: {row.threshold.source}, {statement(row.threshold)}"] = None
+    table.caption_justify = "left"
+    table.caption = Text("\n".join(["exact 95 % intervals below the rates", *notes]))
+    return table if notes else None
+
+
+def rate_text(rate: Rate, separator: str = "\n") -> str:
+    """A rate and its interval; a dash for a rate of no images."""
+    return ABSENT if math.isnan(rate.value) else f"{rate.value:.3f}{separator}{rate.low:.2f}–{rate.high:.2f}"
+
+
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-OF_EXPERIMENTS = ("ablate_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
+OF_EXPERIMENTS = ("ablate_", "anomalib_", "bench_", "distill_", "epochs_", "nf_ood", "profile_", "select_")
 """Prefixes of result files that do not come from a recipe."""
 Published = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """The published metrics by recipe, as in its result: metric -> {"value", "source"}."""

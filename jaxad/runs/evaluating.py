@@ -18,7 +18,7 @@ from jaxad.driver.mesh import is_first
 from jaxad.driver.program import compile_seconds
 from jaxad.driver.scoring import score_classes
 from jaxad.learning import Learned, configured
-from jaxad.metrics import evaluate, oracle_threshold
+from jaxad.metrics import decisions, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
 from jaxad.progress import Bars
 from jaxad.report.examples import Examples, choose_examples, save_examples
@@ -131,11 +131,20 @@ def _evaluate(
     report = evaluate(scores[labeled], labels[labeled], labeled_maps, truth)
 
     (run.directory / "metrics.json").unlink(missing_ok=True)
-    image_threshold, oracle_thresholds = detector.image_threshold, None
+    image_threshold, pixel_threshold = detector.image_threshold, detector.pixel_threshold
+    oracle_thresholds = None
     if oracle:
         image_threshold = oracle_threshold(scores[labeled], labels[labeled])
         pixel_threshold = None if labeled_maps is None or truth is None else oracle_threshold(labeled_maps, truth)
         oracle_thresholds = pair_to_json(Thresholds(image_threshold, pixel_threshold))
+    decided = image_threshold and decisions.decide(scores, labels, image_threshold.value, test.defects)
+    at_threshold: dict[str, Any] = {"image": None, "pixel": None}
+    if image_threshold and decided:
+        at_threshold["image"] = {"threshold": image_threshold.value} | decisions.to_json(decided)
+    if pixel_threshold and maps is not None:
+        largest = maps[labels == 0].max((1, 2))
+        rate = decisions.binomial_rate(int((largest > pixel_threshold.value).sum()), len(largest))
+        at_threshold["pixel"] = {"threshold": pixel_threshold.value, "FPR": decisions.rate_to_json(rate)}
     with score_files(run.directory, image_threshold) as write:
         for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
             write(*row)
@@ -156,11 +165,13 @@ def _evaluate(
         "n_anomalous": int((labels == 1).sum()),
         "oracle": oracle,
         "thresholds": oracle_thresholds,
+        "at_threshold": at_threshold,
         "source": source,
     }
     files.write_json(run.directory / "metrics.json", metrics)
     name = f"{detector.settings.method} {run.variant}".rstrip()
-    return Row(name, recipe["dataset"], recipe["category"], report.values, report.reasons, detector.settings.seed)
+    row = Row(name, recipe["dataset"], recipe["category"], report.values, report.reasons, detector.settings.seed)
+    return row._replace(threshold=image_threshold, decisions=decided)
 
 
 def _save_examples(

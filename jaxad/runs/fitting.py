@@ -26,6 +26,7 @@ from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.driver.plan import Plan
 from jaxad.learning import Learned, Model, Sweep, leakage, learn, load_photographs, plan
+from jaxad.metrics.guarantees import shortfall, statement
 from jaxad.progress import Bars, say
 from jaxad.runs import directory
 from jaxad.settings import Settings
@@ -239,7 +240,8 @@ def fit_runs(
         if is_first():
             _publish(checkpoint, run_dirs)
     wait_for_all("fitted")
-    say(f"{name}: {_summary(learned.models)}")
+    for line in _summary(learned.models):
+        say(f"{name}: {line}")
     return learned
 
 
@@ -253,18 +255,20 @@ def _publish(checkpoint: Path, run_dirs: Sequence[Path]) -> None:
     shutil.rmtree(checkpoint)
 
 
-def _summary(models: Sequence[Model]) -> str:
-    """What was fitted, in one line."""
+def _summary(models: Sequence[Model]) -> Iterator[str]:
+    """What was fitted, what is known of the thresholds, and what the weakest of them lacks: a line each."""
     n, held_out = sum(model.n_train for model in models), sum(model.n_heldout for model in models)
     fit, compile = (sum(model.seconds[part] for model in models) for part in ("fit", "compile"))
-    line = f"{n} images in {fit:.1f} s + {compile:.1f} s compiling"
-    guarantees = [model.image_threshold.guaranteed_fpr for model in models if model.image_threshold]
-    if guarantees:
+    yield f"{n} images in {fit:.1f} s + {compile:.1f} s compiling"
+    thresholds = [model.image_threshold for model in models if model.image_threshold]
+    if thresholds:
+        weakest = max(thresholds, key=lambda threshold: (threshold.guaranteed_fpr, -threshold.n_groups))
         noun = "threshold" if len(models) == 1 else "thresholds"
-        groups = sum(model.image_threshold.n_groups for model in models if model.image_threshold)
+        groups = sum(threshold.n_groups for threshold in thresholds)
         of_groups = f" of {groups} group{'s' * (groups > 1)}" if groups < held_out else ""
-        line += f", {noun} from {held_out} others{of_groups}: at most {max(guarantees):.0%} false alarms"
-    return line
+        yield f"{noun} from {held_out} held-out images{of_groups}: {statement(weakest)}"
+        if lacking := shortfall(weakest):
+            yield lacking
 
 
 def shared_caches(members: Sequence[Settings]) -> list[EmbeddingCache | None]:

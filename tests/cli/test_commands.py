@@ -118,12 +118,12 @@ def test_groups_are_held_out_whole_and_remembered(
     assert main([*common, "--output", str(tmp_path / "images")]) == 0
     told = capsys.readouterr().err
     warned = "warning: tiles: most file names differ in the last part only, as t0_0.png and t0_1.png do: "
-    assert told.count(warned) == 1 and "threshold from 4 others: at most 20% false alarms" in told
+    assert told.count(warned) == 1 and "threshold from 4 held-out images: at most 20 % false alarms" in told
     recipe = files.read_json(tmp_path / "images/mahalanobis_ad/tiles/tiles/recipe.json")
     assert recipe["warning"].startswith("most file names") and recipe["group_by"] is None
     assert main([*common, "--output", str(tmp_path / "groups"), "--group-by", r"(t\d+)_"]) == 0
     told = capsys.readouterr().err
-    assert "warning" not in told and "threshold from 4 others of 2 groups: at most 33% false alarms" in told
+    assert "warning" not in told and "threshold from 4 held-out images of 2 groups: at most 33" in told
     run_dir = tmp_path / "groups/mahalanobis_ad/tiles/tiles"
     recipe = files.read_json(run_dir / "recipe.json")
     assert recipe["warning"] is None and recipe["group_by"] == r"(t\d+)_"
