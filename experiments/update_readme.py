@@ -197,7 +197,22 @@ def beside_anomalib(record: dict[str, Any]) -> str:
     return markdown_table(["method", "epochs", *(head for name in names for head in (name, "anomalib"))], rows)
 
 
+def new_parts(record: dict[str, Any]) -> str:
+    """How often thresholds keep their rate on new parts, from new_parts.json."""
+
+    def cells(name: str, row: dict[str, Any], told: bool) -> list[str]:
+        rates = row["told" if told else "not_told"]
+        counts = [str(row[key]) for key in ("images", "parts")] + [f"{rates['held_out_groups']:.0f}"]
+        shares = [f"{rates[key]:.1%}" for key in ("stated_average", "observed", "stated_95")]
+        return [name, "told" if told else "not told", *counts, *shares, f"{rates['splits_within_95']:.0%}"]
+
+    rows = [cells(*item, told) for item in record["sets"].items() for told in (True, False)]
+    heads = ["images", "parts", "held out", "stated", "observed", "stated with 95 % confidence", "splits within"]
+    return markdown_table(["data", "groups", *heads], rows, left=2)
+
+
 EXPERIMENTS = {
+    "new_parts": (new_parts, "studies.new_parts"),
     "anomalib_bottle": (beside_anomalib, "bench.anomalib_peers"),
     "anomalib_mtd": (beside_anomalib, "bench.anomalib_peers"),
     "ablate_generators_mtd": (transfer, "studies.ablate_generators"),

@@ -41,7 +41,10 @@ HELD_OUT = 0.1
 
 
 def use_weights(path):
-    """Gives every pretrained ResNet-18 the weights of a file, in which layer4 and the head are missing."""
+    """Gives every pretrained ResNet-18 the weights of a file, in which layer4 and the head are missing.
+
+    Untrained ones, the students of STFPM, begin as torchvision's; timm's would have residual branches of zero.
+    """
     create, build = timm.create_model, torchvision.models.resnet18
 
     def load(model):
@@ -50,8 +53,9 @@ def use_weights(path):
         return model
 
     def create_model(name, pretrained=False, **options):
-        model = create(name, pretrained=False, **options)
-        return load(model) if pretrained else model
+        if pretrained:
+            return load(create(name, pretrained=False, **options))
+        return create(name, pretrained=False, zero_init_last=False, **options)
 
     timm.create_model = create_model
     torchvision.models.resnet18 = lambda weights=None, **options: load(build(**options)) if weights else build()

@@ -33,7 +33,7 @@ from jaxad.files import read_json, write_json
 from jaxad.metrics import evaluate
 from jaxad.settings import Settings
 
-IMAGES = 100
+IMAGES, BATCH = 100, 8
 RESNET18, TEACHER = "resnet18.tv_in1k", "efficientad_small"
 """EfficientAD's teacher has random weights here, the same in both libraries."""
 
@@ -47,7 +47,7 @@ class Peer(NamedTuple):
     """What differs from anomalib's defaults."""
     epochs: int | None = None
     """None: it does not train."""
-    batch_size: int = 8
+    batch_size: int = BATCH
     backbone: str | None = RESNET18
     auxiliary: str | None = None
     """Anomalib's name for the folder of other photographs."""
@@ -61,17 +61,17 @@ DEEP = {"layers": ("layer2", "layer3")}
 PEERS = (
     Peer("patchcore", DEEP | {"scoring": "paper"}, RESNET | DEEP, seeds=(0,)),
     Peer("padim", {"n_features": 100}, RESNET | {"n_features": 100}),
-    Peer("stfpm", {}, RESNET, epochs=4),
-    Peer("rd4ad", {}, RESNET, epochs=4),
+    Peer("stfpm", {"learning_rate": BATCH * 0.4, "weight_decay": 1e-3 / BATCH}, RESNET, epochs=4),  # losses are sums
+    Peer("rd4ad", {}, RESNET, epochs=2),
     Peer("cfa", {}, RESNET, epochs=2, batch_size=4),
     Peer("fastflow", {}, RESNET, epochs=4),
     Peer(
         "cflow",
         DEEP | {"coupling_blocks": 4},
         RESNET | DEEP | {"coupling_blocks": 4, "fiber_batch_size": 256, "permute_soft": True, "lr": 2e-4},
-        epochs=2,
+        epochs=1,
     ),
-    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=8),
+    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=4),
     Peer(
         "glass",
         DEEP,
