@@ -11,9 +11,9 @@ from PIL import Image
 import jaxad
 from jaxad import Detector
 from jaxad.backbones import backbone
-from jaxad.data import open_data
+from jaxad.data import Arrays, Preprocess, open_data
 from jaxad.driver.execution import Execution
-from jaxad.learning import folds, learn, load_frozen, split
+from jaxad.learning import folds, leakage, learn, load_frozen, split
 from jaxad.metrics import conformal_threshold, cross_threshold, tail_threshold
 from jaxad.settings import Settings
 from tests.examples import slow_after
@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
     return root
 
 
+OPEN = Preprocess((SIZE, SIZE))
 OPTIONS = dict(image_size=SIZE, coreset_sampling_ratio=0.1, num_neighbors=2)
 
 
@@ -114,6 +115,64 @@ def test_thresholds_come_from_held_out_normals(detector, folder):
     assert detector.image_threshold.source == "held-out normals"
     low, high = detector.color_limits()
     assert low < detector.pixel_threshold.value == pytest.approx((low + high) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "holdout", "count"), [(14, 0.2, 3), (2, 0.9, 1), (101, 0.5, 50), (3, 0.01, 1)])
+def test_without_groups_single_images_are_held_out(n, holdout, count):
+    data = open_data(np.zeros((n, 5, 5), np.uint8))["arrays"].train
+    for seed in range(3):
+        train, held_out = split(Settings.of("padim", holdout=holdout, seed=seed), data)
+        order = np.random.default_rng(seed).permutation(n)
+        assert held_out.paths == tuple(data.paths[i] for i in np.sort(order[:count]))
+        assert train.paths == tuple(data.paths[i] for i in np.sort(order[count:]))
+
+
+def grouped(groups):
+    return open_data(Arrays(np.zeros((len(groups), 5, 5), np.uint8), groups=groups))["arrays"].train
+
+
+def test_whole_groups_are_held_out():
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(20), np.arange(1, 21))).astype(str)
+    data, shares = grouped([*groups, ""]), []
+    for seed in range(50):
+        train, held_out = split(Settings.of("padim", holdout=0.25, seed=seed), data)
+        assert set(train.paths) | set(held_out.paths) == set(data.paths) and len(train) + len(held_out) == len(data)
+        assert not {r.group for r in train.records if r.group} & {r.group for r in held_out.records if r.group}
+        assert len(set(held_out.groups)) == 5
+        shares.append(len(held_out) / len(data))
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.03)
+    train, held_out = split(Settings.of("padim", holdout=0.9), grouped(["a"] * 9 + ["b"]))
+    assert {*train.groups} != {*held_out.groups} and len(train) and len(held_out)
+
+
+def test_one_group_cannot_be_held_out():
+    data = grouped(["lot 7"] * 5)
+    with pytest.raises(ValueError, match=r"needs two or more, got 'lot 7' for all 5 images of arrays: .* holdout to 0"):
+        split(Settings.of("padim"), data)
+    assert len(split(Settings.of("padim", holdout=0), data)[0]) == 5
+
+
+def test_a_threshold_from_groups(weights, tmp_path):
+    groups = ["a", "b", "c", "d", "a", "b", "c"] * 2
+    data = open_data(Arrays(NORMAL, groups=groups), preprocess=OPEN)["arrays"].train
+    detector = mahalanobis(weights, holdout=0.5, fpr=0.4).fit(data)
+    _, held_out = split(detector.settings, data)
+    scores = detector.predict(held_out).pred_score
+    assert detector.image_threshold == conformal_threshold(scores, 0.4, held_out.groups)
+    assert (detector.image_threshold.n_groups, detector.image_threshold.guaranteed_fpr) == (2, 0.4)
+    for i, image in enumerate(NORMAL):
+        Image.fromarray(image).save(tmp_path / f"{groups[i]}-{i}.png")
+    again = mahalanobis(weights, holdout=0.5, fpr=0.4).fit(tmp_path, group_by="([a-d])-")
+    assert again.image_threshold.n_groups == 2 and again.model.n_train + again.image_threshold.n == 14
+
+
+def test_shots_without_groups_are_a_warning(weights):
+    shots = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8).repeat(2, axis=0)
+    with pytest.warns(UserWarning, match=r"100% of the images have near duplicates: .* --group-by REGEX \(group_by\)"):
+        mahalanobis(weights).fit(shots)
+    data = [open_data(images)["arrays"].train for images in (shots, Arrays(shots, groups=np.arange(40) // 2))]
+    assert leakage(Settings.of("padim", holdout=0), data[0]) == ""  # there is no threshold
+    assert leakage(Settings.of("padim"), data[1]) == ""
 
 
 def test_the_seed_decides(detector, weights, folder):
@@ -175,7 +234,7 @@ def test_a_cross_holdout_of_several_models_is_that_of_each(weights, mesh):
 
 def test_groups_are_held_out_whole_also_in_turn():
     groups = [f"part {i // 3}" for i in range(21)]
-    data = open_data(jaxad.data.Arrays(np.zeros((21, 40, 48), np.uint8), groups=groups))["arrays"].train
+    data = open_data(Arrays(np.zeros((21, 40, 48), np.uint8), groups=groups))["arrays"].train
     for count in (2, 7, 99):
         parts = folds(Settings.of("padim", cross_holdout=count), data)
         assert len(parts) == min(count, 7)

@@ -190,8 +190,8 @@ def open_data(
         layout: one of `folders.LAYOUTS`, or "auto" to detect it. "flat" reads any folder as one set of images.
         train_anomalies: keep anomalous images in the training split instead of dropping them.
         group_by: a regular expression, searched in every path below the data set's folder (of a list of files: in the
-            path as given). What its parentheses match is the image's group; several are joined. It replaces groups
-            that the source has.
+            path as given; of TFDS: in NAME/ID). What its parentheses match is the image's group; several are joined.
+            It replaces the groups of the source.
 
     Returns:
         The training and test set of each category, in alphabetical order.

@@ -265,8 +265,8 @@ def _summary(models: Sequence[Model]) -> Iterator[str]:
         weakest = max(thresholds, key=lambda threshold: (threshold.guaranteed_fpr, -threshold.n_groups))
         noun = "threshold" if len(models) == 1 else "thresholds"
         groups = sum(threshold.n_groups for threshold in thresholds)
-        images = f"{held_out} held-out images" + (f" of {groups} groups" if groups < held_out else "")
-        yield f"{noun} from {images}: {statement(weakest)}"
+        of_groups = f" of {groups} group{'s' * (groups > 1)}" if groups < held_out else ""
+        yield f"{noun} from {held_out} held-out images{of_groups}: {statement(weakest)}"
         if lacking := shortfall(weakest):
             yield lacking
 

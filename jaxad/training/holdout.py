@@ -1,4 +1,4 @@
-"""Normal images that a method holds out of training to calibrate its scores."""
+"""Normal images that a method holds out of training to calibrate its scores, whatever groups they belong to."""
 
 import numpy as np
 from jaxtyping import Int

@@ -14,7 +14,7 @@ from PIL import Image
 import jaxad
 from jaxad import files, methods
 from jaxad.cli import main
-from jaxad.data import Dataset, open_data
+from jaxad.data import Arrays, Dataset, open_data
 from jaxad.driver.execution import Execution
 from jaxad.learning import load_frozen
 from jaxad.methods import METHODS
@@ -22,7 +22,7 @@ from jaxad.report.runs import load_run
 from jaxad.runs import directory as rundir
 from jaxad.runs.fitting import Job, fit_runs, job_groups, shared_caches
 from jaxad.settings import Settings
-from tests.cli.images import MODEL, files_below, read_csv
+from tests.cli.images import MODEL, files_below, read_csv, save_image
 from tests.examples import slow_after
 
 
@@ -136,6 +136,41 @@ def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_pa
     score_run = ["score", str(run_dir), files.read_json(run_dir / "recipe.json")["source"]]
     assert main([*score_run, "--output", str(tmp_path)]) == 0
     assert [row["label"] for row in read_csv(tmp_path / "scores.csv")] == ["0"] * 3 + ["1"] * 3
+
+
+def test_groups_are_held_out_whole_and_remembered(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for i in range(16):
+        save_image(tmp_path / "tiles" / "train" / "good" / f"t{i // 2}_{i % 2}.png", i)
+    for name in ("good/t8_0.png", "scratch/x.png"):
+        save_image(tmp_path / "tiles" / "test" / name, 99)
+    common = ["fit", str(tmp_path / "tiles"), "--method", "mahalanobis_ad", "--holdout", "0.25", *backbone_options]
+    assert main([*common, "--output", str(tmp_path / "images")]) == 0
+    told = capsys.readouterr().err
+    warned = "warning: tiles: most file names differ in the last part only, as t0_0.png and t0_1.png do: "
+    assert told.count(warned) == 1 and "threshold from 4 held-out images: at most 20 % false alarms" in told
+    recipe = files.read_json(tmp_path / "images/mahalanobis_ad/tiles/tiles/recipe.json")
+    assert recipe["warning"].startswith("most file names") and recipe["group_by"] is None
+    assert main([*common, "--output", str(tmp_path / "groups"), "--group-by", r"(t\d+)_"]) == 0
+    told = capsys.readouterr().err
+    assert "warning" not in told and "from 4 held-out images of 2 groups: at most 33.3 % false alarms" in told
+    assert "5 % false alarms need 19 held-out groups, got 2, which guarantee 33.3 %" in told
+    run_dir = tmp_path / "groups/mahalanobis_ad/tiles/tiles"
+    recipe = files.read_json(run_dir / "recipe.json")
+    assert recipe["warning"] is None and recipe["group_by"] == r"(t\d+)_"
+    assert files.read_json(run_dir / "threshold.json")["image"]["n_groups"] == 2
+    assert main(["evaluate", str(run_dir)]) == 0  # a defective image needs no group
+    assert main(["evaluate", str(run_dir), "--source", str(mvtec), "--category", "bolt"]) == 0  # nor do other data
+
+
+def test_groups_are_part_of_the_fingerprint():
+    settings, images = [Settings.of("padim")], np.zeros((4, 8, 8), np.uint8)
+    marks = {
+        rundir.fingerprint(settings, [open_data(Arrays(images, groups=groups))["arrays"].train])
+        for groups in (None, ["a", "a", "b", "b"], ["a", "b", "a", "b"])
+    }
+    assert len(marks) == 3
 
 
 def test_benchmark_gives_what_fit_and_evaluate_give(

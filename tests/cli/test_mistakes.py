@@ -18,6 +18,7 @@ MISTAKES = {
     ),
     "bad hyperparameter": (["fit", "photos", "--coreset-sampling-ratio", "2"], "must be in (0, 1], got 2.0"),
     "unknown category": (["fit", "parts", "--category", "gear"], "no category 'gear' in parts"),
+    "no group": (["fit", "photos", "--group-by", r"(part\d)"], r"finds no group in monday/0.png: it must match every"),
     "missing weights": (
         ["fit", "photos", "--backbone", "resnet18"],
         "weights resnet18.tv_in1k are not on this machine",
