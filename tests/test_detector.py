@@ -12,8 +12,9 @@ import jaxad
 from jaxad import Detector
 from jaxad.backbones import backbone
 from jaxad.data import Arrays, Preprocess, open_data
-from jaxad.learning import leakage, split
-from jaxad.metrics import conformal_threshold
+from jaxad.driver.execution import Execution
+from jaxad.learning import folds, leakage, learn, load_frozen, split
+from jaxad.metrics import conformal_threshold, cross_threshold, tail_threshold
 from jaxad.settings import Settings
 from tests.examples import slow_after
 
@@ -188,6 +189,78 @@ def test_without_holdout_there_are_no_labels(weights):
     assert result.pred_score[4:].min() > result.pred_score[:4].max()
 
 
+def test_a_cross_holdout_scores_every_image_with_a_model_of_the_others(weights):
+    """And loses none: the model is that of all images. As PatchCore keeps all patches, its scores only fall."""
+    options = dict(backbone="pdn_small", weights=weights[0], image_size=SIZE, coreset_sampling_ratio=1.0)
+    detector = Detector("patchcore", cross_holdout=2, fpr=0.2, **options).fit(NORMAL)
+    assert (detector.model.n_train, detector.model.n_heldout) == (14, 14)
+    data = open_data(NORMAL, preprocess=detector.settings.preprocess)["arrays"].train
+    parts = folds(detector.settings, data)
+    assert sorted(path for _, held_out in parts for path in held_out.paths) == sorted(data.paths)
+    single = [Detector("patchcore", holdout=0, **options).fit(train) for train, _ in parts]
+    own = [one.predict(held_out) for one, (_, held_out) in zip(single, parts, strict=True)]
+    for threshold, scores in (
+        (detector.image_threshold, np.concatenate([part.pred_score for part in own])),
+        (detector.pixel_threshold, np.concatenate([part.anomaly_map for part in own])),
+    ):
+        expected = cross_threshold(scores, 0.2, np.repeat([0, 1], 7), monotone=True)
+        assert threshold.value == pytest.approx(expected.value, rel=1e-5)
+        assert threshold._replace(value=0.0) == expected._replace(value=0.0)
+        assert threshold.guaranteed_fpr == pytest.approx(1 / 2)
+    assert detector.color_limits() is not None
+    result = detector.predict(UNSEEN)
+    for one in single:
+        fold = one.predict(UNSEEN)
+        assert (result.pred_score <= fold.pred_score * (1 + 1e-5)).all()
+        assert (result.anomaly_map <= fold.anomaly_map * (1 + 1e-5) + 1e-6).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, (2, 4)])
+def test_a_cross_holdout_of_several_models_is_that_of_each(weights, mesh):
+    options = dict(backbone="pdn_small", weights=weights[0], image_size=SIZE, fpr=0.2, cross_holdout=3)
+    settings = [Settings.of("mahalanobis_ad", seed=seed, **options) for seed in (0, 1)]
+    data = open_data(NORMAL, preprocess=settings[0].preprocess)["arrays"].train
+    frozen = load_frozen(settings[0])
+    execution = Execution(mesh=mesh and jaxad.make_mesh(shape=mesh))
+    learned = learn(settings, [data.subset(range(9)), data], execution, frozen=frozen)
+    for one, part, model in zip(settings, (NORMAL[:9], NORMAL), learned.models, strict=True):
+        detector = Detector("mahalanobis_ad", seed=one.seed, **options).fit(part)
+        assert model.n_train == len(part) == model.image_threshold.n
+        assert model.image_threshold.value == pytest.approx(detector.image_threshold.value, rel=1e-3)
+        assert model.image_threshold._replace(value=0.0) == detector.image_threshold._replace(value=0.0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), model.state, detector.state)
+
+
+def test_groups_are_held_out_whole_also_in_turn():
+    groups = [f"part {i // 3}" for i in range(21)]
+    data = open_data(Arrays(np.zeros((21, 40, 48), np.uint8), groups=groups))["arrays"].train
+    for count in (2, 7, 99):
+        parts = folds(Settings.of("padim", cross_holdout=count), data)
+        assert len(parts) == min(count, 7)
+        for train, held_out in parts:
+            assert not {*train.groups} & {*held_out.groups} and len(train) + len(held_out) == 21
+        assert sorted(path for _, held_out in parts for path in held_out.paths) == sorted(data.paths)
+    assert folds(Settings.of("padim"), data) == []
+
+
+@pytest.mark.slow
+def test_the_tail_sets_the_threshold_where_images_are_too_few(weights):
+    many = photographs(60, seed=2)
+    detector = mahalanobis(weights, holdout=0.4, fpr=0.01, tail="gpd").fit(many)
+    scores = detector.predict(many).pred_score[split_positions(detector, many)]
+    assert detector.image_threshold.value == pytest.approx(tail_threshold(scores, 0.01).value, rel=1e-3)
+    assert detector.image_threshold.guaranteed_fpr == 1.0
+    enough = mahalanobis(weights, holdout=0.4, fpr=0.1, tail="gpd").fit(many)
+    assert enough.image_threshold.source == "held-out normals"
+    assert enough.image_threshold.value < detector.image_threshold.value
+
+
+def split_positions(detector, images):
+    data = open_data(images, preprocess=detector.settings.preprocess)["arrays"].train
+    return [data.paths.index(path) for path in split(detector.settings, data)[1].paths]
+
+
 def test_a_single_training_image(weights):
     detector = mahalanobis(weights).fit(NORMAL[:1])
     assert (detector.model.n_train, detector.model.n_heldout, detector.image_threshold) == (1, 0, None)
@@ -306,6 +379,8 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
         ({"method": "patchcor"}, "no method is called 'patchcor': did you mean patchcore"),
         ({"backbone": "resnet51"}, "no backbone is called 'resnet51': did you mean"),
         ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
+        ({"holdout": 0.2, "cross_holdout": 5}, "holdout and cross_holdout exclude each other, got 0.2 and 5: omit one"),
+        ({"cross_holdout": 1}, "cross_holdout must be 2 or more, got 1"),
         ({"fpr": 0.0}, r"fpr must be in \(0, 1\), got 0.0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"image_size": 0}, "a size must be one positive number .*, got 0"),

@@ -71,13 +71,14 @@ def score_all(
 
 def embed_all(embed: EmbedFn, frozen: Frozen, datasets: Sequence[Dataset], execution: Execution) -> None:
     """Embeds data sets into a shared cache, where there is room, for calls that see them or parts of them."""
-    layout = Layout(execution.mesh)
-    slots = range(next_multiple(len(datasets), layout.class_shards))
-    datasets = [datasets[i % len(datasets)] for i in slots]
+    layout, datasets = Layout(execution.mesh), list(dict.fromkeys(datasets))
+    padding = -len(datasets) % layout.class_shards
+    sizes = [*map(len, datasets), *[0] * padding]
+    datasets += [datasets[-1]] * padding
     sources = embeddings(embed, frozen, datasets, layout, execution.batch_size, execution.cache, True)
     if not all(source.caches for source in sources):
         return
-    batch_size, sizes = next_multiple(execution.batch_size, layout.data_shards), [len(data) for data in datasets]
+    batch_size = next_multiple(execution.batch_size, layout.data_shards)
     blocks = range(0, max(sizes), batch_size)
     reader = Reader(embed, place(frozen, layout), sources, layout)
     collections.deque(reader.read(blocks, _in_order(sizes, batch_size)), maxlen=0)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 from scipy import special
 
 RATES = ("FPR", "recall", "precision", "F1")
@@ -55,7 +54,7 @@ def binomial_rate(count: int, n: int, confidence: float = 0.95) -> Rate:
 
 
 def decide(
-    scores: Float[ArrayLike, "n"], labels: Int[ArrayLike, "n"], threshold: float, defects: Sequence[str] = ()
+    scores: Float[np.ndarray, "n"], labels: Int[np.ndarray, "n"], threshold: float, defects: Sequence[str] = ()
 ) -> Decisions:
     """The decisions `score > threshold` on labeled images, with 95 % intervals.
 
@@ -68,7 +67,6 @@ def decide(
         threshold: a number on the scale of the scores.
         defects: the kind of defect of each image; empty if unknown.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
     above, normal, anomalous = scores > threshold, labels == 0, labels == 1
     tp, fp = int((above & anomalous).sum()), int((above & normal).sum())
     jaccard = binomial_rate(tp, int(anomalous.sum()) + fp)

@@ -74,8 +74,10 @@ def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, ca
     before = (folder / "bolt" / "threshold.json").read_bytes()
     page = tmp_path / "report.html"
     assert main(["evaluate", str(parts_runs), "--report", str(page)]) == 0
-    table = capsys.readouterr().out
-    assert [word in table for word in ("bolt", "nut", "Mean", "AUPRO")] == [True] * 4
+    table, messages = capsys.readouterr()
+    assert [word in table for word in ("bolt", "nut", "Mean", "AUPRO", "at the threshold")] == [True] * 5
+    for category in ("bolt", "nut"):
+        assert f"{category}: 5 % false alarms need 19 held-out images, got 2, which guarantee 33.3 %\n" in messages
     assert (folder / "bolt" / "threshold.json").read_bytes() == before
     assert page.read_text().count("<details") == 2
     for category in ("bolt", "nut"):
@@ -85,8 +87,35 @@ def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, ca
         rows = read_csv(folder / category / "scores.csv")
         assert [(row["label"], row["defect"]) for row in rows] == [("0", "good")] * 3 + [("1", "scratch")] * 3
         good, bad = np.array([float(row["score"]) for row in rows]).reshape(2, 3)
+        predicted = np.array([int(row["prediction"]) for row in rows])
+        at_threshold = metrics["at_threshold"]["image"]
+        assert at_threshold["threshold"] == files.read_json(folder / category / "threshold.json")["image"]["value"]
+        assert at_threshold["FPR"]["value"] == predicted[:3].mean() and at_threshold["FPR"]["n"] == 3
+        assert at_threshold["recall"]["value"] == predicted[3:].mean()
+        assert at_threshold["recall_by_defect"] == {"scratch": at_threshold["recall"]}
+        assert metrics["thresholds"] is None
         assert metrics["metrics"]["image_AUROC"] == pytest.approx((bad[:, None] > good).mean())
         assert files.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
+
+
+def test_a_cross_holdout_fits_all_images(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--category", "bolt", "--method", "padim", "--n-features", "8", "--layers", "layer1", *backbone_options]
+    few = ["--cross-holdout", "3", "--fpr", "0.01", "--tail", "gpd", "--output", str(tmp_path)]
+    assert main(["fit", str(mvtec), *options, *few]) == 0
+    messages = capsys.readouterr().err
+    assert "threshold from 6 held-out images: about 1 % false alarms" in messages and "6 images in" in messages
+    assert "bolt: 1 % false alarms need 99 held-out images, got 6: the threshold is their highest score\n" in messages
+    run_dir = tmp_path / "padim" / "parts" / "bolt"
+    recipe = files.read_json(run_dir / "recipe.json")
+    assert (recipe["n_train"], recipe["n_heldout"], recipe["cross_holdout"], recipe["holdout"]) == (6, 6, 3, 0.0)
+    assert jaxad.load(run_dir).settings.cross_holdout == 3
+    assert main(["evaluate", str(run_dir)]) == 0
+    pixel = files.read_json(run_dir / "metrics.json")["at_threshold"]["pixel"]
+    maps = jaxad.load(run_dir).predict(mvtec / "bolt" / "test" / "good").anomaly_map
+    assert maps is not None and pixel["FPR"]["n"] == 3
+    assert pixel["FPR"]["value"] == (maps > pixel["threshold"]).any((1, 2)).mean()
 
 
 def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_path: Path):
@@ -96,6 +125,8 @@ def test_only_oracle_takes_thresholds_from_the_test_set(parts_runs: Path, tmp_pa
     assert main(["evaluate", str(run_dir), "--oracle"]) == 0
     metrics = files.read_json(run_dir / "metrics.json")
     sources = [metrics["thresholds"][kind]["source"] for kind in ("image", "pixel")]
+    best = metrics["at_threshold"]["image"]["F1"]["value"]
+    assert best == pytest.approx(metrics["metrics"]["image_F1max"])
     assert metrics["oracle"] is True and sources == ["oracle (test set)"] * 2
     assert load_run(run_dir).threshold.source == "oracle (test set)"
     assert (run_dir / "threshold.json").read_bytes() == before  # no other command sees them
@@ -123,7 +154,8 @@ def test_groups_are_held_out_whole_and_remembered(
     assert recipe["warning"].startswith("most file names") and recipe["group_by"] is None
     assert main([*common, "--output", str(tmp_path / "groups"), "--group-by", r"(t\d+)_"]) == 0
     told = capsys.readouterr().err
-    assert "warning" not in told and "threshold from 4 held-out images of 2 groups: at most 33" in told
+    assert "warning" not in told and "from 4 held-out images of 2 groups: at most 33.3 % false alarms" in told
+    assert "5 % false alarms need 19 held-out groups, got 2, which guarantee 33.3 %" in told
     run_dir = tmp_path / "groups/mahalanobis_ad/tiles/tiles"
     recipe = files.read_json(run_dir / "recipe.json")
     assert recipe["warning"] is None and recipe["group_by"] == r"(t\d+)_"
@@ -282,7 +314,7 @@ def test_help_shows_the_options_of_the_method(capsys: pytest.CaptureFixture[str]
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert raised.value.code == 0
     assert "--n-features {None}|INT|{all} Number of channels drawn at random" in text and "(default: 0.01)" in text
-    assert "--holdout FLOAT" in text and "--coreset-sampling-ratio" not in text
+    assert "--holdout {None}|FLOAT" in text and "--coreset-sampling-ratio" not in text
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]):

@@ -26,6 +26,7 @@ MISTAKES = {
     "no labels": (["benchmark", "photos", "--methods", "padim"], "needs test images, got none for photos"),
     "no model": (["score", "empty", "photos"], "no fitted model in empty"),
     "no run": (["report", "empty"], "no run in empty"),
+    "both holdouts": (["fit", "photos", "--holdout", "0.2", "--cross-holdout", "3"], "exclude each other"),
     "too many devices": (["fit", "photos", "--devices", "99"], "devices must be within 1..8 (those that JAX sees"),
     "processes without --distributed": (["fit", "photos", "--num-processes", "2"], "need --distributed: add it"),
     "no sweep": (["benchmark", "parts", "--methods", "padim", "--sweep", "sigma=1,2"], "can sweep nothing at once"),
@@ -73,7 +74,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
     [
         (["fit"], "Missing from jaxad fit: SOURCE"),
         (["fit", "demo", "--sede", "1"], "Unrecognized options: --sede, 1; did you mean --seed INT?"),
-        (["fit", "demo", "--holdout", "much"], "Error parsing --holdout: could not convert string to float: 'much'"),
+        (["fit", "demo", "--fpr", "much"], "Error parsing --fpr: could not convert string to float: 'much'"),
         (["score", "run", "images", "--overlay", "1"], "--overlay"),
         (["weights"], "weights wants one of list, fetch, import, got nothing"),
         (["weights", "fetch"], "Missing from jaxad weights fetch: NAME"),

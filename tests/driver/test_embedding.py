@@ -9,8 +9,20 @@ import jaxad
 from jaxad.driver import embedding
 from jaxad.driver.embedding import EmbeddingCache, Storage
 from jaxad.driver.fit import fit, fit_classes
-from jaxad.driver.scoring import score_all, score_classes
-from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, LONG, TOY, N, assert_equal, execution, mean_color
+from jaxad.driver.scoring import embed_all, score_all, score_classes
+from tests.driver.toy import (
+    CLASSES,
+    DATA,
+    FROZEN,
+    KEY,
+    LONG,
+    TOY,
+    N,
+    assert_equal,
+    execution,
+    mean_color,
+    photographs,
+)
 from tests.examples import slow_after
 
 
@@ -25,8 +37,33 @@ def test_images_are_decoded_once_for_all_methods_of_a_cache(decoded):
     fit(LONG, FROZEN, DATA.subset(range(N)), KEY, execution(cache=cache))
     score_all(TOY, state, FROZEN, DATA, execution(cache=cache))
     assert sorted(decoded) == list(range(N))
-    score_all(TOY, state, FROZEN, DATA.subset([3, 4]), execution(cache=cache))
+    score_all(TOY, state, FROZEN, photographs(2), execution(cache=cache))
     assert sorted(decoded) == sorted([*range(N), 0, 1])
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("axes", slow_after(1, [(None,), ((3, 2),)]))
+def test_parts_of_a_data_set_share_its_images(place, axes, decoded):
+    mesh = None if axes is None else jaxad.make_mesh(shape=axes)
+    parts = [DATA, DATA.subset(range(9)), DATA.subset(range(5, N)), DATA.subset([20, 3, 4])]
+    options = execution(mesh=mesh, cache=EmbeddingCache(Storage(place)))
+    embed_all(TOY.embed, FROZEN, [DATA], options)
+    assert sorted(decoded) == list(range(N))
+    states = fit_classes(TOY, FROZEN, parts, KEY, options).state
+    shared = score_all(TOY, jax.tree.map(lambda leaf: leaf[3], states), FROZEN, parts[3], options).image
+    assert len(decoded) == N
+    alone = fit_classes(TOY, FROZEN, parts, KEY, execution(mesh=mesh)).state
+    assert_equal(states, alone)
+    expected = score_all(TOY, jax.tree.map(lambda leaf: leaf[3], alone), FROZEN, DATA, execution(mesh=mesh))
+    np.testing.assert_allclose(shared, expected.image[[20, 3, 4]], rtol=1e-6)
+
+
+def test_images_that_do_not_fit_into_the_cache_are_embedded_anew(decoded, monkeypatch):
+    monkeypatch.setattr(embedding, "CACHE_BYTES", 10)
+    options, part = execution(cache=EmbeddingCache()), DATA.subset(range(9))
+    embed_all(TOY.embed, FROZEN, [DATA], options)
+    assert not decoded
+    assert_equal(fit(TOY, FROZEN, part, KEY, options).state, fit(TOY, FROZEN, part, KEY).state)
 
 
 def test_a_cache_distinguishes_weights():

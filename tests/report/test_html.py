@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
 from jaxad.metrics.threshold import conformal_threshold, manual_threshold, oracle_threshold, to_json
 from jaxad.report.charts import roc
@@ -137,7 +138,10 @@ def test_the_page_is_complete_and_self_contained(tmp_path):
     assert "url(" not in (tmp_path / "out" / "report.html").read_text().partition("</style>")[0]
     for text in (
         *("Mean", "0.912", "Metrics", "ROC", "AUROC", "threshold", "anomaly score", "false positive rate"),
-        *("held-out normals, false-positive rate 10 %, n = 10", "at most 9.09 % guaranteed"),
+        *(
+            "held-out normals, false-positive rate 10 %, n = 10",
+            "at most 9.09 % false alarms on average over hold-outs",
+        ),
         *("1.25 s", "10.5 min", "80 images/s", "12.5 ms", "1.5 GB", "0a1b" * 16, "n_features 100", "Seed 7"),
         *("jaxad fit --method padim <demo>", "layer1, layer2", "missed defect", "false alarm", "resize 32, 32"),
     ):
@@ -167,7 +171,43 @@ def test_confusion_counts_follow_the_threshold(tmp_path):
     assert f"{(predicted & ~truth).sum()} of 30 good images raise a false alarm" in page.text
     assert f"{(~predicted & truth).sum()} of 20 defects are missed" in page.text
     assert f"good {(~predicted & ~truth).sum()} {(predicted & ~truth).sum()} anomalous" in page.text
-    assert "Threshold: edited by hand." in page.text
+    assert "Threshold: edited by hand; no guarantee." in page.text
+
+
+def test_rates_at_the_threshold_have_intervals_also_for_each_defect(tmp_path):
+    run_dir = make_run(tmp_path)
+    lines = (run_dir / "scores.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    rows = [
+        [path, label, f"<b>{i % 2}" if label == "1" else "good", *rest]
+        for i, (path, label, _, *rest) in enumerate(rows)
+    ]
+    (run_dir / "scores.csv").write_text("\n".join([lines[0], *map(",".join, rows)]))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    metrics["at_threshold"] = {"pixel": {"threshold": 0.5, "FPR": {"value": 0.2, "low": 0.08, "high": 0.39, "n": 30}}}
+    (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    for value in (0.75, 1.5):
+        (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": value}, "pixel": {"value": 0.5}}))
+        page = report(tmp_path, run_dir)
+        for name, kept in (
+            ("FPR", [row for row in rows if row[1] == "0"]),
+            ("recall", [row for row in rows if row[1] == "1"]),
+            ("recall of <b>0", [row for row in rows if row[2] == "<b>0"]),
+        ):
+            count = sum(float(row[3]) > value for row in kept)
+            interval = binomtest(count, len(kept)).proportion_ci(method="exact")
+            assert f"{name} {count / len(kept):.3f} {interval.low:.3f}–{interval.high:.3f} {len(kept)}" in page.text
+        assert "FPR of the pixel threshold 0.200 0.080–0.390 30" in page.text
+    (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": 0.75}, "pixel": {"value": 0.6}}))
+    assert "FPR of the pixel threshold" not in report(tmp_path, run_dir).text  # it was that of another threshold
+
+
+def test_too_few_held_out_images_are_told(tmp_path):
+    run_dir = make_run(tmp_path)
+    few = to_json(conformal_threshold(np.arange(10.0), 0.01))
+    (run_dir / "threshold.json").write_text(json.dumps({"image": few}))
+    text = report(tmp_path, run_dir).text
+    assert "25.9 % with 95 % confidence in this one. 1 % false alarms need 99 held-out images, got 10" in text
 
 
 def test_an_oracle_is_marked(tmp_path):
