@@ -111,9 +111,8 @@ def measure_all(
         if not splits:
             source, every = ("demo", 4) if options.smoke else (options.data, 1)
             opened = open_data(source, preprocess=settings.preprocess, mask_threshold=recipe.mask_threshold)
-            splits = {
-                c: Split(*(part and part.subset(slice(None, None, every)) for part in s)) for c, s in opened.items()
-            }
+            some = slice(None, None, every)
+            splits = {c: Split(train.subset(some), test and test.subset(some)) for c, (train, test) in opened.items()}
             frozen = weights_of(settings, options.smoke)
         detector = jaxad.Detector.from_settings(settings, frozen=frozen)
         for category, split in splits.items():

@@ -151,8 +151,8 @@ def main(options: Options) -> None:
             }
             if name in medians:
                 variants["own median"] = medians[name], np.asarray, np.asarray
-            for label, (variant, *changes) in variants.items():
-                result = measured(variant, frozen, *changes, sets)
+            for label, (variant, normalize, augment) in variants.items():
+                result = measured(variant, frozen, normalize, augment, sets)
                 tried.setdefault(name, {}).setdefault(label, []).append(result)
                 print(seed, name, label, {k: round(v, 4) for k, v in result.items()}, flush=True)
     write_json(options.results / "narrow_gap.json", {"experiment": "narrow_gap", "tried": tried, **origin()})

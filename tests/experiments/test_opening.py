@@ -35,7 +35,7 @@ def test_no_part_of_the_test_set_is_in_the_training_set(split: Split, tmp_path: 
         train, test = split_by_part(split, path, seed)
         assert test is not None and test.split == "test" and not train.labels.any()
         names = [sorted(int(Path(p).stem) for p in data.paths) for data in (train, test)]
-        assert sorted(sum(names, [])) == list(range(NORMAL + 3)) and names[1][-3:] == [20, 21, 22]
+        assert sorted(names[0] + names[1]) == list(range(NORMAL + 3)) and names[1][-3:] == [20, 21, 22]
         new = {i % PARTS for i in names[1][:-3]}
         assert len(new) == 1 and new.isdisjoint(i % PARTS for i in names[0])
         again = split_by_part(split, path, seed)
