@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.command import RESULTS, ROOT, origin, progress, start
-from experiments.opening import split_by_part
+from experiments.opening import grouped, split_by_part
 from jaxad.backbones import backbone, load, of_file
 from jaxad.base import Frozen, Method
 from jaxad.data import Dataset, Preprocess, demo, open_data
@@ -83,7 +83,7 @@ def training_tiles(options: Options, size: tuple[int, int], seed: int) -> Datase
         records = tuple(record._replace(group=str(i // 4)) for i, record in enumerate(train.records))
         return dataclasses.replace(train, records=records)
     (opened,) = open_data(options.data, preprocess=Preprocess(size)).values()
-    return split_by_part(opened, ROOT / "data" / "mtd_tiles.csv", seed).train
+    return split_by_part(grouped(opened, ROOT / "data" / "mtd_tiles.csv"), seed).train
 
 
 @jax.jit
