@@ -1,6 +1,8 @@
 """Recipes in parts, for what does more than fit and score them: detector, weights, images, batches, states."""
 
 import contextlib
+import csv
+import dataclasses
 import inspect
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from experiments.recipes import Recipe, all_recipes
 from jaxad.backbones import backbone
 from jaxad.base import Batch, Frozen, Method, PyTree, Stage, State
 from jaxad.data import Dataset, demo, open_data
+from jaxad.data.dataset import Split, unite
 from jaxad.driver.execution import Execution, Progress
 from jaxad.driver.fit import states
 from jaxad.driver.program import Program
@@ -78,6 +81,33 @@ def weights_of(settings: Settings, smoke: bool) -> Frozen:
     if smoke and settings.backbone:
         return backbone(settings.backbone[0]).init(jax.random.key(0))
     return load_frozen(settings)
+
+
+def split_by_part(split: Split, parts: Path, seed: int) -> Split:
+    """Splits the images anew, so that no part is in both sets: see `Recipe.parts`.
+
+    Args:
+        split: The images of a category, in any split.
+        parts: A CSV file: the names of the images, without their extensions, and their parts.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: The file does not name an image, or there is no test set.
+    """
+    if split.test is None:
+        raise ValueError(f"a split by part needs anomalous images too, got none beside {split.train.name}")
+    with parts.open(encoding="utf-8", newline="") as file:
+        part_of = dict(list(csv.reader(file))[1:])
+    data = unite([split.train, split.test], split.train.category)
+    unknown = [path for path in data.paths if Path(path).stem not in part_of]
+    if unknown:
+        raise ValueError(f"{parts.name} must name the part of every image, got none for {unknown[0]}")
+    records = tuple(record._replace(group=part_of[Path(record.path).stem]) for record in data.records)
+    data = dataclasses.replace(data, records=records)
+    normal = sorted({group for group, label in zip(data.groups, data.labels, strict=True) if label == 0})
+    tested = np.random.default_rng(seed).permutation(normal)[: max(1, len(normal) // 5)]
+    in_test = (data.labels == 1) | np.isin(data.groups, tested)
+    return Split(data.subset(~in_test), dataclasses.replace(data.subset(in_test), split="test"))
 
 
 @contextlib.contextmanager

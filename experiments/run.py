@@ -24,11 +24,11 @@ import tyro
 
 import jaxad
 import jaxad.backbones
-from experiments.command import RESULTS, origin, progress, start
-from experiments.opening import settings_of, smoke_photographs, weights_of
+from experiments.command import RESULTS, ROOT, origin, progress, start
+from experiments.opening import settings_of, smoke_photographs, split_by_part, weights_of
 from experiments.provenance import code_hash
 from experiments.recipes import Recipe, all_recipes
-from jaxad.data import Dataset, open_data
+from jaxad.data import Dataset, Split, open_data
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.memory import peak_bytes
@@ -111,11 +111,16 @@ def measure_all(
         if not splits:
             source, every = ("demo", 4) if options.smoke else (options.data, 1)
             opened = open_data(source, preprocess=settings.preprocess, mask_threshold=recipe.mask_threshold)
-            splits = {c: [part and part.subset(slice(None, None, every)) for part in s] for c, s in opened.items()}
+            splits = {
+                c: Split(*(part and part.subset(slice(None, None, every)) for part in s)) for c, s in opened.items()
+            }
             frozen = weights_of(settings, options.smoke)
         detector = jaxad.Detector.from_settings(settings, frozen=frozen)
-        for category, (train, test) in splits.items():
-            assert train is not None
+        for category, split in splits.items():
+            if recipe.parts and not options.smoke:
+                split = split_by_part(split, ROOT / "data" / recipe.parts, seed)
+                cache.clear()  # the images of another seed are others
+            train, test = split
             if test is None:
                 raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")
             checkpoint = checkpoints and checkpoints / f"{category}_{seed}"

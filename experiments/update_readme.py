@@ -197,7 +197,22 @@ def beside_anomalib(record: dict[str, Any]) -> str:
     return markdown_table(["method", "epochs", *(head for name in names for head in (name, "anomalib"))], rows)
 
 
+def new_parts(record: dict[str, Any]) -> str:
+    """How often thresholds keep their rate on new parts, from new_parts.json."""
+
+    def cells(name: str, row: dict[str, Any], told: bool) -> list[str]:
+        rates = row["told" if told else "not_told"]
+        counts = [str(row[key]) for key in ("images", "parts")] + [f"{rates['held_out_groups']:.0f}"]
+        shares = [f"{rates[key]:.1%}" for key in ("stated_average", "observed", "stated_95")]
+        return [name, "told" if told else "not told", *counts, *shares, f"{rates['splits_within_95']:.0%}"]
+
+    rows = [cells(*item, told) for item in record["sets"].items() for told in (True, False)]
+    heads = ["images", "parts", "held out", "stated", "observed", "stated with 95 % confidence", "splits within"]
+    return markdown_table(["data", "groups", *heads], rows, left=2)
+
+
 EXPERIMENTS = {
+    "new_parts": (new_parts, "studies.new_parts"),
     "anomalib_bottle": (beside_anomalib, "bench.anomalib_peers"),
     "anomalib_mtd": (beside_anomalib, "bench.anomalib_peers"),
     "ablate_generators_mtd": (transfer, "studies.ablate_generators"),
@@ -225,8 +240,12 @@ def stale_results(results: Path) -> list[str]:
 
 
 def best_results(results: Path, dataset: str, stale: list[str]) -> str:
-    """One row per method, grouped by family: its recipe with the highest image_AUROC on a data set."""
+    """One row per method, grouped by family: its recipe with the highest image_AUROC on a data set.
+
+    Beside it stands the image_AUROC of the same recipe on splits by part, where it has been measured.
+    """
     best: dict[str, dict[str, Any]] = {}
+    by_part = {result["recipe"]: result for result in read_results(results, f"{dataset}_tiles")}
     for result in read_results(results, dataset, PUBLISHED):
         others = best.setdefault(result["method"], result)["metrics"]["image_AUROC"]["mean"]
         if result["metrics"]["image_AUROC"]["mean"] > others:
@@ -237,8 +256,10 @@ def best_results(results: Path, dataset: str, stale: list[str]) -> str:
         year = re.search(r"\b(20\d\d)\b", description.paper)
         name = f"{description.title}, {year[1]}" if year else description.title
         metrics = metric_cells(result, ("image_AUROC", "pixel_AUPRO"), sources)
-        rows.append([description.family, name, recipe_cell(result, stale), *metrics])
-    headings = ["family", "method", "recipe", "image_AUROC", "published", "pixel_AUPRO", "published"]
+        tiles = by_part.get(f"{result['recipe']}_tiles", {"metrics": {}})
+        new_parts = metric_cells(tiles, ("image_AUROC",), sources)[:1]
+        rows.append([description.family, name, recipe_cell(result, stale), *metrics[:2], *new_parts, *metrics[2:]])
+    headings = ["family", "method", "recipe", "image_AUROC", "published", "new tiles", "pixel_AUPRO", "published"]
     listed = ", ".join(f"[{number}] {source.replace(', ', ' ')}" for source, number in sources.items())
     table = markdown_table(headings, rows, left=3)
     return table + stale_note(table) + (f"\nPublished: {listed}.\n" if sources else "")

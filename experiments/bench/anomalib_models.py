@@ -1,8 +1,8 @@
 """Trains a model of anomalib on arrays; anomalib_peers.py runs this file with a Python that has anomalib.
 
-The command line is JSON (folder, method, options, weights, teacher, auxiliary, epochs, batch_size, seed). The folder
-holds train.npy and test.npy (uint8 n h w 3) and gets image.npy and pixel.npy, the scores; the seconds are printed as
-JSON.
+The command line is JSON (folder, method, options, weights, teacher, auxiliary, epochs, batch_size, seed, channels). The
+folder holds train.npy and test.npy (uint8 n h w 3) and gets image.npy and pixel.npy, the scores; the seconds are
+printed as JSON.
 """
 
 # pyright: reportMissingImports=false
@@ -41,7 +41,10 @@ HELD_OUT = 0.1
 
 
 def use_weights(path):
-    """Gives every pretrained ResNet-18 the weights of a file, in which layer4 and the head are missing."""
+    """Gives every pretrained ResNet-18 the weights of a file, in which layer4 and the head are missing.
+
+    Untrained ones, the students of STFPM, begin as torchvision's; timm's would have residual branches of zero.
+    """
     create, build = timm.create_model, torchvision.models.resnet18
 
     def load(model):
@@ -50,8 +53,9 @@ def use_weights(path):
         return model
 
     def create_model(name, pretrained=False, **options):
-        model = create(name, pretrained=False, **options)
-        return load(model) if pretrained else model
+        if pretrained:
+            return load(create(name, pretrained=False, **options))
+        return create(name, pretrained=False, zero_init_last=False, **options)
 
     timm.create_model = create_model
     torchvision.models.resnet18 = lambda weights=None, **options: load(build(**options)) if weights else build()
@@ -141,6 +145,8 @@ def main(settings):
     if method == "csflow":
         use_three_scales(train.shape[2])
     module, held_out = build(settings, train.shape[2]), None
+    if settings["channels"]:
+        module.model.idx = torch.tensor(settings["channels"])
     started = time.perf_counter(), time.process_time()
     if method == "efficientad":
         rows = np.random.default_rng(settings["seed"]).permutation(len(train))
@@ -151,13 +157,13 @@ def main(settings):
         [ImageBatch(image=x[None], gt_label=torch.zeros(1, dtype=torch.bool)) for x in train],
         batch_size=settings["batch_size"],
         shuffle=True,
-        drop_last=len(train) >= settings["batch_size"],
+        drop_last=settings["epochs"] is not None,
         collate_fn=lambda items: ImageBatch(
             image=torch.cat([item.image for item in items]), gt_label=torch.cat([item.gt_label for item in items])
         ),
     )
     trainer = Trainer(
-        max_epochs=settings["epochs"],
+        max_epochs=settings["epochs"] or 1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -33,7 +33,7 @@ from jaxad.files import read_json, write_json
 from jaxad.metrics import evaluate
 from jaxad.settings import Settings
 
-IMAGES = 100
+IMAGES, BATCH = 100, 8
 RESNET18, TEACHER = "resnet18.tv_in1k", "efficientad_small"
 """EfficientAD's teacher has random weights here, the same in both libraries."""
 
@@ -47,7 +47,7 @@ class Peer(NamedTuple):
     """What differs from anomalib's defaults."""
     epochs: int | None = None
     """None: it does not train."""
-    batch_size: int = 8
+    batch_size: int = BATCH
     backbone: str | None = RESNET18
     auxiliary: str | None = None
     """Anomalib's name for the folder of other photographs."""
@@ -61,17 +61,17 @@ DEEP = {"layers": ("layer2", "layer3")}
 PEERS = (
     Peer("patchcore", DEEP | {"scoring": "paper"}, RESNET | DEEP, seeds=(0,)),
     Peer("padim", {"n_features": 100}, RESNET | {"n_features": 100}),
-    Peer("stfpm", {}, RESNET, epochs=4),
-    Peer("rd4ad", {}, RESNET, epochs=4),
+    Peer("stfpm", {"learning_rate": BATCH * 0.4, "weight_decay": 1e-3 / BATCH}, RESNET, epochs=4),  # losses are sums
+    Peer("rd4ad", {}, RESNET, epochs=2),
     Peer("cfa", {}, RESNET, epochs=2, batch_size=4),
     Peer("fastflow", {}, RESNET, epochs=4),
     Peer(
         "cflow",
         DEEP | {"coupling_blocks": 4},
         RESNET | DEEP | {"coupling_blocks": 4, "fiber_batch_size": 256, "permute_soft": True, "lr": 2e-4},
-        epochs=2,
+        epochs=1,
     ),
-    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=8),
+    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=4),
     Peer(
         "glass",
         DEEP,
@@ -125,8 +125,8 @@ def measured(image: np.ndarray, pixel: np.ndarray, test: Dataset) -> dict[str, f
     return {name: values[name] for name in ("image_AUROC", "image_AP", "pixel_AUROC", "pixel_AP") if name in values}
 
 
-def fit_jaxad(peer: Peer, train: Dataset, test: Dataset, seed: int, options: Options) -> dict[str, Any]:
-    """Metrics and seconds of jaxad."""
+def fit_jaxad(peer: Peer, train: Dataset, test: Dataset, seed: int, options: Options) -> tuple[dict[str, Any], Any]:
+    """Metrics and seconds of jaxad, and the channels that PaDiM has drawn."""
     training = {"epochs": peer.epochs, "train_batch_size": peer.batch_size} if peer.epochs else {}
     settings = Settings.of(
         peer.method,
@@ -157,11 +157,13 @@ def fit_jaxad(peer: Peer, train: Dataset, test: Dataset, seed: int, options: Opt
         "cpu_score_per_image": (cpu[2] - cpu[1]) / len(test),
     }
     image, pixel = (np.concatenate([getattr(batch, part) for batch in scores]) for part in ("image", "pixel"))
-    return {"metrics": measured(image, pixel, test), "seconds": seconds}
+    return {"metrics": measured(image, pixel, test), "seconds": seconds}, getattr(detector.state, "channels", None)
 
 
-def fit_anomalib(peer: Peer, train: Dataset, test: Dataset, seed: int, options: Options) -> dict[str, Any]:
-    """Metrics and seconds of anomalib, in a process of its own."""
+def fit_anomalib(
+    peer: Peer, train: Dataset, test: Dataset, seed: int, channels: Any, options: Options
+) -> dict[str, Any]:
+    """Metrics and seconds of anomalib, in a process of its own; PaDiM takes the channels that jaxad has drawn."""
     with tempfile.TemporaryDirectory() as folder:
         for part, data in (("train", train), ("test", test)):
             np.save(f"{folder}/{part}.npy", data.images(range(len(data))))
@@ -175,9 +177,10 @@ def fit_anomalib(peer: Peer, train: Dataset, test: Dataset, seed: int, options: 
             "weights": str(options.weights),
             "teacher": f"{folder}/teacher.safetensors",
             "auxiliary": str(options.auxiliary),
-            "epochs": peer.epochs or 1,
+            "epochs": peer.epochs,
             "batch_size": peer.batch_size,
             "seed": seed,
+            "channels": None if channels is None else np.asarray(channels).tolist(),
             "threads": options.threads,
         }
         script = Path(__file__).with_name("anomalib_models.py")
@@ -217,14 +220,16 @@ def main(options: Options) -> None:
         train, test = (part and chosen(part, count) for part in next(iter(opened.values())))
         assert train is not None and test is not None
         peer = peer._replace(epochs=peer.epochs and 1, seeds=(0,)) if options.smoke else peer
+        ours = [fit_jaxad(peer, train, test, seed, options) for seed in peer.seeds]
         row: dict[str, Any] = {
             "epochs": peer.epochs,
             "batch_size": peer.batch_size,
             "images": {"size": size, "train": len(train), "test": len(test)},
-            "jaxad": [fit_jaxad(peer, train, test, seed, options) for seed in peer.seeds],
+            "jaxad": [fitted for fitted, _ in ours],
         }
         if options.torch_python is not None:
-            row["anomalib"] = [fit_anomalib(peer, train, test, seed, options) for seed in peer.seeds]
+            draws = zip(peer.seeds, (channels for _, channels in ours), strict=True)
+            row["anomalib"] = [fit_anomalib(peer, train, test, *draw, options) for draw in draws]
         methods = methods | {peer.method: row | origin()}
         write_json(path, {"experiment": f"anomalib_{options.name}", "methods": methods})
         for library in ("jaxad", "anomalib"):

@@ -21,6 +21,10 @@ class Recipe(NamedTuple):
     center_crop: int | None = None
     mask_threshold: int = 0
     seeds: tuple[int, ...] = (0,)
+    """With `parts`, each has a split of its own."""
+    parts: str | None = None
+    """A file in data/ that names the part which each image shows. A fifth of the normal parts, drawn anew for every
+    seed, is in the test set with all anomalous images, and in no training set; None: the split of the data set."""
     published: Mapping[str, Mapping[str, Any]] = NOTHING
     """Metric -> {"value": a fraction, "source": where it was published}.
 
@@ -35,6 +39,15 @@ class Recipe(NamedTuple):
 MTD = {"dataset": "mtd", "mask_threshold": 127}
 """Magnetic Tile Defects in DifferNet's split: 761 training, 191 good and 392 defective test images; resized, not
 cropped."""
+MTD_TILES: Mapping[str, Any] = {
+    "dataset": "mtd_tiles",
+    "mask_threshold": 127,
+    "parts": "mtd_tiles.csv",
+    "seeds": (0, 1, 2, 3, 4),
+    "published": NOTHING,
+}
+"""Magnetic Tile Defects split by tile: no tile of the test set is in the training set, which in DifferNet's split holds
+nearly all of them."""
 BOTTLE = {"dataset": "mvtec_bottle", "image_size": 256, "center_crop": 224}
 """MVTec AD's bottle, resized to 256 px and cropped to 224 px."""
 RESNET50 = "resnet50.caffe_in1k"
@@ -43,6 +56,11 @@ RESNET50 = "resnet50.caffe_in1k"
 def published(source: str, **values: float) -> dict[str, dict[str, Any]]:
     """The published metrics of one source, as fractions."""
     return {metric: {"value": value, "source": source} for metric, value in values.items()}
+
+
+def by_tile(recipes: Mapping[str, Recipe], *names: str) -> dict[str, Recipe]:
+    """The named recipes for MTD, on splits by tile: `padim_mtd` -> `padim_mtd_tiles`."""
+    return {f"{name}_tiles": recipes[name]._replace(**MTD_TILES) for name in names}
 
 
 def all_recipes() -> dict[str, Recipe]:

@@ -9,7 +9,7 @@
 last epoch counts, whatever the test images say.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 SMALL = {"layers": ("layer2", "layer3"), "gamma_d": 4, "epochs": 10}
 NOTES = "A ResNet-50's layers 2 and 3, 160 px, a quarter of the channels (gamma_d) and 10 epochs."
@@ -68,3 +68,4 @@ RECIPES = {
     "cfa_pillqc": Recipe("cfa", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
     "cfa_demo": Recipe("cfa", "demo", RESNET50, SMALL, image_size=160, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "cfa_mtd")

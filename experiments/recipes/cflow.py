@@ -8,7 +8,7 @@ The published budget is 200 epochs; the recipes here are for two CPU cores. The 
 images say.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 SMALL = {"layers": ("layer3",), "coupling_blocks": 4, "epochs": 12, "train_batch_size": 8}
 NOTES = "160 px, layer 3 alone, 4 couplings and 12 epochs of 8 images a step."
@@ -38,3 +38,4 @@ RECIPES = {
     "cflow_pillqc": Recipe("cflow", "pillqc", RESNET50, SMALL, image_size=160, notes=NOTES),
     "cflow_demo": Recipe("cflow", "demo", RESNET50, SMALL, image_size=160, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "cflow_mtd")

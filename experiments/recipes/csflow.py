@@ -10,7 +10,7 @@ step of Adam moves by at most the learning rate: with so few steps, they need a 
 last epoch counts, whatever the test images say.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 SHORT = {"train_batch_size": 4, "learning_rate": 1e-3}
 SMALL = {"layer": "layer3", "hidden": 32, "epochs": 15, **SHORT}
@@ -40,3 +40,4 @@ RECIPES = {
     "csflow_pillqc": Recipe("csflow", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
     "csflow_demo": Recipe("csflow", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "csflow_mtd")

@@ -8,7 +8,7 @@ The published recipe is an AlexNet at 448 px, 64 rotations, 2,048 hidden units a
 two CPU cores. The last epoch counts, whatever the test images say.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 SMALL = {
     "layer": "layer3",
@@ -44,3 +44,4 @@ RECIPES = {
     "differnet_pillqc": Recipe("differnet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
     "differnet_demo": Recipe("differnet", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "differnet_mtd")

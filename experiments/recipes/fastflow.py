@@ -10,7 +10,7 @@ bottle with the same steps, are beside them in epochs_fastflow_bottle.json. The 
 with the published budget, which have not been run.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 FEW = {"layers": ("layer2", "layer3"), "flow_steps": 4, "hidden_ratio": 0.16, "train_batch_size": 4}
 SMALL = FEW | {"epochs": 12}
@@ -90,3 +90,4 @@ RECIPES = {
         )
     },
 }
+RECIPES |= by_tile(RECIPES, "fastflow_mtd")

@@ -5,7 +5,7 @@
 Takes a few minutes on two CPU cores, nearly all of them for the network.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile
 
 LAYERS = {"layers": ("layer1", "layer2", "layer3")}
 RECIPES = {
@@ -15,3 +15,4 @@ RECIPES = {
     ),
     "mahalanobis_ad_pillqc": Recipe("mahalanobis_ad", "pillqc", RESNET50, LAYERS),
 }
+RECIPES |= by_tile(RECIPES, "mahalanobis_ad_mtd", "mahalanobis_ad_mtd_npca")

@@ -6,7 +6,7 @@
 The paper's own question, about foreign images and flows on pixels, is that of experiments/studies/nf_ood.py.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile
 
 LAYERS = {"layers": ("layer1", "layer2", "layer3")}
 NOTES = "A flow on the pooled features that Mahalanobis AD models by a Gaussian."
@@ -39,3 +39,4 @@ RECIPES = {
     ),
     "nf_demo": Recipe("nf", "demo", RESNET50, {**LAYERS, "epochs": 100, "learning_rate": 1e-3}, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "nf_mtd")

@@ -6,7 +6,7 @@
 MTD takes about 12 minutes and 17 GB on two CPU cores (3,136 covariances of 550 x 550 are 3.8 GB).
 """
 
-from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, published
+from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, by_tile, published
 
 PUBLISHED = published(
     "IM-IAD, ResNet-18, 256 px", image_AUROC=0.994, pixel_AUROC=0.984, pixel_AP=0.73, pixel_AUPRO=0.95
@@ -50,3 +50,4 @@ RECIPES = {
     ),
     "padim_pillqc": Recipe("padim", "pillqc", RESNET50),
 }
+RECIPES |= by_tile(RECIPES, "padim_mtd")

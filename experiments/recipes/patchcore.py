@@ -9,7 +9,7 @@
 On two CPU cores MTD takes about 20 minutes and 8 GB, the others a few minutes.
 """
 
-from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, published
+from experiments.recipes import BOTTLE, MTD, RESNET50, Recipe, by_tile, published
 
 EMBEDDED = "The embedded backbone, distilled from the ResNet-50 of the recipe of the same name without _embedded."
 TILES = (
@@ -38,3 +38,4 @@ RECIPES = {
     "patchcore_pillqc_embedded": Recipe("patchcore", "pillqc", "pdn_small", notes=EMBEDDED),
     "patchcore_demo_embedded": Recipe("patchcore", "demo", "pdn_small", notes=EMBEDDED),
 }
+RECIPES |= by_tile(RECIPES, "patchcore_mtd", "patchcore_mtd_embedded")

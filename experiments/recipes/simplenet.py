@@ -8,7 +8,7 @@
 images say.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile
 
 SMALL = {"layers": ("layer2", "layer3"), "feature_scale": 0.125, "epochs": 30}
 """The features of these weights are large. This is the largest of three scales at which the discriminator separates
@@ -45,3 +45,4 @@ RECIPES = {
     "simplenet_pillqc": Recipe("simplenet", "pillqc", RESNET50, SMALL, image_size=128, notes=NOTES),
     "simplenet_demo": Recipe("simplenet", "demo", RESNET50, SMALL, image_size=128, notes=NOTES),
 }
+RECIPES |= by_tile(RECIPES, "simplenet_mtd")

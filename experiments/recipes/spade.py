@@ -11,7 +11,7 @@ Scoring compares 3,136 positions with those of K images, which takes a few tenth
 two CPU cores.
 """
 
-from experiments.recipes import MTD, RESNET50, Recipe, published
+from experiments.recipes import MTD, RESNET50, Recipe, by_tile, published
 
 LAYER3 = {"image_layer": "layer3", "num_neighbors": 5}
 RECIPES = {
@@ -33,3 +33,4 @@ RECIPES = {
     ),
     "spade_pillqc": Recipe("spade", "pillqc", RESNET50, LAYER3),
 }
+RECIPES |= by_tile(RECIPES, "spade_mtd")
