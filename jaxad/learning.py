@@ -80,7 +80,7 @@ def learn(
     auxiliary: Any = None,
     sweep: Sweep | None = None,
 ) -> Learned:
-    """Fits several models in one program, and sets their thresholds.
+    """Fits several models in one program, and sets their thresholds. The fits of a cross-holdout are more of the same.
 
     Args:
         members: The settings of the models. They differ in their seeds at most. In a sweep, those with the first, the

@@ -1,6 +1,5 @@
 """Scoring: batch by batch, so that memory does not grow with the number of images."""
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -79,9 +78,12 @@ def embed_all(embed: EmbedFn, frozen: Frozen, datasets: Sequence[Dataset], execu
     if not all(source.caches for source in sources):
         return
     batch_size = next_multiple(execution.batch_size, layout.data_shards)
-    blocks = range(0, max(sizes), batch_size)
+    blocks, done = range(0, max(sizes), batch_size), 0
     reader = Reader(embed, place(frozen, layout), sources, layout)
-    collections.deque(reader.read(blocks, _in_order(sizes, batch_size)), maxlen=0)
+    for _, block, _ in reader.read(blocks, _in_order(sizes, batch_size)):
+        done += int(block.valid.sum())
+        if execution.progress:
+            execution.progress("embed", done, sum(sizes))
 
 
 def _in_order(sizes: Sequence[int] | np.ndarray, batch_size: int) -> Callable[[int], Block]:
