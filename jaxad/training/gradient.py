@@ -54,6 +54,17 @@ def cosine(progress: Float[Array, ""], least: float = 0.0) -> Float[Array, ""]:
     return least + (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
+def shuffled_parts(key: Key, rows: PyTree, size: int) -> PyTree:
+    """Rows in a random order, in parts of so many: leaves n ... become s size ..., for `Descent.parts`.
+
+    Rows that fill no part are left out; fewer rows than `size` are one part.
+    """
+    n = jax.tree.leaves(rows)[0].shape[0]
+    size = min(size, n)
+    order = jax.random.permutation(key, n)[: n // size * size].reshape(-1, size)
+    return jax.tree.map(lambda leaf: leaf[order], rows)
+
+
 def gradient_stage(
     name: str,
     init: Callable[[Key, State, Frozen, PyTree], Model],
