@@ -207,7 +207,7 @@ def glass(
     def init_sum(key: Key, state: None, frozen: Frozen, spec: PyTree) -> GlassFeatures:
         del key, state, frozen
         n, *shape = jax.eval_shape(patches, spec).shape
-        nearest = None if shell is None else Nearest(jnp.full((n, shape[-1]), jnp.nan), jnp.full(n, jnp.inf))
+        nearest = None if shell is None else Nearest(jnp.nan * jnp.zeros((n, shape[-1])), jnp.inf * jnp.ones(n))
         return GlassFeatures(jnp.zeros(shape), jnp.zeros(()), nearest)
 
     def add(key: Key, state: GlassFeatures, frozen: Frozen, batch: Batch) -> tuple[GlassFeatures, Metrics]:

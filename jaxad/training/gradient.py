@@ -20,6 +20,8 @@ Model = Any
 LossFn = Callable[[PyTree, Model, Key, Frozen, Any], tuple[Float[Array, ""], dict[str, PyTree]]]
 """(params, model, key, frozen, batch) -> (value, changes). `model` has the parameters before the step, too. `changes`
 holds new values of other fields of the model by name; an entry `metrics` is added to the diagnostics."""
+PartsFn = Callable[[Key, Model, Frozen, Batch], PyTree]
+"""(key, model, frozen, batch) -> parts of the batch, stacked along a leading axis."""
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 """Share of the steps that are done -> what the optimizer's steps are multiplied by."""
 
@@ -39,9 +41,9 @@ class Descent(NamedTuple):
     optimizer: optax.GradientTransformation
     params: str | None = None
     """The entry of `model.params` that it changes, which the loss is then given alone; None: all of them."""
-    parts: Callable[[Key, Model, Frozen, Batch], PyTree] | None = None
-    """(key, model, frozen, batch) -> parts of the batch, stacked along a leading axis. The loss is given one part in
-    place of the batch, and takes a step for each. None: one step for the whole batch."""
+    parts: PartsFn | None = None
+    """The loss is given one part in place of the batch, and takes a step for each. None: one step for the whole
+    batch."""
 
 
 def constant(progress: Float[Array, ""]) -> Float[Array, ""]:

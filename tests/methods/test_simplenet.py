@@ -11,7 +11,7 @@ from jaxad.methods.simplenet import simplenet
 from jaxad.ops.heatmap import patch_features
 from jaxad.training import shuffled_parts
 from jaxad.training.optimizers import of_parts
-from tests.methods.plain import fresh
+from tests.methods.plain import fresh, randomized
 from tests.rows import assert_close
 
 KEY = jax.random.key(0)
@@ -53,6 +53,7 @@ def test_steps_of_patches_are_those_of_a_plain_loop_over_patches_of_all_images(m
     [stage] = simplenet(**OPTIONS, rows_per_step=rows).stages
     assert stage.batch_size == rows
     start = fresh(jax.eval_shape(lambda key: stage.init(key, None, None, X), KEY))
+    start = start._replace(model=start.model._replace(params=randomized(start.model.params, 2)))
     after, metrics = jax.jit(stage.update)(KEY, start, None, BATCH)
 
     patches = jax.jit(lambda x: patch_features(x, tuple(SHAPES)))(X).reshape(3, 64, 8)
