@@ -57,6 +57,7 @@ class Nearest(NamedTuple):
     """Sampled normal features, one an image, and their distances to the nearest ones of the other images so far."""
 
     sample: Float[Array, "n c"]
+    """NaN until the image has been seen."""
     distance: Float[Array, "n"]
 
 
@@ -74,8 +75,8 @@ class GlassNormal(NamedTuple):
 
     mean: Float[Array, "h w c"]
     """At every position."""
-    min_distance: Float[Array, ""]
-    """Smallest distance of a global anomaly to its normal feature, and half of the largest (manifold hypothesis)."""
+    spacing: Float[Array, ""] | None
+    """The median distance of a normal feature to the nearest one of another image, where the shell depends on it."""
 
 
 class GlassSamples(NamedTuple):
@@ -130,6 +131,11 @@ def closer(nearest: Nearest, features: Float[Array, "b h w c"], batch: Batch) ->
     other = batch.valid & (batch.index != jnp.arange(len(sample))[:, None]) & (batch.progress >= 0.5)
     distance = jnp.sqrt(jnp.where(other, squared, jnp.inf).min(1))
     return Nearest(sample, jnp.minimum(nearest.distance, distance))
+
+
+def pair_distances(rows: Float[Array, "n c"]) -> Float[Array, "n"]:
+    """Of every row to the one that is half of them further on."""
+    return jnp.linalg.norm(rows - jnp.roll(rows, len(rows) // 2, 0), axis=-1)
 
 
 def glass(
@@ -193,6 +199,8 @@ def glass(
         raise ValueError(f"hard_quantile must be in [0, 1), got {hard_quantile}")
     if hypothesis not in ("manifold", "hypersphere"):
         raise ValueError(f"hypothesis must be manifold or hypersphere, got {hypothesis}")
+    if shell is not None and hypothesis == "hypersphere":
+        raise ValueError(f"shell is of the manifold hypothesis only, got {shell} with hypersphere: leave it out")
     network = architecture(backbone)
     layers = network.patch_layers if layers is None else tuple(layers)
     optimizer = of_parts(
@@ -207,7 +215,8 @@ def glass(
     def init_sum(key: Key, state: None, frozen: Frozen, spec: PyTree) -> GlassFeatures:
         del key, state, frozen
         n, *shape = jax.eval_shape(patches, spec).shape
-        nearest = None if shell is None else Nearest(jnp.nan * jnp.zeros((n, shape[-1])), jnp.inf * jnp.ones(n))
+        sample = jnp.full((n, shape[-1]), jnp.nan, jnp.float32)
+        nearest = None if shell is None else Nearest(sample, jnp.full(n, jnp.inf, jnp.float32))
         return GlassFeatures(jnp.zeros(shape), jnp.zeros(()), nearest)
 
     def add(key: Key, state: GlassFeatures, frozen: Frozen, batch: Batch) -> tuple[GlassFeatures, Metrics]:
@@ -219,11 +228,18 @@ def glass(
 
     def measured(key: Key, state: GlassFeatures, frozen: Frozen) -> GlassNormal:
         del key, frozen
-        min_distance = jnp.float32(MIN_DISTANCE)
+        mean, spacing = state.total / state.count, None
         if state.nearest is not None:
             distance = state.nearest.distance
-            min_distance = shell * jnp.nanmedian(jnp.where(jnp.isfinite(distance), distance, jnp.nan))
-        return GlassNormal(state.total / state.count, min_distance)
+            spacing = jnp.nanmedian(jnp.where(jnp.isfinite(distance), distance, jnp.nan))
+        return GlassNormal(mean, spacing)
+
+    def inner_radius(model: GlassTraining, raw: Float[Array, "b h w c"], adapted: Float[Array, "b h w c"]) -> Array:
+        """Of the shell around an adapted feature. The adaptor changes distances, by a factor that pairs show."""
+        if model.normal.spacing is None:
+            return jnp.float32(MIN_DISTANCE)
+        before, after = (jnp.median(pair_distances(x.reshape(-1, x.shape[-1]))) for x in (raw, adapted))
+        return shell * model.normal.spacing * after / before
 
     def init(key: Key, normal: GlassNormal, frozen: Frozen, spec: PyTree) -> GlassTraining:
         del frozen, spec
@@ -283,7 +299,7 @@ def glass(
             output, stats = logits(fixed_params, stats, jnp.concatenate([constant, x]))
             return optax.sigmoid_binary_cross_entropy(jnp.split(output, 2)[1], jnp.ones(())).mean(), stats
 
-        middle, distance = (center, radius) if spherical else (normal, model.normal.min_distance)
+        middle, distance = (center, radius) if spherical else (normal, inner_radius(model, raw, constant))
         project = lambda x: project_to_shell(x, middle, distance)  # noqa: E731
         start = normal + noise * jax.random.normal(noise_key, raw.shape)
         moved, stats = ascend(normality, start, model.stats, ascent_steps, STEP_LENGTH, STEPS_PER_PROJECTION, project)

@@ -26,9 +26,7 @@ class Moments(NamedTuple):
     """Batches."""
 
 
-def statistics_stage(
-    loss: LossFn, *, batch_size: int, parts: PartsFn | None = None, name: str = "statistics"
-) -> Stage:
+def statistics_stage(loss: LossFn, *, batch_size: int, parts: PartsFn | None = None, name: str = "statistics") -> Stage:
     """A stage that follows a gradient stage whose loss changes a field `stats`, flax's collection `batch_stats`.
 
     In one more pass over the training images, the parameters stay as they are. What the stage leaves is the model with

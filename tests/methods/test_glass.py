@@ -10,7 +10,7 @@ import pytest
 
 from jaxad.backbones import backbone
 from jaxad.base import Batch
-from jaxad.methods.glass import glass, random_shape
+from jaxad.methods.glass import GlassNormal, glass, random_shape
 from jaxad.ops.heatmap import patch_features
 from tests.methods.plain import fresh, randomized
 from tests.parity.steps import gradient
@@ -79,7 +79,7 @@ def test_a_step_on_all_patches_is_the_published_one_whatever_their_order(frozen,
 
 def test_shell_is_measured_by_nearest_neighbors_in_other_images(frozen):
     """In batches of three of five images, whose last one is padded with an image."""
-    method = glass(**OPTIONS, shell=1.5)
+    method = glass(**OPTIONS, shell=2.0)
     measure = method.stages[0]
     images = np.random.default_rng(1).integers(90, 160, (5, 32, 32, 3), np.uint8)
     x = jax.jit(method.embed)(frozen, images)
@@ -98,8 +98,29 @@ def test_shell_is_measured_by_nearest_neighbors_in_other_images(frozen):
         np.linalg.norm(np.delete(patches, i, 0) - of_image[i % len(of_image)], axis=-1).min()
         for i, of_image in enumerate(patches)
     ]
-    np.testing.assert_allclose(normal.min_distance, 1.5 * np.median(nearest), rtol=1e-4)
+    np.testing.assert_allclose(normal.spacing, np.median(nearest), rtol=1e-4)
     np.testing.assert_allclose(normal.mean.reshape(patches.shape[1:]), patches.mean(0), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_global_anomalies_are_in_the_shell_whatever_the_adaptor_does(frozen, monkeypatch):
+    """Here it doubles all distances."""
+    distances = []
+
+    def ascend(loss, x, carried, steps, length, every, project):
+        jax.debug.callback(lambda a, b: distances.append(np.linalg.norm(a - b, axis=-1)), project(x), x)
+        return project(x), carried
+
+    monkeypatch.setattr(importlib.import_module("jaxad.methods.glass"), "ascend", ascend)
+    train = glass(**OPTIONS, shell=3.0, noise=1e-6).stages[1]
+    x = jax.jit(glass(**OPTIONS).embed)(frozen, IMAGES)
+    _, h, w, c = jax.eval_shape(lambda x: patch_features(x, LAYERS), x).shape
+    normal = GlassNormal(jnp.zeros((h, w, c)), jnp.float32(0.25))
+    start = fresh(jax.eval_shape(lambda normal: train.init(KEY, normal, frozen, None), normal))
+    params = start.model.params | {"adaptor": 2 * np.eye(c, dtype=np.float32)}
+    start = start._replace(model=start.model._replace(params=params, normal=normal))
+    jax.block_until_ready(jax.jit(train.update)(KEY, start, frozen, batch_of(x)))
+    np.testing.assert_allclose(distances, 2 * 3 * 0.25, rtol=1e-3)
 
 
 def test_shapes_lie_where_they_are_allowed():
@@ -111,6 +132,10 @@ def test_shapes_lie_where_they_are_allowed():
         assert not (masks & ~allowed).any()
 
 
-def test_unknown_hypothesis_is_rejected():
+def test_hyperparameters_out_of_range_are_rejected():
     with pytest.raises(ValueError, match="must be manifold or hypersphere, got sphere"):
         inspect.unwrap(glass)(backbone="pdn_small", hypothesis="sphere")
+    with pytest.raises(ValueError, match="shell is of the manifold hypothesis only, got 2.0"):
+        glass(backbone="pdn_small", hypothesis="hypersphere", shell=2.0)
+    with pytest.raises(ValueError, match="rows_per_step must be 1 or more, got 0"):
+        glass(backbone="pdn_small", rows_per_step=0)
