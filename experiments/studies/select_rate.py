@@ -3,10 +3,13 @@
     python -m experiments.studies.select_rate cflow_mtd --data MTD_FOLDER --weights resnet50.caffe_in1k.safetensors
 
 With `--vary`, another hyperparameter than the learning rate takes several values. All images are normal ones of the
-training split; no test image is read. Writes results/select_<recipe>.json, or select_<recipe>_<vary>.json. `--smoke` is
-the small variant for the tests.
+training split; no test image is read. The loss is that of the networks as scoring calls them: batch norms use their
+running statistics, not those of the held-out images. Writes results/select_<recipe>.json, or
+select_<recipe>_<vary>.json. `--smoke` is the small variant for the tests.
 """
 
+import contextlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +17,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from flax import linen as nn
 
 from experiments.command import RESULTS, origin, progress, start
 from experiments.opening import batch_of, embedded, last_shuffled, open_recipe, states_by_epoch
@@ -21,6 +25,7 @@ from jaxad.base import Frozen, PyTree, State
 from jaxad.data import Dataset
 from jaxad.driver.program import Program
 from jaxad.files import write_json
+from jaxad.methods import METHODS
 from jaxad.settings import Settings
 
 NEGLIGIBLE = 1e-12
@@ -53,6 +58,41 @@ class Options:
     """A few small demo images and random weights."""
 
 
+def hold_out(data: Dataset, learn: int, held_out: int) -> tuple[Dataset, Dataset]:
+    """So many images to train on, and other ones for the loss, at random.
+
+    Raises:
+        ValueError: There are not as many images.
+    """
+    if learn + held_out > len(data):
+        raise ValueError(f"learn + hold_out must be at most the {len(data)} images, got {learn + held_out}")
+    order = np.random.default_rng(0).permutation(len(data))
+    return data.subset(np.sort(order[:learn])), data.subset(np.sort(order[learn : learn + held_out]))
+
+
+def evaluation_mode() -> contextlib.AbstractContextManager:
+    """A context in which networks are traced as scoring calls them, wherever a loss says `train=True`."""
+
+    def call(function: Any, arguments: tuple, keywords: dict[str, Any], context: Any) -> Any:
+        del context
+        return function(*arguments, **keywords | ({"train": False} if "train" in keywords else {}))
+
+    return nn.intercept_methods(call)
+
+
+def deployed_loss(settings: Settings, image_size: tuple[int, int]) -> Program:
+    """(key, state, frozen, batch) -> a new state and diagnostics: the loss of the networks as they are deployed.
+
+    Args:
+        settings: What is trained.
+        image_size: (height, width).
+    """
+    for name in inspect.signature(METHODS[settings.method]).parameters:
+        if name.endswith("learning_rate"):
+            settings = settings.varied(name, NEGLIGIBLE)
+    return Program(last_shuffled(settings.build(image_size)).update, ambient=evaluation_mode)
+
+
 def held_out_losses(settings: Settings, frozen: Frozen, photographs: Any, train: Dataset, x: PyTree) -> list[float]:
     """The loss of held-out images after every epoch of the last stage that trains by gradient steps.
 
@@ -64,7 +104,7 @@ def held_out_losses(settings: Settings, frozen: Frozen, photographs: Any, train:
         x: The embeddings of the held-out images.
     """
     method = settings.build(train.image_size)
-    evaluate = Program(last_shuffled(settings.varied("learning_rate", NEGLIGIBLE).build(train.image_size)).update)
+    evaluate = deployed_loss(settings, train.image_size)
     n = len(jax.tree.leaves(x)[0])
     size = min(last_shuffled(method).batch_size or n, n)
     parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], x) for i in range(0, n // size * size, size)]
@@ -87,13 +127,7 @@ def main(options: Options) -> None:
         auxiliary=options.auxiliary,
         smoke=options.smoke,
     )
-    if options.learn + options.hold_out > len(data):
-        raise ValueError(
-            f"learn + hold_out must be at most the {len(data)} images, got {options.learn + options.hold_out}"
-        )
-    order = np.random.default_rng(0).permutation(len(data))
-    ends = options.learn, options.learn + options.hold_out
-    train, held_out = (data.subset(np.sort(rows)) for rows in (order[: ends[0]], order[ends[0] : ends[1]]))
+    train, held_out = hold_out(data, options.learn, options.hold_out)
     x = embedded(method, frozen, held_out)
     losses = {}
     for rate in options.rates or (None,):

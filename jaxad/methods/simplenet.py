@@ -28,7 +28,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
-from jaxad.training import gradient_stage
+from jaxad.training import Descent, gradient_stage, shuffled_parts
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import of_parts, torch_adam
 
@@ -52,6 +52,7 @@ def simplenet(
     margin: float = 0.5,
     epochs: int = 160,
     train_batch_size: int = 8,
+    rows_per_step: int | None = None,
     learning_rate: float = 2e-4,
     adaptor_learning_rate: float = 1e-4,
     weight_decay: float = 1e-5,
@@ -70,6 +71,8 @@ def simplenet(
         margin: Scores beyond it cost nothing.
         epochs: Passes over the training images.
         train_batch_size: Images per step.
+        rows_per_step: Patches per step. The patches of as many images are shuffled, or of `train_batch_size` if that is
+            more, and every step takes so many of them. None: all patches of `train_batch_size` images, as published.
         learning_rate: Of the discriminator's Adam.
         adaptor_learning_rate: Of the adaptor's AdamW (whose decay is 0.01).
         weight_decay: Of the discriminator, added to the gradient.
@@ -78,7 +81,8 @@ def simplenet(
     Raises:
         ValueError: A hyperparameter is out of range.
     """
-    at_least_one(hidden=hidden, epochs=epochs, train_batch_size=train_batch_size)
+    rows = 1 if rows_per_step is None else rows_per_step
+    at_least_one(hidden=hidden, epochs=epochs, train_batch_size=train_batch_size, rows_per_step=rows)
     above_zero(
         feature_scale=feature_scale,
         noise=noise,
@@ -102,9 +106,15 @@ def simplenet(
         params = {"adaptor": adaptor, "discriminator": variables["params"]}
         return SimplenetNetworks(params, variables["batch_stats"])
 
-    def loss(params: PyTree, model: SimplenetNetworks, key: Key, frozen: Frozen, batch: Batch) -> tuple[Array, dict]:
+    def shuffled_patches(key: Key, model: SimplenetNetworks, frozen: Frozen, batch: Batch) -> Float[Array, "s r 1 1 c"]:
+        del model, frozen
+        features = patches(batch.x)
+        return shuffled_parts(key, features.reshape(-1, 1, 1, features.shape[-1]), rows)
+
+    def loss(params: PyTree, model: SimplenetNetworks, key: Key, frozen: Frozen, batch: Any) -> tuple[Array, dict]:
         del frozen
-        normal = patches(batch.x) @ params["adaptor"]
+        features = patches(batch.x) if rows_per_step is None else batch
+        normal = features @ params["adaptor"]
         noisy = normal + noise * jax.random.normal(key, normal.shape)
         variables = {"params": params["discriminator"], "batch_stats": model.stats}
         both = jnp.concatenate([normal, noisy])
@@ -124,5 +134,6 @@ def simplenet(
         adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),
         discriminator=torch_adam(learning_rate, weight_decay),
     )
-    stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size)
+    descent = Descent(loss, optimizer, parts=None if rows_per_step is None else shuffled_patches)
+    stage = gradient_stage("train", init, [descent], epochs=epochs, batch_size=max(train_batch_size, rows))
     return Method(features(backbone, layers), (stage,), score)

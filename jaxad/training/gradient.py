@@ -20,6 +20,8 @@ Model = Any
 LossFn = Callable[[PyTree, Model, Key, Frozen, Any], tuple[Float[Array, ""], dict[str, PyTree]]]
 """(params, model, key, frozen, batch) -> (value, changes). `model` has the parameters before the step, too. `changes`
 holds new values of other fields of the model by name; an entry `metrics` is added to the diagnostics."""
+PartsFn = Callable[[Key, Model, Frozen, Batch], PyTree]
+"""(key, model, frozen, batch) -> parts of the batch, stacked along a leading axis."""
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 """Share of the steps that are done -> what the optimizer's steps are multiplied by."""
 
@@ -39,9 +41,9 @@ class Descent(NamedTuple):
     optimizer: optax.GradientTransformation
     params: str | None = None
     """The entry of `model.params` that it changes, which the loss is then given alone; None: all of them."""
-    parts: Callable[[Key, Model, Frozen, Batch], PyTree] | None = None
-    """(key, model, frozen, batch) -> parts of the batch, stacked along a leading axis. The loss is given one part in
-    place of the batch, and takes a step for each. None: one step for the whole batch."""
+    parts: PartsFn | None = None
+    """The loss is given one part in place of the batch, and takes a step for each. None: one step for the whole
+    batch."""
 
 
 def constant(progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -52,6 +54,17 @@ def constant(progress: Float[Array, ""]) -> Float[Array, ""]:
 def cosine(progress: Float[Array, ""], least: float = 0.0) -> Float[Array, ""]:
     """The schedule of a rate that falls to a share of itself as a cosine does."""
     return least + (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def shuffled_parts(key: Key, rows: PyTree, size: int) -> PyTree:
+    """Rows in a random order, in parts of so many: leaves n ... become s size ..., for `Descent.parts`.
+
+    Rows that fill no part are left out; fewer rows than `size` are one part.
+    """
+    n = jax.tree.leaves(rows)[0].shape[0]
+    size = min(size, n)
+    order = jax.random.permutation(key, n)[: n // size * size].reshape(-1, size)
+    return jax.tree.map(lambda leaf: leaf[order], rows)
 
 
 def gradient_stage(

@@ -3,15 +3,20 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.opening import open_recipe
+from experiments.opening import batch_of, open_recipe
 from experiments.studies import ablate_generators, epoch_curve, narrow_gap, new_parts, nf_ood, select_rate
 from experiments.update_readme import foreign_images, transfer
 from jaxad.base import Method, Stage
+from jaxad.data import open_data
+from jaxad.ops.heatmap import patch_features
+from jaxad.settings import Settings
+from tests.methods.plain import fresh, randomized
 
 
 @pytest.mark.slow
@@ -35,6 +40,46 @@ def test_other_hyperparameters_are_compared_too(tmp_path: Path) -> None:
     assert result["varied"] == "blocks" and list(result["held_out_loss"]) == ["1", "2"]
     first, second = result["held_out_loss"].values()
     assert first != second
+
+
+def test_held_out_loss_is_that_of_the_function_that_scores() -> None:
+    """Batch norms use their running statistics, which a step in training does not."""
+    size, layers = (16, 16), {"layer1": (8, 8, 3), "layer2": (4, 4, 5)}
+    settings = Settings.of("simplenet", backbone="pdn_small", layers=tuple(layers), hidden=6, noise=0.5, image_size=16)
+    random = np.random.default_rng(0)
+    x = {name: jnp.asarray(random.normal(size=(3, *shape)), jnp.float32) for name, shape in layers.items()}
+    [stage] = settings.build(size).stages
+    state = fresh(jax.eval_shape(lambda: stage.init(jax.random.key(0), None, None, x)))
+    networks = state.model._replace(**{part: randomized(getattr(state.model, part), 3) for part in ("params", "stats")})
+    state, batch = state._replace(model=networks), batch_of(x)
+    key = jax.random.key(1)
+    new, metrics = select_rate.deployed_loss(settings, size)(key, state, None, batch)
+    jax.tree.map(np.testing.assert_array_equal, new.model.stats, networks.stats)
+
+    params = networks.params
+    normal = jax.jit(lambda x: patch_features(x, tuple(layers)) @ params["adaptor"])(x)
+    noise = jax.random.normal(jax.random.fold_in(key, 0), normal.shape)
+    discriminator, norm, stats = params["discriminator"], params["discriminator"]["norm"], networks.stats["norm"]
+
+    def outputs(features: np.ndarray) -> np.ndarray:
+        y = features @ discriminator["hidden"]["kernel"]
+        y = (y - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * norm["scale"] + norm["bias"]
+        return np.where(y > 0, y, 0.2 * y) @ discriminator["head"]["kernel"]
+
+    expected = np.maximum(0.5 - outputs(normal), 0).mean() + np.maximum(0.5 + outputs(normal + 0.5 * noise), 0).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert abs(jax.jit(stage.update)(key, state, None, batch)[1]["loss"] - expected) > 0.01 * expected
+
+
+def test_images_to_hold_out_are_others() -> None:
+    data = open_data({"a": np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)})
+    train = data["a"].train
+    assert train is not None
+    learned, held_out = select_rate.hold_out(train, 12, 8)
+    colors = [set(part.images(range(len(part)))[:, 0, 0, 0].tolist()) for part in (learned, held_out)]
+    assert list(map(len, colors)) == [12, 8] and not colors[0] & colors[1]
+    with pytest.raises(ValueError, match="at most the 20 images, got 21"):
+        select_rate.hold_out(train, 13, 8)
 
 
 def test_recipe_with_photographs_is_opened_with_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxad.base import Batch
-from jaxad.training import Descent, cosine, gradient_stage
+from jaxad.training import Descent, cosine, gradient_stage, shuffled_parts
 
 KEY = jax.random.key(0)
 DATA = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
@@ -158,3 +158,14 @@ def test_one_loss_needs_an_optimizer_and_several_bring_theirs():
         gradient_stage("train", begin, loss, epochs=1, batch_size=4)
     with pytest.raises(ValueError, match="several bring their own"):
         gradient_stage("train", begin, [Descent(loss, optax.sgd(0.1))], optax.sgd(0.1), epochs=1, batch_size=4)
+
+
+def test_shuffled_parts_hold_every_row_once():
+    rows = {"a": jnp.arange(14), "b": 10 * jnp.arange(14.0)[:, None]}
+    shuffled = jax.jit(shuffled_parts, static_argnums=2)
+    parts = shuffled(KEY, rows, 4)
+    assert parts["a"].shape == (3, 4) and len(set(parts["a"].ravel().tolist())) == 12
+    assert not np.array_equal(parts["a"].ravel(), np.sort(parts["a"].ravel()))
+    np.testing.assert_array_equal(parts["b"][..., 0], 10 * parts["a"])
+    [one] = shuffled(KEY, jnp.arange(3), 4)
+    assert sorted(one.tolist()) == [0, 1, 2]
