@@ -236,7 +236,7 @@ def glass(
 
     def inner_radius(model: GlassTraining, raw: Float[Array, "b h w c"], adapted: Float[Array, "b h w c"]) -> Array:
         """Of the shell around an adapted feature. The adaptor changes distances, by a factor that pairs show."""
-        if model.normal.spacing is None:
+        if shell is None or model.normal.spacing is None:
             return jnp.float32(MIN_DISTANCE)
         before, after = (jnp.median(pair_distances(x.reshape(-1, x.shape[-1]))) for x in (raw, adapted))
         return shell * model.normal.spacing * after / before
