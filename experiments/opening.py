@@ -83,13 +83,12 @@ def weights_of(settings: Settings, smoke: bool) -> Frozen:
     return load_frozen(settings)
 
 
-def split_by_part(split: Split, parts: Path, seed: int) -> Split:
-    """Splits the images anew, so that no part is in both sets: see `Recipe.parts`.
+def grouped(split: Split, parts: Path) -> Dataset:
+    """All images of a category, whatever their split, with their parts as groups.
 
     Args:
-        split: The images of a category, in any split.
+        split: The images of the category.
         parts: A CSV file: the names of the images, without their extensions, and their parts.
-        seed: Of the draw.
 
     Raises:
         ValueError: The file does not name an image, or there is no test set.
@@ -103,7 +102,11 @@ def split_by_part(split: Split, parts: Path, seed: int) -> Split:
     if unknown:
         raise ValueError(f"{parts.name} must name the part of every image, got none for {unknown[0]}")
     records = tuple(record._replace(group=part_of[Path(record.path).stem]) for record in data.records)
-    data = dataclasses.replace(data, records=records)
+    return dataclasses.replace(data, records=records)
+
+
+def split_by_part(data: Dataset, seed: int) -> Split:
+    """A split that has no part in both sets: see `Recipe.parts`."""
     normal = sorted({group for group, label in zip(data.groups, data.labels, strict=True) if label == 0})
     tested = np.random.default_rng(seed).permutation(normal)[: max(1, len(normal) // 5)]
     in_test = (data.labels == 1) | np.isin(data.groups, tested)

@@ -25,7 +25,7 @@ import tyro
 import jaxad
 import jaxad.backbones
 from experiments.command import RESULTS, ROOT, origin, progress, start
-from experiments.opening import settings_of, smoke_photographs, split_by_part, weights_of
+from experiments.opening import grouped, settings_of, smoke_photographs, split_by_part, weights_of
 from experiments.provenance import code_hash
 from experiments.recipes import Recipe, all_recipes
 from jaxad.data import Dataset, Split, open_data
@@ -33,6 +33,7 @@ from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.memory import peak_bytes
 from jaxad.driver.program import compile_seconds, cpu_seconds
+from jaxad.driver.scoring import embed_all
 from jaxad.files import read_json, write_json
 from jaxad.metrics import evaluate
 from jaxad.runs import directory
@@ -103,23 +104,29 @@ def measure_all(
     name: str, recipe: Recipe, options: Options, auxiliary: Path | None, checkpoints: Path | None
 ) -> dict[str, list[dict[str, Any]]]:
     """What `measure` returns for every seed, by category."""
-    cache = EmbeddingCache()
-    frozen, splits = None, {}
+    cache, by_part = EmbeddingCache(), recipe.parts is not None and not options.smoke
+    frozen, splits, wholes = None, {}, {}
     measured: dict[str, list[dict[str, Any]]] = {}
     for seed in recipe.seeds:
         settings = settings_of(recipe, weights=options.weights, auxiliary=auxiliary, seed=seed, smoke=options.smoke)
         if not splits:
             source, every = ("demo", 4) if options.smoke else (options.data, 1)
             opened = open_data(source, preprocess=settings.preprocess, mask_threshold=recipe.mask_threshold)
-            splits = {
-                c: Split(*(part and part.subset(slice(None, None, every)) for part in s)) for c, s in opened.items()
-            }
+            some = slice(None, None, every)
+            splits = {c: Split(train.subset(some), test and test.subset(some)) for c, (train, test) in opened.items()}
             frozen = weights_of(settings, options.smoke)
+            if by_part:
+                wholes = {
+                    category: grouped(split, ROOT / "data" / str(recipe.parts)) for category, split in splits.items()
+                }
+                embed = settings.build(settings.usual_size()).embed
+                embed_all(embed, frozen, list(wholes.values()), Execution(batch_size=settings.batch_size, cache=cache))
         detector = jaxad.Detector.from_settings(settings, frozen=frozen)
         for category, split in splits.items():
-            if recipe.parts and not options.smoke:
-                split = split_by_part(split, ROOT / "data" / recipe.parts, seed)
-                cache.clear()  # the images of another seed are others
+            if by_part:
+                split = split_by_part(wholes[category], seed)
+                if not all(embedding.caches for embedding in cache.values()):
+                    cache.clear()  # too large for all images, whose parts would add up
             train, test = split
             if test is None:
                 raise ValueError(f"a recipe needs a test split, got none in {options.data} ({category})")

@@ -206,7 +206,7 @@ def new_parts(record: dict[str, Any]) -> str:
         shares = [f"{rates[key]:.1%}" for key in ("stated_average", "observed", "stated_95")]
         return [name, "told" if told else "not told", *counts, *shares, f"{rates['splits_within_95']:.0%}"]
 
-    rows = [cells(*item, told) for item in record["sets"].items() for told in (True, False)]
+    rows = [cells(name, row, told) for name, row in record["sets"].items() for told in (True, False)]
     heads = ["images", "parts", "held out", "stated", "observed", "stated with 95 % confidence", "splits within"]
     return markdown_table(["data", "groups", *heads], rows, left=2)
 

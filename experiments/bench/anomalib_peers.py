@@ -3,8 +3,8 @@
     python -m experiments.bench.anomalib_peers mtd --data MTD_FOLDER --weights resnet18.tv_in1k.safetensors
         --auxiliary TEXTURES_FOLDER --torch-python PYTHON
 
-100 training images and at most 100 test images, half of them normal where there are enough, of 224 px (EfficientAD:
-256, which anomalib's needs). A method that draws anything takes three seeds, the two that train longest take one.
+100 training images and at most 100 test images, half of them normal where there are enough, of 224 px (CS-Flow and
+EfficientAD: 256). A method that draws anything takes three seeds, the two that train longest take one.
 `PYTHON` is an interpreter with anomalib (`pip install anomalib==2.7.0 FrEIA==0.2 safetensors`). Writes
 results/anomalib_<name>.json after every method; those that are there already are kept, so that a run continues where
 it was stopped. `--smoke` is the small variant for the tests, without anomalib.
@@ -71,7 +71,7 @@ PEERS = (
         RESNET | DEEP | {"coupling_blocks": 4, "fiber_batch_size": 256, "permute_soft": True, "lr": 2e-4},
         epochs=1,
     ),
-    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=4),
+    Peer("csflow", {"layer": "layer3", "hidden": 64}, {"cross_conv_hidden_channels": 64}, epochs=4, size=256),
     Peer(
         "glass",
         DEEP,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments.command import RESULTS, ROOT, origin, progress, start
-from experiments.opening import split_by_part
+from experiments.opening import grouped
 from jaxad.data import Arrays, Dataset, Preprocess, demo, open_data
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Execution
@@ -63,10 +63,8 @@ def shots(category: str, parts: int, count: int, size: int) -> Dataset:
 def tiles(folder: Path, size: int) -> Dataset:
     """All normal images of MTD, grouped by tile."""
     (opened,) = open_data(folder, preprocess=Preprocess((size, size))).values()
-    split = split_by_part(opened, ROOT / "data" / "mtd_tiles.csv", 0)
-    assert split.test is not None
-    normal = split.test.subset(split.test.labels == 0)
-    return dataclasses.replace(split.train, records=split.train.records + normal.records)
+    data = grouped(opened, ROOT / "data" / "mtd_tiles.csv")
+    return data.subset(data.labels == 0)
 
 
 def ungrouped(data: Dataset) -> Dataset:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from experiments.command import ROOT
-from experiments.opening import split_by_part
+from experiments.opening import grouped, split_by_part
 from jaxad.data import Preprocess, Split, open_data
 
 NORMAL, PARTS = 20, 5
@@ -30,15 +30,15 @@ def parts(folder: Path, names: range) -> Path:
 
 
 def test_no_part_of_the_test_set_is_in_the_training_set(split: Split, tmp_path: Path) -> None:
-    path, tested = parts(tmp_path, range(NORMAL + 3)), set()
+    data, tested = grouped(split, parts(tmp_path, range(NORMAL + 3))), set()
     for seed in range(8):
-        train, test = split_by_part(split, path, seed)
+        train, test = split_by_part(data, seed)
         assert test is not None and test.split == "test" and not train.labels.any()
         names = [sorted(int(Path(p).stem) for p in data.paths) for data in (train, test)]
-        assert sorted(sum(names, [])) == list(range(NORMAL + 3)) and names[1][-3:] == [20, 21, 22]
+        assert sorted(names[0] + names[1]) == list(range(NORMAL + 3)) and names[1][-3:] == [20, 21, 22]
         new = {i % PARTS for i in names[1][:-3]}
         assert len(new) == 1 and new.isdisjoint(i % PARTS for i in names[0])
-        again = split_by_part(split, path, seed)
+        again = split_by_part(data, seed)
         assert again.train.paths == train.paths
         tested |= new
     assert len(tested) > 1
@@ -46,9 +46,9 @@ def test_no_part_of_the_test_set_is_in_the_training_set(split: Split, tmp_path: 
 
 def test_image_without_a_part_is_named(split: Split, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parts.csv must name the part of every image, got none for .*22.png"):
-        split_by_part(split, parts(tmp_path, range(NORMAL + 2)), 0)
+        grouped(split, parts(tmp_path, range(NORMAL + 2)))
     with pytest.raises(ValueError, match="needs anomalous images"):
-        split_by_part(Split(split.train, None), parts(tmp_path, range(NORMAL + 3)), 0)
+        grouped(Split(split.train, None), parts(tmp_path, range(NORMAL + 3)))
 
 
 def test_tiles_of_mtd() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from experiments.opening import open_recipe
-from experiments.studies import ablate_generators, epoch_curve, nf_ood, select_rate
+from experiments.studies import ablate_generators, epoch_curve, narrow_gap, new_parts, nf_ood, select_rate
 from experiments.update_readme import foreign_images, transfer
 from jaxad.base import Method, Stage
 
@@ -145,3 +145,34 @@ def test_ablation_of_generators(tmp_path: Path) -> None:
 def test_ablation_refuses_unknown_generators(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"generators must be of CutPaste, .*; got fog"):
         ablate_generators.main(ablate_generators.Options(generators=("fog",), results=tmp_path, smoke=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_thresholds_on_new_parts(tmp_path: Path) -> None:
+    new_parts.main(new_parts.Options(results=tmp_path, smoke=True))
+    row = json.loads((tmp_path / "new_parts.json").read_text())["sets"]["rendered metal"]
+    assert row["images"] == 36 and row["parts"] == 12
+    told, not_told = row["told"], row["not_told"]
+    assert told["held_out_groups"] == 2 and told["held_out_images"] == 6  # a fifth of the ten other parts
+    assert not_told["held_out_groups"] == not_told["held_out_images"] == 6
+    assert told["stated_average"] == pytest.approx(1 / 3) and not_told["stated_average"] == pytest.approx(1 / 7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_narrows_the_gap_to_new_tiles(tmp_path: Path) -> None:
+    narrow_gap.main(narrow_gap.Options(results=tmp_path, smoke=True))
+    tried = json.loads((tmp_path / "narrow_gap.json").read_text())["tried"]
+    assert set(tried["padim"]) == {"nothing", "brightness", "mirrored", "own median"}
+    assert set(tried["mahalanobis_ad"]) == {"nothing", "brightness", "mirrored"}
+    rates = [value for rows in tried.values() for splits in rows.values() for row in splits for value in row.values()]
+    assert len(rates) == 11 * 3 and all(0 <= rate <= 1 for rate in rates)
+
+
+def test_images_are_scaled_to_one_brightness() -> None:
+    gain = np.array([1, 2, 3])[:, None, None, None]
+    images = (gain * np.random.default_rng(0).integers(20, 60, (3, 8, 8, 3))).astype(np.uint8)
+    means = narrow_gap.bright(images).mean((1, 2, 3))
+    np.testing.assert_allclose(means, 0.4 * 255, rtol=0.01)
+    assert np.array_equal(narrow_gap.mirrored(images)[3:6], images[:, :, ::-1])
