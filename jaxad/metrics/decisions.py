@@ -58,8 +58,7 @@ def decide(
 ) -> Decisions:
     """The decisions `score > threshold` on labeled images, with 95 % intervals.
 
-    F1 is J + J over 1 + J for the share J = TP / (TP + FP + FN), and grows with it, so that its interval follows from
-    the exact one of J.
+    F1 = 2 J / (1 + J) grows with the share J = TP / (TP + FP + FN): its interval follows from the exact one of J.
 
     Args:
         scores: image scores.

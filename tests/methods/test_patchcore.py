@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from jaxad.base import Batch
+from jaxad.base import Batch, MonotoneMethod
 from jaxad.methods.patchcore import PatchcoreBank, patchcore, update
 from tests.examples import slow_after
 
@@ -201,3 +201,11 @@ def test_an_ensemble_averages_scores_in_units_of_the_spread_of_the_bank(coreset)
 def test_bad_hyperparameters(hyperparameter, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(patchcore)(**OPTIONS | hyperparameter)
+
+
+def test_only_distances_to_the_nearest_of_all_patches_are_monotone():
+    """A coreset of more images may lie farther from a patch, and other neighbors or weights may raise a score."""
+    assert isinstance(patchcore(coreset_sampling_ratio=1.0), MonotoneMethod)
+    for options in ({}, {"num_neighbors": 2}, {"scoring": "paper"}, {"coreset_size": 9}):
+        ratio = 1.0 if options else 0.5
+        assert not isinstance(patchcore(coreset_sampling_ratio=ratio, **options), MonotoneMethod)
