@@ -25,6 +25,7 @@ from jaxad.driver.program import Program
 from jaxad.learning import load_frozen, load_photographs
 from jaxad.methods import METHODS
 from jaxad.settings import Settings
+from jaxad.training.statistics import STATISTICS
 
 EMBEDDED_AT_ONCE = 16
 """Images that the backbone sees in one call."""
@@ -179,7 +180,7 @@ def batch_of(x: PyTree, auxiliary: Any = None, progress: float = 0.5) -> Batch:
 
 def last_shuffled(method: Method) -> Stage:
     """The last stage that trains by gradient steps."""
-    return [stage for stage in method.stages if stage.shuffle][-1]
+    return [stage for stage in method.stages if stage.shuffle and stage.name != STATISTICS][-1]
 
 
 def initial_state(method: Method, frozen: Frozen, spec: PyTree, stage: Stage) -> State:

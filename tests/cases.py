@@ -156,7 +156,12 @@ CASES = {
     "nsa": Case("nsa", NSA, TINY_RESNET, weights=False, slow=True, **SYNTHETIC),
     "rd4ad": Case("rd4ad", RD4AD, TINY_RESNET, longer=dict(epochs=4, learning_rate=1e-3), **GRADIENT),
     "simplenet": Case("simplenet", SIMPLENET, finds=False, **GRADIENT),
-    "simplenet-patches": Case("simplenet", SIMPLENET | dict(epochs=1, rows_per_step=32), finds=False, **GRADIENT),
+    "simplenet-patches": Case(
+        "simplenet",
+        SIMPLENET | dict(epochs=1, rows_per_step=32, precise_statistics=True),
+        finds=False,
+        **GRADIENT,
+    ),
     "stfpm": Case("stfpm", STFPM, TINY_RESNET, longer=dict(epochs=4, learning_rate=0.1), **GRADIENT),
     "uninformed_students": Case("uninformed_students", STUDENTS, PATCH9, **GRADIENT),
     "uninformed_students-two": Case("uninformed_students", STUDENTS, (PATCH9, PATCH13), **GRADIENT),

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from experiments.command import RESULTS, command_line, machine, progress, start
-from experiments.opening import Opened, embedded, open_recipe, states_by_epoch
+from experiments.opening import Opened, embedded, last_shuffled, open_recipe, states_by_epoch
 from jaxad.data import Dataset
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Execution
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
         options.name, epochs=options.epochs, data=options.data, weights=options.weights, smoke=options.smoke
     )
     settings, method, test = opened.settings, opened.method, opened.test
-    if not method.stages[-1].shuffle or test is None:
+    if method.stages[-1] is not last_shuffled(method) or test is None:
         raise ValueError(f"the recipe must end with gradient steps and its data have a test split, got {options.name}")
     blocks = {k: v for k, v in settings.hyperparameters.items() if k not in ("epochs", "train_batch_size")}
     if options.torch_python is not None and (settings.method, blocks) != ("fastflow", {"conv3x3_only": True}):

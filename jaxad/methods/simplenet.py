@@ -28,7 +28,7 @@ from jaxad.backbones import backbone as architecture
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.heatmap import patch_features, upsample_blur
-from jaxad.training import Descent, gradient_stage, shuffled_parts
+from jaxad.training import Descent, gradient_stage, shuffled_parts, statistics_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import of_parts, torch_adam
 
@@ -53,6 +53,7 @@ def simplenet(
     epochs: int = 160,
     train_batch_size: int = 8,
     rows_per_step: int | None = None,
+    precise_statistics: bool = False,
     learning_rate: float = 2e-4,
     adaptor_learning_rate: float = 1e-4,
     weight_decay: float = 1e-5,
@@ -73,6 +74,8 @@ def simplenet(
         train_batch_size: Images per step.
         rows_per_step: Patches per step. The patches of as many images are shuffled, or of `train_batch_size` if that is
             more, and every step takes so many of them. None: all patches of `train_batch_size` images, as published.
+        precise_statistics: Compute the statistics of the batch norm anew over the training images when training ends.
+            The running ones are those of the last few steps, which are of few images unless there is `rows_per_step`.
         learning_rate: Of the discriminator's Adam.
         adaptor_learning_rate: Of the adaptor's AdamW (whose decay is 0.01).
         weight_decay: Of the discriminator, added to the gradient.
@@ -134,6 +137,9 @@ def simplenet(
         adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),
         discriminator=torch_adam(learning_rate, weight_decay),
     )
-    descent = Descent(loss, optimizer, parts=None if rows_per_step is None else shuffled_patches)
-    stage = gradient_stage("train", init, [descent], epochs=epochs, batch_size=max(train_batch_size, rows))
-    return Method(features(backbone, layers), (stage,), score)
+    parts = None if rows_per_step is None else shuffled_patches
+    descent, images = Descent(loss, optimizer, parts=parts), max(train_batch_size, rows)
+    stages = (gradient_stage("train", init, [descent], epochs=epochs, batch_size=images),)
+    if precise_statistics:
+        stages += (statistics_stage(loss, batch_size=images, parts=parts),)
+    return Method(features(backbone, layers), stages, score)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from jaxad.base import Batch, Frozen, Key, Metrics, PyTree, Stage, State
 from jaxad.training.gradient import LossFn, Model, PartsFn
 
+STATISTICS = "statistics"
+"""The name of the stage."""
 PROBE = 2.0**20
 """Far larger than statistics are."""
 
@@ -26,7 +28,7 @@ class Moments(NamedTuple):
     """Batches."""
 
 
-def statistics_stage(loss: LossFn, *, batch_size: int, parts: PartsFn | None = None, name: str = "statistics") -> Stage:
+def statistics_stage(loss: LossFn, *, batch_size: int, parts: PartsFn | None = None) -> Stage:
     """A stage that follows a gradient stage whose loss changes a field `stats`, flax's collection `batch_stats`.
 
     In one more pass over the training images, the parameters stay as they are. What the stage leaves is the model with
@@ -36,7 +38,6 @@ def statistics_stage(loss: LossFn, *, batch_size: int, parts: PartsFn | None = N
         loss: Of the gradient stage.
         batch_size: Images at a time; batch norms that see what others have normalized depend on it.
         parts: Of the loss, as in `Descent`.
-        name: Of the stage.
     """
 
     def init(key: Key, model: State, frozen: Frozen, spec: PyTree) -> Moments:
@@ -44,20 +45,22 @@ def statistics_stage(loss: LossFn, *, batch_size: int, parts: PartsFn | None = N
         return Moments(model, jax.tree.map(jnp.zeros_like, model.stats), jnp.zeros(()))
 
     def update(key: Key, state: Moments, frozen: Frozen, batch: Batch) -> tuple[Moments, Metrics]:
-        def moments(part: PyTree) -> PyTree:
+        def moments(key: Key, part: PyTree) -> PyTree:
             return _raw(_of_batch(loss, state.model, key, frozen, part), 1)
 
         if parts is None:
-            seen = moments(batch)
+            seen = moments(key, batch)
         else:
-            seen = jax.tree.map(lambda leaf: leaf.mean(0), jax.lax.map(moments, parts(key, state.model, frozen, batch)))
+            several = parts(key, state.model, frozen, batch)
+            keys = jax.random.split(key, len(jax.tree.leaves(several)[0]))
+            seen = jax.tree.map(lambda leaf: leaf.mean(0), jax.lax.map(lambda one: moments(*one), (keys, several)))
         return Moments(state.model, jax.tree.map(jnp.add, state.total, seen), state.count + 1), {}
 
     def finalize(key: Key, state: Moments, frozen: Frozen) -> State:
         del key, frozen
         return state.model._replace(stats=_raw(jax.tree.map(lambda leaf: leaf / state.count, state.total), -1))
 
-    return Stage(name, init, update, finalize, batch_size=batch_size, shuffle=True)
+    return Stage(STATISTICS, init, update, finalize, batch_size=batch_size, shuffle=True)
 
 
 def _of_batch(loss: LossFn, model: Model, key: Key, frozen: Frozen, batch: PyTree) -> PyTree:
