@@ -128,7 +128,8 @@ def closer(nearest: Nearest, features: Float[Array, "b h w c"], batch: Batch) ->
     own = jax.vmap(lambda row, index: row[index % (h * w)])(rows, batch.index)
     sample = collect(nearest.sample, own, batch)
     squared = squared_distances(nearest.sample, rows.reshape(-1, c)).reshape(len(sample), *rows.shape[:2]).min(-1)
-    other = batch.valid & (batch.index != jnp.arange(len(sample))[:, None]) & (batch.progress >= 0.5)
+    is_seen = jnp.isfinite(nearest.sample[:, :1])  # the others are room for larger classes
+    other = is_seen & batch.valid & (batch.index != jnp.arange(len(sample))[:, None]) & (batch.progress >= 0.5)
     distance = jnp.sqrt(jnp.where(other, squared, jnp.inf).min(1))
     return Nearest(sample, jnp.minimum(nearest.distance, distance))
 
