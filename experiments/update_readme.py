@@ -211,7 +211,22 @@ def new_parts(record: dict[str, Any]) -> str:
     return markdown_table(["data", "groups", *heads], rows, left=2)
 
 
+def tails(record: dict[str, Any]) -> str:
+    """The rates of Pareto tails, from tails.json: the lowest and the highest over distributions."""
+
+    def span(row: dict[str, Any], key: str) -> str:
+        rates = [rates[key] for rates in row["rates"].values()]
+        return f"{min(rates):.1%} to {max(rates):.1%}"
+
+    rows = [
+        [str(row["images"]), f"{row['target']:.1%}", *(span(row, key) for key in ("median", "mean", "highest_score"))]
+        for row in record["rows"]
+    ]
+    return markdown_table(["images", "target", "median rate", "average rate", "with the highest score"], rows, left=0)
+
+
 EXPERIMENTS = {
+    "tails": (tails, "studies.tails"),
     "new_parts": (new_parts, "studies.new_parts"),
     "anomalib_bottle": (beside_anomalib, "bench.anomalib_peers"),
     "anomalib_mtd": (beside_anomalib, "bench.anomalib_peers"),

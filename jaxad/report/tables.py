@@ -151,7 +151,18 @@ def rate_text(rate: Rate, separator: str = "\n") -> str:
 
 
 MARKDOWN_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
-OF_EXPERIMENTS = ("ablate_", "anomalib_", "bench_", "distill_", "epochs_", "new_parts", "nf_ood", "profile_", "select_")
+OF_EXPERIMENTS = (
+    "ablate_",
+    "anomalib_",
+    "bench_",
+    "distill_",
+    "epochs_",
+    "new_parts",
+    "nf_ood",
+    "profile_",
+    "select_",
+    "tails",
+)
 """Prefixes of result files that do not come from a recipe."""
 Published = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """The published metrics by recipe, as in its result: metric -> {"value", "source"}."""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.opening import batch_of, open_recipe
-from experiments.studies import ablate_generators, epoch_curve, narrow_gap, new_parts, nf_ood, select_rate
+from experiments.studies import ablate_generators, epoch_curve, narrow_gap, new_parts, nf_ood, select_rate, tails
 from experiments.update_readme import foreign_images, transfer
 from jaxad.base import Method, Stage
 from jaxad.data import open_data
@@ -221,3 +221,10 @@ def test_images_are_scaled_to_one_brightness() -> None:
     means = narrow_gap.bright(images).mean((1, 2, 3))
     np.testing.assert_allclose(means, 0.4 * 255, rtol=0.01)
     assert np.array_equal(narrow_gap.mirrored(images)[3:6], images[:, :, ::-1])
+
+
+def test_tails_keep_a_rate_that_the_highest_score_misses(tmp_path: Path) -> None:
+    tails.main(tails.Options(draws=20, results=tmp_path))
+    rows = json.loads((tmp_path / "tails.json").read_text())["rows"]
+    few = next(row for row in rows if row["images"] == 20 and row["target"] == 0.001)["rates"]["normal"]
+    assert few["median"] < few["mean"] < few["highest_score"] < 0.1
