@@ -107,6 +107,24 @@ def prepare_efficientad(module, settings, train):
     module.model.mean_std.update(module.teacher_channel_mean_std([ImageBatch(image=x[None]) for x in train]))
 
 
+def use_published_rate(module, steps):
+    """Has CFLOW's rate warm up and fall as published; anomalib's is constant."""
+    rate, first, last, warm_up, training_step, done = module.learning_rate, 0.1, 1e-3, 0.08, module.training_step, 0
+
+    def cosine(progress):
+        return last + (1 - last) * 0.5 * (1 + np.cos(np.pi * progress))
+
+    def scheduled_step(batch, *rest):
+        nonlocal done
+        progress, done = done / steps, done + 1
+        warming = first + (cosine(warm_up) - first) * progress / warm_up
+        for group in module.optimizers().param_groups:
+            group["lr"] = rate * float(warming if progress < warm_up else cosine(progress))
+        return training_step(batch, *rest)
+
+    module.training_step = scheduled_step
+
+
 class Repeated:
     """Batches of photographs, some of them gray, in tuples as a folder of images gives them."""
 
@@ -162,6 +180,8 @@ def main(settings):
             image=torch.cat([item.image for item in items]), gt_label=torch.cat([item.gt_label for item in items])
         ),
     )
+    if method == "cflow":
+        use_published_rate(module, settings["epochs"] * len(loader))
     trainer = Trainer(
         max_epochs=settings["epochs"] or 1,
         accelerator="cpu",
