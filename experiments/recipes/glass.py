@@ -30,9 +30,10 @@ RECIPES = {
         "glass",
         backbone=RESNET50,
         image_size=128,
-        hyperparameters=SMALL | {"epochs": 8},
+        hyperparameters=SMALL | {"epochs": 8, "rows_per_step": 256, "shell": 1.0},
         seeds=(0, 1, 2),
-        notes="A ResNet-50, 128 px, 256 units, 10 steps of ascent, 8 epochs at 5e-4.",
+        notes="A ResNet-50, 128 px, 256 units, 10 steps of ascent, 8 epochs at 5e-4 of 256 patches a step; the shell "
+        "begins at the median distance of normal patches of two images.",
         **MTD,
     ),
     "glass_mtd_paper": Recipe(
