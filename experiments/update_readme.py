@@ -225,7 +225,60 @@ def tails(record: dict[str, Any]) -> str:
     return markdown_table(["images", "target", "median rate", "average rate", "with the highest score"], rows, left=0)
 
 
+def known_parts(record: dict[str, Any]) -> str:
+    """What neighbors of the same part are worth, from known_parts.json."""
+    rows = [
+        [
+            name,
+            f"{row['nearest_is_own']:.0%}",
+            *(fraction(row[k]) for k in ("distance_ratio", "with_own", "without_own")),
+        ]
+        for name, row in record["features"].items()
+    ]
+    heads = [
+        "nearest is of the same tile",
+        "its distance / that to other tiles",
+        "image_AUROC",
+        "without the same tile",
+    ]
+    return markdown_table(["features", *heads], rows)
+
+
+def narrow_gap(record: dict[str, Any]) -> str:
+    """What was tried against the gap between known and new parts, from narrow_gap.json."""
+
+    def cells(splits: list[dict[str, float]], key: str) -> str:
+        values = [split[key] for split in splits]
+        return f"{fraction(fmean(values))} ± {fraction(pstdev(values))}"
+
+    rows = [
+        [f"`{method}`", label, *(cells(splits, key) for key in ("known", "new", "false_alarms"))]
+        for method, variants in record["tried"].items()
+        for label, splits in variants.items()
+    ]
+    heads = ["method", "change", "AUROC, known tiles", "AUROC, new tiles", "false alarms on new tiles"]
+    return markdown_table(heads, rows, left=2)
+
+
+def lost_on_new_parts(results: Path, dataset: str) -> str:
+    """The image_AUROC of recipes on the usual split and on splits by part, by what they lose."""
+    known = {result["recipe"]: result for result in read_results(results, dataset)}
+    rows = []
+    for result in read_results(results, f"{dataset}_tiles"):
+        usual = known.get(result["recipe"].removesuffix("_tiles"))
+        if usual is not None:
+            of_both = [one["metrics"]["image_AUROC"] for one in (usual, result)]
+            rows.append((of_both[0]["mean"] - of_both[1]["mean"], result["recipe"], of_both))
+    cells = [
+        [f"`{name}`", *(fraction(auroc["mean"]) for auroc in aurocs), fraction(loss)]
+        for loss, name, aurocs in sorted(rows)
+    ]
+    return markdown_table(["recipe", "usual split", "new tiles", "lost"], cells)
+
+
 EXPERIMENTS = {
+    "known_parts": (known_parts, "studies.known_parts"),
+    "narrow_gap": (narrow_gap, "studies.narrow_gap"),
     "tails": (tails, "studies.tails"),
     "new_parts": (new_parts, "studies.new_parts"),
     "anomalib_bottle": (beside_anomalib, "bench.anomalib_peers"),
@@ -293,8 +346,10 @@ def updated(document: str, results: Path) -> str:
         if name in EXPERIMENTS:
             path, (table, module) = results / f"{name}.json", EXPERIMENTS[name]
             return match[1] + (table(read_json(path)) if path.exists() else NO_RESULT.format(module))
-        dataset = name.removeprefix("best_")
-        if dataset == name:
+        dataset = name.removeprefix("best_").removeprefix("lost_")
+        if name.startswith("lost_"):
+            table = lost_on_new_parts(results, dataset)
+        elif dataset == name:
             table = results_markdown(results, name or None, PUBLISHED, stale)
         else:
             table = best_results(results, dataset, stale)

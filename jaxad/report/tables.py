@@ -157,6 +157,8 @@ OF_EXPERIMENTS = (
     "bench_",
     "distill_",
     "epochs_",
+    "known_parts",
+    "narrow_gap",
     "new_parts",
     "nf_ood",
     "profile_",

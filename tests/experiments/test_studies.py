@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 from experiments.opening import batch_of, open_recipe
-from experiments.studies import ablate_generators, epoch_curve, narrow_gap, new_parts, nf_ood, select_rate, tails
+from experiments.studies import (
+    ablate_generators,
+    epoch_curve,
+    known_parts,
+    narrow_gap,
+    new_parts,
+    nf_ood,
+    select_rate,
+    tails,
+)
 from experiments.update_readme import foreign_images, transfer
 from jaxad.base import Method, Stage
 from jaxad.data import open_data
@@ -190,6 +199,24 @@ def test_ablation_of_generators(tmp_path: Path) -> None:
 def test_ablation_refuses_unknown_generators(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"generators must be of CutPaste, .*; got fog"):
         ablate_generators.main(ablate_generators.Options(generators=("fog",), results=tmp_path, smoke=True))
+
+
+@pytest.mark.slow
+def test_worth_of_known_parts(tmp_path: Path) -> None:
+    known_parts.main(known_parts.Options(results=tmp_path, smoke=True))
+    features = json.loads((tmp_path / "known_parts.json").read_text())["features"]
+    assert set(features) == {"patches", "averages"}
+    for row in features.values():
+        assert row["known_normal_images"] == row["normal_images"] and 0 <= row["nearest_is_own"] <= 1
+
+
+def test_neighbors_of_the_own_part_are_left_out() -> None:
+    train, test = np.array([[[0.0]], [[4.0]], [[5.0]]]), np.array([[[0.5]], [[9.0]]])
+    row = known_parts.compared(train, test, np.array(["a", "b", "c"]), np.array(["a", "b"]), np.array([0, 1]))
+    assert (row["nearest_is_own"], row["with_own"], row["without_own"]) == (1.0, 1.0, 1.0)
+    np.testing.assert_allclose(row["distance_ratio"], 0.5 / 3.5, rtol=1e-6)
+    strange = known_parts.compared(train, test, np.array(["a", "b", "c"]), np.array(["c", "d"]), np.array([0, 1]))
+    assert strange["nearest_is_own"] == 0 and strange["known_normal_images"] == 1
 
 
 @pytest.mark.slow
