@@ -19,6 +19,7 @@ import torch
 import torchvision
 from anomalib.data import ImageBatch
 from anomalib.models.image.csflow import torch_model as csflow
+from anomalib.models.image.csflow.anomaly_map import AnomalyMapMode
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from PIL import Image
 from safetensors.torch import load_file
@@ -78,6 +79,13 @@ class ThreeScales(torch.nn.Module):
         """B 3 h w -> the maps of all scales."""
         with torch.no_grad():
             return [self.network(torch.nn.functional.interpolate(x, size))[0] for size in self.sizes]
+
+
+def use_official_csflow(module):
+    """Adam and the heat map of CS-Flow's official code; anomalib's have other betas, and the product of all scales."""
+    module.model.anomaly_map_generator.mode = AnomalyMapMode.MAX
+    options = dict(lr=1e-3, eps=1e-4, weight_decay=1e-5)
+    module.configure_optimizers = lambda: torch.optim.Adam(module.parameters(), **options)
 
 
 def use_three_scales(size):
@@ -165,6 +173,8 @@ def main(settings):
     module, held_out = build(settings, train.shape[2]), None
     if settings["channels"]:
         module.model.idx = torch.tensor(settings["channels"])
+    if method == "csflow":
+        use_official_csflow(module)
     started = time.perf_counter(), time.process_time()
     if method == "efficientad":
         rows = np.random.default_rng(settings["seed"]).permutation(len(train))
