@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 
 Shapes = Mapping[str, tuple[int, ...]]
 Params = dict[str, dict[str, np.ndarray]]
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Types in which checkpoints may keep weights."""
 
 
 def padding(size: int, kernel: int, stride: int, same: bool) -> tuple[int, int]:
@@ -163,11 +165,11 @@ def complete_modules(stages: tuple[str, ...], expected: Mapping[str, Shapes], te
         stages: Names of the stages, shallow to deep. A module belongs to the stage that its name starts with; a module
             outside of all stages is always required.
         expected: For every module the names and shapes of its tensors.
-        tensors: The checkpoint: anything with a shape by name. Tensors of a classifier are ignored: those of at most
+        tensors: The checkpoint: anything with a shape and a type by name. Tensors of a classifier are ignored: those of at most
             two axes, and timm's `pre_logits`.
 
     Raises:
-        ValueError: A tensor is missing, or has another shape, or belongs to no module.
+        ValueError: A tensor is missing, or has another shape or no float type, or belongs to no module.
     """
     depth = {m: next((i for i, s in enumerate(stages) if m.startswith(f"{s}.") or m == s), -1) for m in expected}
     deepest = max((depth[m] for m in expected if expected[m].keys() & tensors.keys()), default=-1)
@@ -178,6 +180,8 @@ def complete_modules(stages: tuple[str, ...], expected: Mapping[str, Shapes], te
                 raise ValueError(f"needs the tensor {key} of shape {shape}, which is missing")
             if tuple(tensors[key].shape) != shape:
                 raise ValueError(f"needs the tensor {key} of shape {shape}, got {tuple(tensors[key].shape)}")
+            if tensors[key].dtype.name not in FLOATS:
+                raise ValueError(f"needs the tensor {key} in {', '.join(FLOATS)}, got {tensors[key].dtype}")
     known = set().union(*expected.values())
     for key, tensor in tensors.items():
         if len(tensor.shape) == 4 and key not in known and not key.startswith("pre_logits."):

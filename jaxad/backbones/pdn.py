@@ -98,14 +98,14 @@ def fold(modules: Mapping[str, Shapes], tensors: Mapping[str, np.ndarray]) -> Pa
     """Converts the file of `pdn_small` (`conv1.kernel`, `conv1.bias`, ... in half precision) to float32 parameters.
 
     Raises:
-        ValueError: The file is of another architecture.
+        ValueError: The file is of another architecture, or not all of its numbers are finite.
     """
     expected = {m: {f"{m}.{leaf}": shape for leaf, shape in leaves.items()} for m, leaves in modules.items()}
-    convolution.complete_modules(STAGES, expected, tensors)
     params: Params = {}
-    for name, value in tensors.items():
-        module, leaf = name.rsplit(".", 1)
-        params.setdefault(module, {})[leaf] = np.asarray(value, np.float32)
+    for module in convolution.complete_modules(STAGES, expected, tensors):
+        params[module] = {leaf: tensors[f"{module}.{leaf}"].astype(np.float32) for leaf in modules[module]}
+        if not all(np.isfinite(leaf).all() for leaf in params[module].values()):
+            raise ValueError(f"needs finite numbers, got others in {module}")
     return params
 
 

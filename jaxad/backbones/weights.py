@@ -2,20 +2,13 @@
 
 Only safetensors with torchvision's or timm's names are read; nothing is ever unpickled. Environment variables:
 `JAXAD_CACHE` (the folder of the files), `JAXAD_OFFLINE=1` (never use the network), `JAXAD_WEIGHTS_URL` (a mirror of the
-hub).
+hub, or a folder of files).
 """
 
 import hashlib
-import http.client
+import io
 import os
 import re
-import shutil
-import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Callable
-from email.message import Message
 from pathlib import Path
 
 import jax
@@ -25,20 +18,11 @@ import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from jaxad.backbones import registry
+from jaxad.backbones import download, registry
+from jaxad.backbones.download import Progress
 from jaxad.backbones.networks import backbone
 from jaxad.backbones.store import cache_dir, places
 from jaxad.base import Frozen
-
-ATTEMPTS = 3
-TIMEOUT = 30.0
-"""Seconds without an answer before a connection fails."""
-ABANDONED = 600.0
-"""Seconds without a write before another process may resume a partial download."""
-CHUNK = 1 << 20
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes so far, total bytes)."""
 
 
 def resolve(name: str, weights: str | Path | None) -> str:
@@ -114,7 +98,8 @@ def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
         FileNotFoundError: As for `load`.
     """
     path = _locate(name, weights)
-    return {"path": str(path), "sha256": _sha256(path)}
+    with path.open("rb") as file:
+        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def import_file(path: str | Path, name: str | None = None) -> Path:
@@ -129,162 +114,111 @@ def import_file(path: str | Path, name: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is no safetensors file, or belongs to another architecture.
+        ValueError: It is no safetensors file, belongs to another architecture, or has integers or NaN for weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}: give a safetensors file")
     entry = registry.lookup(of_file(path) if name is None else resolve(name, path))
-    _read(entry.name, path)
+    _refuse_others(entry.name, path)
     target = cache_dir() / f"{entry.name}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _temporary(target)
-    try:
-        shutil.copyfile(path, part)
-        _publish(part, target, _sha256(part))
-    finally:
-        part.unlink(missing_ok=True)
+    with download.claimed(target) as part:
+        _copy(path, part)
+        _publish(entry, part, target, str(path))
     return target
 
 
-def fetch(name: str, progress: Progress | None = None) -> Path:
+def fetch(name: str, progress: Progress | None = None, trust: bool = False) -> Path:
     """Downloads official weights into the cache, unless they are there; an interrupted download is resumed.
 
-    The file appears under its name only when it is complete and its sha256 is right. Any number of processes may fetch
-    the same weights at once: every process writes to a separate file.
+    The file appears under its name only when it is complete, its sha256 is right and it fits the architecture. Of any
+    number of processes that fetch the same weights at once, one downloads and the others wait for it.
 
     Args:
         name: A backbone.
         progress: Called with the bytes so far and the total.
+        trust: Accept a file of which jaxad knows no sha256. Its sha256 is kept beside it and holds from then on.
 
     Returns:
         The file.
 
     Raises:
         FileNotFoundError: The server does not have the file.
-        ValueError: There are no official weights of that name, or the sha256 of the file is wrong.
-        OSError: `JAXAD_OFFLINE` is set, the server cannot be reached, or it closes the connection.
+        ValueError: There are no official weights of that name, the sha256 of the file is wrong, or not known without
+            `trust`, or it belongs to another architecture.
+        OSError: `JAXAD_OFFLINE` is set, the server cannot be reached, closes the connection, is too slow or sends too
+            much, or the disk is full.
     """
     entry = registry.lookup(name)
     local = next((path for path in places(entry) if path.is_file()), None)
     if local is not None:
         return local
-    url = entry.url
-    if url is None:
+    urls, target = entry.urls, cache_dir() / f"{entry.name}.safetensors"
+    if not urls:
         raise ValueError(f"{entry.name} has no official download; import a file of it: jaxad weights import FILE")
-    elsewhere = f"download {url} elsewhere as {entry.name}.safetensors and run: jaxad weights import FILE"
-    if os.environ.get("JAXAD_OFFLINE", "0") not in ("", "0"):
-        raise OSError(f"JAXAD_OFFLINE is set and {entry.name} is not in {cache_dir()}: unset it, or {elsewhere}")
-    target = cache_dir() / f"{entry.name}.safetensors"
+    advice = f"download {urls[0]} elsewhere as {entry.name}.safetensors and run: jaxad weights import FILE"
+    is_remote = "://" in urls[0]
+    if is_remote and os.environ.get("JAXAD_OFFLINE", "0") not in ("", "0"):
+        raise OSError(f"JAXAD_OFFLINE is set and {entry.name} is not in {cache_dir()}: unset it, or {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _claim(target)
-    try:
-        server_sha256 = _download(url, part, progress, elsewhere)
-    except BaseException:
-        if part.exists():
-            os.replace(part, _leftover(target))
-        raise
-    digest, expected = _sha256(part), entry.sha256 or server_sha256
-    if digest != expected:
-        part.unlink()
-        reason = (
-            f"has the sha256 {digest}, expected {expected}" if expected else "cannot be checked: no sha256 is known"
-        )
-        raise ValueError(f"{url} {reason}; it was discarded: try again, or {elsewhere}")
-    _publish(part, target, digest)
+    with download.claimed(target) as part:
+        if target.is_file():  # another process was faster
+            return target
+        pinned = entry.sha256 or _pinned(target)
+        if entry.sha256 is None and pinned:
+            advice = f"delete {target.with_suffix('.sha256')} to accept another, or {advice}"
+        if is_remote:
+            origin = download.download(urls, part, pinned, trust, progress, advice)
+        else:
+            origin = _from_folder(urls, part, pinned)
+        _publish(entry, part, target, origin)
     return target
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Remembers the sha256 that the hub sends when it redirects to its file server."""
-
-    sha256: str | None = None
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.sha256 = _checksum(headers) or self.sha256
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _checksum(headers: Message) -> str | None:
-    """The sha256 in the headers: the hub sends it as the tag of a file in large-file storage."""
-    tags = (headers.get(key, "").strip('"') for key in ("X-Linked-Etag", "ETag"))
-    return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
+def _from_folder(paths: tuple[str, ...], part: io.FileIO, pinned: str | None) -> str:
+    """Copies the first of some files that exists; returns its path."""
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    if path is None:
+        raise FileNotFoundError(f"JAXAD_WEIGHTS_URL is a folder without {' or '.join(paths)}: put the file there")
+    _copy(Path(path), part)
+    digest = download.sha256(part)
+    if digest != (pinned or digest):
+        part.truncate(0)
+        raise ValueError(f"{path} has the sha256 {digest}, expected {pinned}: give the official file, or import this one")
+    return path
 
 
-def _download(url: str, part: Path, progress: Progress | None, elsewhere: str) -> str | None:
-    """Appends the missing bytes of the file to `part`; returns the sha256 that the server sends, if any."""
-    redirects = _Redirects()
-    opener = urllib.request.build_opener(redirects)
-    size, total, reason = 0, None, ""
-    for _ in range(ATTEMPTS):
-        start = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        try:
-            response = opener.open(request, timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 416:  # nothing is left to send; the sha256 shows whether the file is right
-                return redirects.sha256 or _checksum(error.headers)
-            kind = FileNotFoundError if error.code == 404 else OSError
-            raise kind(f"{url} cannot be fetched: HTTP {error.code} {error.reason}; {elsewhere}") from None
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)
-            raise ConnectionError(f"{url} cannot be reached ({cause}): check the network, or {elsewhere}") from None
-        with response:
-            sha256 = redirects.sha256 or _checksum(response.headers)
-            start = start if response.status == 206 else 0
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with part.open("ab" if start else "wb") as file:
-                while total is None or file.tell() < total:
-                    try:
-                        chunk = response.read(CHUNK)
-                    except (OSError, http.client.HTTPException) as error:
-                        reason = f" ({error})"
-                        break
-                    if not chunk:
-                        break
-                    file.write(chunk)
-                    if progress is not None:
-                        progress(file.tell(), total or file.tell())
-                size = file.tell()
-        if total is None or size == total:
-            return sha256
-    raise ConnectionError(f"{url} broke off after {size} of {total} bytes{reason}: run again to resume, or {elsewhere}")
+def _pinned(target: Path) -> str | None:
+    """The sha256 that a fetch or an import has kept beside the file."""
+    record = target.with_suffix(".sha256")
+    match = re.match("[0-9a-f]{64}(?= )", record.read_text(errors="replace")) if record.is_file() else None
+    return match and match[0]
 
 
-def _leftover(target: Path) -> Path:
-    return target.with_name(f"{target.name}.part")
+def _publish(entry: registry.Entry, part: io.FileIO, target: Path, origin: str) -> None:
+    """Gives a finished file its name if it fits the architecture, and writes its sha256 next to it as sha256sum does.
+
+    The record comes first: a file is never there without it.
+    """
+    try:
+        _read(entry.name, Path(part.name), origin)
+    except ValueError:
+        part.truncate(0)
+        raise
+    os.fsync(part)
+    record = target.with_suffix(".sha256.part")
+    record.write_text(f"{download.sha256(part)}  {target.name}\n")
+    os.replace(record, target.with_suffix(".sha256"))
+    os.replace(part.name, target)
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-
-
-def _claim(target: Path) -> Path:
-    """A partial download for this process only: an abandoned one, taken over by an atomic rename, or a new name."""
-    claimed = _temporary(target)
-    for part in (_leftover(target), *target.parent.glob(f"{target.name}.*.part")):
-        try:
-            if part == _leftover(target) or time.time() - part.stat().st_mtime > ABANDONED:
-                os.rename(part, claimed)
-                break
-        except FileNotFoundError:
-            continue  # another process was faster
-    return claimed
-
-
-def _publish(part: Path, target: Path, digest: str) -> None:
-    """Gives a finished file its name, and writes its sha256 next to it in the format of sha256sum."""
-    os.replace(part, target)
-    checksum = _temporary(target)
-    checksum.write_text(f"{digest}  {target.name}\n")
-    os.replace(checksum, target.with_suffix(".sha256"))
-
-
-def _sha256(path: Path) -> str:
+def _copy(path: Path, part: io.FileIO) -> None:
+    """Makes `part` a copy of a file."""
+    part.truncate(0)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(download.CHUNK):
+            download.write(part, chunk)
 
 
 def _variant(entry: registry.Entry, path: Path) -> registry.Entry | None:
@@ -308,18 +242,25 @@ def _locate(name: str, weights: str | Path | None) -> Path:
     raise FileNotFoundError(f"the weights {entry.name} are not on this machine: {fetch_or}give a file (--weights PATH)")
 
 
-def _read(name: str, path: Path) -> Frozen:
+def _read(name: str, path: Path, origin: str | None = None) -> Frozen:
+    """Reads a file; `origin` is what messages call it."""
+    origin = origin or str(path)
+    _refuse_others(name, path)
+    try:
+        tensors: dict[str, np.ndarray] = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy does not have
+        raise ValueError(f"weights must be safetensors in float types, got {origin}: {error}") from None
+    try:
+        return backbone(name).fold(tensors)
+    except ValueError as error:
+        raise ValueError(f"{origin} does not fit: {error}") from None
+
+
+def _refuse_others(name: str, path: Path) -> None:
+    """Raises ValueError for a pickle, which could run code."""
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise ValueError(
             f"weights must be safetensors, got {path}; convert it where torch is installed: python -c "
             '"import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
             f'torch.load(sys.argv[1], weights_only=True).items()}}, sys.argv[2])" {path.name} {name}.safetensors'
         )
-    try:
-        tensors: dict[str, np.ndarray] = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"weights must be safetensors, got {path}: {error}") from None
-    try:
-        return backbone(name).fold(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit: {error}") from None

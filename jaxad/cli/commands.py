@@ -258,14 +258,15 @@ def weights_list() -> None:
     print_table(table)
 
 
-def weights_fetch(name: Annotated[Positional[str], arg(metavar="NAME")]) -> None:
+def weights_fetch(name: Annotated[Positional[str], arg(metavar="NAME")], trust: bool = False) -> None:
     """Download official weights into the cache; run it again to resume.
 
     Args:
         name: A name in `jaxad weights list`.
+        trust: Accept weights whose sha256 only the server knows. It is kept, and holds from then on.
     """
     with Bars(name, "MB", 1e6) as bars:
-        path = fetch(name, lambda done, total: bars("fetch", done, total))
+        path = fetch(name, lambda done, total: bars("fetch", done, total), trust)
     say(f"{name} is in {path}")
 
 
