@@ -1,6 +1,7 @@
 """Progress and messages of the command line, on stderr."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -20,7 +21,15 @@ def be_silent() -> None:
 def say(line: str) -> None:
     """Prints a line and flushes it."""
     if not _silent:
+        write_line(line)
+
+
+def write_line(line: str) -> None:
+    """Prints a line to stderr and flushes it. Where that fails, messages end, and the work goes on."""
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -22,10 +22,17 @@ class Weights(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """The folder of fetched and imported weights: $JAXAD_CACHE, or jaxad/weights in the user's cache folder."""
-    if folder := os.environ.get("JAXAD_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxad" / "weights"
+    """The folder of fetched and imported weights: $JAXAD_CACHE, or jaxad/weights in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: The user has no home folder.
+    """
+    try:
+        if folder := os.environ.get("JAXAD_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxad" / "weights"
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder for weights: set JAXAD_CACHE to another folder") from None
 
 
 def available() -> list[Weights]:
@@ -33,7 +40,7 @@ def available() -> list[Weights]:
     rows = []
     for entry in registry.ENTRIES.values():
         path = next((p for p in places(entry) if p.is_file()), None)
-        state = "not fetched" if path is None else "cached" if path.parent == cache_dir() else "embedded"
+        state = "not fetched" if path is None else "embedded" if path == _embedded(entry) else "cached"
         plain = entry.architecture if registry.PLAIN[entry.architecture] is entry else None
         rows.append(Weights(entry.name, plain, state, path, entry.url, entry.sha256))
     return rows
@@ -41,4 +48,11 @@ def available() -> list[Weights]:
 
 def places(entry: registry.Entry) -> tuple[Path, ...]:
     """Where the weights can be: the cache, the package."""
-    return cache_dir() / f"{entry.name}.safetensors", Path(__file__).with_name(f"{entry.name}.safetensors")
+    try:
+        return cache_dir() / f"{entry.name}.safetensors", _embedded(entry)
+    except FileNotFoundError:
+        return (_embedded(entry),)
+
+
+def _embedded(entry: registry.Entry) -> Path:
+    return Path(__file__).with_name(f"{entry.name}.safetensors")

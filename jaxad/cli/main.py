@@ -5,14 +5,16 @@ traceback), an interruption one line and exit code 130. Only commands that need 
 """
 
 import importlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import jaxad
+from jaxad.cli import streams
 from jaxad.driver import distributed
-from jaxad.progress import interrupt, uninterrupted
+from jaxad.progress import interrupt, uninterrupted, write_line
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -30,21 +32,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is for tests."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # XLA calls it from all of its own threads at once
     if argv is None:
+        streams.prepare()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         signal.signal(signal.SIGINT, interrupt)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
-    except RuntimeError as error:
+    except SystemExit as done:
+        if done.code == 128 + signal.SIGTERM:
+            return _fail("terminated", done.code)
+        raise
+    except (RuntimeError, AssertionError) as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
             distributed.exit_after_lost_process()
+        if missing := _missing_device():
+            return refuse(ValueError(missing))
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename == "stdout":
+            streams.discard(sys.stdout.fileno())
         return refuse(error)
 
 
@@ -73,14 +87,31 @@ def _dispatch(argv: list[str]) -> int:
     elif name in COMMANDS:
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
+        if not os.environ.get("JAXAD_DEBUG"):
+            logging.getLogger("absl").setLevel(logging.ERROR)  # what libraries warn of does not concern users
         commands.run(name, rest)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0
 
 
+def _missing_device() -> str | None:
+    """What is wrong with JAX_PLATFORMS, if that is why JAX does not start."""
+    jax = sys.modules.get("jax")
+    platforms = jax and jax.config.jax_platforms
+    if not platforms:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+        words = f"JAX_PLATFORMS is {platforms}, but JAX finds no such device on this machine"
+        return f"{words}{reason and f' ({reason})'}: unset it, or install JAX for it"
+    return None
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"jaxad: {message}", file=sys.stderr, flush=True)
+    write_line(f"jaxad: {message}")
     if distributed.joined():
         distributed.end(code)  # at exit JAX would wait for the other processes
     return code

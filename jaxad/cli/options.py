@@ -143,7 +143,7 @@ def call(run: Callable[..., Any], *, prog: str, **options: Any) -> Any:
         with contextlib.redirect_stderr(message):
             bound = tyro.cli(later, prog=prog, **options)
     except SystemExit as done:
-        if not done.code:
+        if done.code != 2:  # help, or a signal
             raise
         words = [line.strip(" │|") for line in message.getvalue().splitlines()[1:-1]]  # the frame has a title
         parts = [list(part) for text, part in itertools.groupby(words, lambda word: word.strip("─-") != "") if text]

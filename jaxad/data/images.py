@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxad.data.decoders import libtiff_errors
+
 Size = tuple[int, int]
 """(height, width)."""
 Source = Path | np.ndarray | Callable[[], bytes | np.ndarray]
@@ -203,8 +205,11 @@ def _open(source: Source, name: str) -> Iterator[Image.Image]:
         if isinstance(content, np.ndarray):
             yield _from_array(content, name)
         else:
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            file = io.BytesIO(content) if isinstance(content, bytes) else content
+            with libtiff_errors() as complaints, Image.open(file) as image:
                 yield image
+            if complaints:
+                raise ImageError(f"{name} is damaged ({complaints[0]}): repair or remove it")
     except ImageError:
         raise
     except FileNotFoundError:

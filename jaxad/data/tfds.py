@@ -1,15 +1,20 @@
 """Reads prepared TFDS data sets without TensorFlow, through random access to array_record files."""
 
 import functools
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import lazy_imports_utils
 
 from jaxad.data import builders  # noqa: F401  (registers our builders)
 from jaxad.data.records import GOOD, Record, defect_of
+
+lazy_imports_utils.print = lambda *words: None  # type: ignore[attr-defined]  # a banner: TensorFlow is not needed
+logging.getLogger("absl").addFilter(lambda record: "datasets" not in record.pathname or record.levelno >= logging.ERROR)
 
 _SOURCE = re.compile(r"tfds:(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
 

@@ -100,7 +100,8 @@ def _handle_abort() -> None:
     sys.stderr.flush()
     _state["stderr"] = os.dup(2)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1))
+        stream = getattr(sys, name)
+        setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
     if not os.environ.get("JAXAD_DEBUG"):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
