@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):
+        if error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
     finally:
@@ -53,9 +53,11 @@ def staging(folder: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
         shutil.rmtree(stage)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         remove_empty(new_folders)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)
         raise
 
 

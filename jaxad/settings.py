@@ -1,4 +1,4 @@
-"""All that is asked for of a detector, as one value.
+"""All that is asked for of a detector, as one value. Importing this module does not import JAX.
 
 Options of the command line, JSON, recipes and fingerprints are made from it.
 """
@@ -9,13 +9,15 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jaxad.backbones
-from jaxad.base import Method
-from jaxad.data import Preprocess
-from jaxad.driver.embedding import Storage
 from jaxad.methods import factory
+
+if TYPE_CHECKING:
+    from jaxad.base import Method
+    from jaxad.data import Preprocess
+    from jaxad.driver.embedding import Storage
 
 EMBEDDED = "pdn_small"
 """The backbone that comes with the package and needs no download."""
@@ -96,13 +98,16 @@ class Settings:
         if chosen.get("holdout") is None:
             chosen["holdout"] = HOLDOUT if chosen.get("cross_holdout") is None else 0.0
         settings = cls(method=method, hyperparameters=hyperparameters, **chosen)
-        settings._check()
+        settings.check_values()
+        settings.preprocess.check()
+        settings.storage.check()
         if not settings.build(settings.usual_size()).pretrained:
             return dataclasses.replace(settings, backbone=(), weights=())
         return settings
 
-    def _check(self) -> None:
-        if self.holdout is None or not 0 <= self.holdout < 1:
+    def check_values(self) -> None:
+        """Raises ValueError for what is out of its range whatever the method; needs no JAX."""
+        if self.holdout is not None and not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
         if self.cross_holdout is not None and self.cross_holdout < 2:
             raise ValueError(f"cross_holdout must be 2 or more, got {self.cross_holdout}")
@@ -118,8 +123,6 @@ class Settings:
             raise ValueError(f'precision must be "float32" or "bfloat16", got "{self.precision}"')
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
-        self.preprocess.check()
-        self.storage.check()
 
     def usual_size(self) -> tuple[int, int]:
         """The size for which hyperparameters are checked before any image is seen."""
@@ -127,16 +130,20 @@ class Settings:
         return self.preprocess.output_size(resize) if resize else (224, 224)
 
     @property
-    def preprocess(self) -> Preprocess:
+    def preprocess(self) -> "Preprocess":
         """What is done to every image before it is embedded."""
+        from jaxad.data import Preprocess
+
         return Preprocess(_pair(self.image_size), _pair(self.center_crop))
 
     @property
-    def storage(self) -> Storage:
+    def storage(self) -> "Storage":
         """How embedded images are cached."""
+        from jaxad.driver.embedding import Storage
+
         return Storage(self.cache, self.cache_dtype)
 
-    def build(self, image_size: tuple[int, int]) -> Method:
+    def build(self, image_size: tuple[int, int]) -> "Method":
         """The method for images of that size; equal settings give the same one, which compiles once."""
         backbone = self.backbone[0] if len(self.backbone) == 1 else self.backbone
         arguments = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
@@ -194,7 +201,7 @@ def _hashable(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _build(method: str, arguments: tuple[tuple[str, Any], ...]) -> Method:
+def _build(method: str, arguments: tuple[tuple[str, Any], ...]) -> "Method":
     make = factory(method)
     accepted = inspect.signature(make).parameters
     return make(**{name: value for name, value in arguments if name in accepted or name not in GIVEN})

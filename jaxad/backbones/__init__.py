@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxad.backbones.architecture import Backbone, ResidualBlocks, Student, normalize
     from jaxad.backbones.networks import FAMILIES, backbone, features, residual_blocks, stride, student
-    from jaxad.backbones.store import Weights, available, cache_dir
-    from jaxad.backbones.weights import fetch, import_file, load, of_file, resolve, source
+    from jaxad.backbones.store import Weights, available, cache_dir, of_file, resolve
+    from jaxad.backbones.weights import fetch, import_file, load, source
 
 __all__ = [
     "FAMILIES",
@@ -40,8 +40,8 @@ __all__ = [
 _MODULES = {
     "architecture": ("Backbone", "ResidualBlocks", "Student", "normalize"),
     "networks": ("FAMILIES", "backbone", "features", "residual_blocks", "stride", "student"),
-    "store": ("Weights", "available", "cache_dir"),
-    "weights": ("fetch", "import_file", "load", "of_file", "resolve", "source"),
+    "store": ("Weights", "available", "cache_dir", "of_file", "resolve"),
+    "weights": ("fetch", "import_file", "load", "source"),
 }
 """Module -> the public names that it defines. Modules are imported on first use: `jaxad list` needs no JAX."""
 

@@ -1,4 +1,4 @@
-"""Where weight files lie: in the user's cache and in the package. This module does not import JAX."""
+"""Where weight files lie, in the user's cache and in the package, and whose they are. This module does not import JAX."""
 
 import os
 from pathlib import Path
@@ -56,3 +56,47 @@ def places(entry: registry.Entry) -> tuple[Path, ...]:
 
 def _embedded(entry: registry.Entry) -> Path:
     return Path(__file__).with_name(f"{entry.name}.safetensors")
+
+
+def resolve(name: str, weights: str | Path | None) -> str:
+    """The full name of the backbone that a weights file belongs to.
+
+    Args:
+        name: A backbone, plain (`resnet50`) or full (`resnet50.caffe_in1k`).
+        weights: A file, or None.
+
+    Returns:
+        The stem of the file if it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
+
+    Raises:
+        ValueError: `name` has variants that are read differently, and neither `name` nor the file says which one it is.
+    """
+    entry = registry.lookup(name)
+    if weights is None or name in registry.ENTRIES:
+        return name
+    variant = variant_of(entry, Path(weights))
+    if variant is not None:
+        return variant.name
+    variants = [other for other in registry.ENTRIES.values() if other.architecture == entry.architecture]
+    if len({(variant.stride_in_1x1, variant.normalization) for variant in variants}) > 1:
+        names = " or ".join(variant.name for variant in variants)
+        raise ValueError(f"{weights} does not say which {name} it holds: give {names} as the backbone")
+    return name
+
+
+def of_file(weights: str | Path) -> str:
+    """The backbone that a file is named after (`resnet18.tv_in1k.safetensors`).
+
+    Raises:
+        ValueError: No backbone has that name.
+    """
+    stem = Path(weights).stem
+    if stem not in registry.ENTRIES and stem not in registry.PLAIN:
+        raise ValueError(f"{weights} is not named after a backbone: give the backbone's name as well")
+    return stem
+
+
+def variant_of(entry: registry.Entry, path: Path) -> registry.Entry | None:
+    """The variant of the architecture that the stem of a file names, if any."""
+    variant = registry.ENTRIES.get(path.stem)
+    return variant if variant is not None and variant.architecture == entry.architecture else None

@@ -21,46 +21,8 @@ from jax.typing import DTypeLike
 from jaxad.backbones import download, registry
 from jaxad.backbones.download import Progress
 from jaxad.backbones.networks import backbone
-from jaxad.backbones.store import cache_dir, places
+from jaxad.backbones.store import cache_dir, of_file, places, resolve, variant_of
 from jaxad.base import Frozen
-
-
-def resolve(name: str, weights: str | Path | None) -> str:
-    """The full name of the backbone that a weights file belongs to.
-
-    Args:
-        name: A backbone, plain (`resnet50`) or full (`resnet50.caffe_in1k`).
-        weights: A file, or None.
-
-    Returns:
-        The stem of the file if it names a variant of `name` (`resnet50.caffe_in1k.safetensors`), else `name`.
-
-    Raises:
-        ValueError: `name` has variants that are read differently, and neither `name` nor the file says which one it is.
-    """
-    entry = registry.lookup(name)
-    if weights is None or name in registry.ENTRIES:
-        return name
-    variant = _variant(entry, Path(weights))
-    if variant is not None:
-        return variant.name
-    variants = [other for other in registry.ENTRIES.values() if other.architecture == entry.architecture]
-    if len({(variant.stride_in_1x1, variant.normalization) for variant in variants}) > 1:
-        names = " or ".join(variant.name for variant in variants)
-        raise ValueError(f"{weights} does not say which {name} it holds: give {names} as the backbone")
-    return name
-
-
-def of_file(weights: str | Path) -> str:
-    """The backbone that a file is named after (`resnet18.tv_in1k.safetensors`).
-
-    Raises:
-        ValueError: No backbone has that name.
-    """
-    stem = Path(weights).stem
-    if stem not in registry.ENTRIES and stem not in registry.PLAIN:
-        raise ValueError(f"{weights} is not named after a backbone: give the backbone's name as well")
-    return stem
 
 
 def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.float32) -> Frozen:
@@ -81,7 +43,7 @@ def load(name: str, weights: str | Path | None = None, dtype: DTypeLike = jnp.fl
     """
     path = _locate(name, weights)
     entry = registry.lookup(name)
-    variant = _variant(entry, path) or entry
+    variant = variant_of(entry, path) or entry
     if (variant.stride_in_1x1, variant.normalization) != (entry.stride_in_1x1, entry.normalization):
         raise ValueError(f"{path} holds the variant {variant.name}: ask for that backbone instead of {name}")
     frozen = jax.tree.map(jnp.asarray, _read(name, path))
@@ -219,12 +181,6 @@ def _copy(path: Path, part: io.FileIO) -> None:
     with path.open("rb") as file:
         while chunk := file.read(download.CHUNK):
             download.write(part, chunk)
-
-
-def _variant(entry: registry.Entry, path: Path) -> registry.Entry | None:
-    """The variant of the architecture that the stem of a file names, if any."""
-    variant = registry.ENTRIES.get(path.stem)
-    return variant if variant is not None and variant.architecture == entry.architecture else None
 
 
 def _locate(name: str, weights: str | Path | None) -> Path:

@@ -1,6 +1,5 @@
 """The commands."""
 
-import inspect
 import os
 import shlex
 import subprocess
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import tyro
 from rich.table import Column, Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
 from jaxad.backbones import available, fetch, import_file
 from jaxad.cli.listing import print_table
-from jaxad.cli.main import COMMANDS
 from jaxad.cli.options import (
     BenchmarkData,
     Data,
@@ -25,12 +22,8 @@ from jaxad.cli.options import (
     FitData,
     Runs,
     Source,
-    call,
     method_options,
-    option_before,
-    parse,
     settings_of,
-    settings_options,
     sweep_of,
 )
 from jaxad.data import open_data
@@ -54,21 +47,18 @@ PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "hos
 """What `jaxad estimate` prints of every program."""
 
 
-def run(name: str, argv: list[str]) -> None:
-    """Runs the command of that name."""
-    if name in ("score", "evaluate", "report"):
-        call(globals()[name], prog=f"jaxad {name}", args=argv)
+def run(name: str, argv: list[str], arguments: dict[str, Any]) -> None:
+    """Runs the command of that name; `argv` is what it was given, for the record."""
+    if name in ("fit", "benchmark", "estimate"):
+        globals()[name](argv, **arguments)
     else:
-        globals()[name](argv)
+        globals()[name](**arguments)
 
 
-def fit(argv: list[str]) -> None:
+def fit(argv: list[str], data: FitData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
     """Learn from normal images."""
-    name = option_before(argv, "method", FitData.method)
-    groups = {"data": FitData, "settings": settings_options(), name: method_options(name)}
-    data, options, hyperparameters = parse("fit", COMMANDS["fit"], argv, groups)
     _join(data)
-    settings = settings_of(name, data.preset, options | hyperparameters)
+    settings = settings_of(data.method, data.preset, options | hyperparameters)
     opened = _open(data, settings)
     fitted = _fit(settings, opened, data, ["fit", *argv], load_frozen(settings))
     run_dirs = [run.directory for group in fitted for run in group.runs]
@@ -77,11 +67,8 @@ def fit(argv: list[str]) -> None:
     say(f"saved in {saved}; next: jaxad {following}")
 
 
-def benchmark(argv: list[str]) -> None:
+def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> None:
     """Fit and evaluate several methods on every category, side by side."""
-    data, options = parse(
-        "benchmark", COMMANDS["benchmark"], argv, {"data": BenchmarkData, "settings": settings_options()}
-    )
     if data.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
     sweep = Sweep(*sweep_of(data.sweep)) if data.sweep else None
@@ -117,12 +104,9 @@ def benchmark(argv: list[str]) -> None:
         _report(list(rows), data.report)
 
 
-def estimate(argv: list[str]) -> None:
+def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
     """Print how much memory a fit needs, without fitting."""
-    name = argv[0] if argv and not argv[0].startswith("-") else FitData.method
-    groups = {"data": EstimateData, "settings": settings_options(), name: method_options(name)}
-    data, options, hyperparameters = parse("estimate", COMMANDS["estimate"], argv, groups)
-    settings = settings_of(name, data.preset, options | hyperparameters)
+    settings = settings_of(data.method, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
     try:
         frozen = load_frozen(settings)
@@ -235,18 +219,6 @@ def report(run: Runs, output: Path = Path("report.html")) -> None:
         output: The file to write.
     """
     _report(directory.find(run, "recipe.json"), output)
-
-
-def weights(argv: list[str]) -> None:
-    """Manage pretrained weights: list, fetch NAME, import FILE."""
-    commands = {"list": weights_list, "fetch": weights_fetch, "import": weights_import}
-    if not argv or argv[0] not in (*commands, "-h", "--help"):
-        raise ValueError(f"weights wants one of {', '.join(commands)}, got {argv[0] if argv else 'nothing'}")
-    if argv[0] in commands:
-        call(commands[argv[0]], prog=f"jaxad weights {argv[0]}", args=argv[1:])
-    else:
-        description = inspect.getdoc(weights)
-        tyro.extras.subcommand_cli_from_dict(commands, prog="jaxad weights", description=description, args=argv)
 
 
 def weights_list() -> None:

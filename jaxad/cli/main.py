@@ -85,11 +85,14 @@ def _dispatch(argv: list[str]) -> int:
 
         list_methods(rest)
     elif name in COMMANDS:
+        from jaxad.cli.options import arguments
+
+        function, parsed = arguments(name, rest)
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
         if not os.environ.get("JAXAD_DEBUG"):
             logging.getLogger("absl").setLevel(logging.ERROR)  # what libraries warn of does not concern users
-        commands.run(name, rest)
+        commands.run(function, rest, parsed)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0

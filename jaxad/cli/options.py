@@ -1,4 +1,7 @@
-"""Options of the command line: what they are called, where they come from, how they are parsed."""
+"""Options of the command line: what they are called, where they come from, how they are parsed and checked.
+
+This module does not import JAX, so that a mistake is answered at once.
+"""
 
 import contextlib
 import dataclasses
@@ -14,8 +17,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jaxad.data import PAPER
-from jaxad.methods import factory
+from jaxad import methods
+from jaxad.backbones import registry
+from jaxad.cli.main import COMMANDS
+from jaxad.cli.signatures import signature
 from jaxad.settings import GIVEN, Settings
 
 Source = Annotated[Positional[str], arg(metavar="SOURCE")]
@@ -113,6 +118,65 @@ class EstimateData:
     devices: int = 1
 
 
+def arguments(command: str, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The function in `jaxad.cli.commands` that a command line means, and its arguments.
+
+    Raises:
+        ValueError: Options are missing, unknown or out of their range.
+        FileNotFoundError: There is no such source, run or file.
+    """
+    if command == "weights":
+        return _weights_arguments(argv)
+    if command in ("score", "evaluate", "report"):
+        parsed = call(signature("jaxad.cli.commands", command), prog=f"jaxad {command}", args=argv)
+        _check_runs(command, parsed["run"])
+        _check_source(parsed.get("source"))
+        return command, parsed
+    if command == "fit":
+        name = option_before(argv, "method", FitData.method)
+    else:
+        name = argv[0] if argv and not argv[0].startswith("-") else FitData.method
+    groups: dict[str, type] = {"data": DATA[command], "settings": settings_options()}
+    if command != "benchmark":
+        groups[name] = method_options(name)
+    data, options, *hyperparameters = parse(command, COMMANDS[command], argv, groups)
+    for backbone in options["backbone"]:
+        registry.lookup(backbone)
+    Settings(method=name, **options).check_values()
+    _check_source(data.data if command == "estimate" else data.source)
+    return command, {"data": data, "options": options} | dict(zip(["hyperparameters"], hyperparameters, strict=False))
+
+
+def _weights_arguments(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    actions = {word: signature("jaxad.cli.commands", f"weights_{word}") for word in ("list", "fetch", "import")}
+    if not argv or argv[0] not in (*actions, "-h", "--help"):
+        raise ValueError(f"weights wants one of {', '.join(actions)}, got {argv[0] if argv else 'nothing'}")
+    if argv[0] not in actions:
+        tyro.extras.subcommand_cli_from_dict(actions, prog="jaxad weights", description=COMMANDS["weights"], args=argv)
+    parsed = call(actions[argv[0]], prog=f"jaxad weights {argv[0]}", args=argv[1:])
+    if "name" in parsed and parsed["name"] is not None:
+        registry.lookup(parsed["name"])
+    return f"weights_{argv[0]}", parsed
+
+
+def _check_runs(command: str, runs: Path | Sequence[Path]) -> None:
+    if isinstance(runs, Path):
+        if not (runs / "model.json").is_file():
+            raise FileNotFoundError(f"no fitted model in {runs}: pass a directory that `jaxad fit` wrote")
+        return
+    for run in runs:
+        if not any(run.rglob("recipe.json" if command == "report" else "model.json")):
+            raise FileNotFoundError(f"no run in {run}: give a directory that `jaxad fit` wrote")
+
+
+def _check_source(source: str | None) -> None:
+    if source is not None and source != "demo" and not source.startswith("tfds:") and not Path(source).exists():
+        raise FileNotFoundError(f"no such file or folder: {source}")
+
+
+DATA = {"fit": FitData, "benchmark": BenchmarkData, "estimate": EstimateData}
+
+
 def option_before(argv: Sequence[str], name: str, default: str) -> str:
     """The value of an option before the others are known."""
     for word, following in itertools.pairwise([*argv, ""]):
@@ -165,9 +229,10 @@ def settings_options() -> type:
 
 def method_options(name: str) -> type:
     """Options for the hyperparameters of a method."""
-    make = factory(name)
+    methods.describe(name)  # refuses unknown names
+    make = signature(f"jaxad.methods.{name}", name, omit=GIVEN)
     hints = typing.get_type_hints(make)
-    parameters = [p for p in inspect.signature(make).parameters.values() if p.name not in GIVEN]
+    parameters = inspect.signature(make).parameters.values()
     return _dataclass("Hyperparameters", [(p.name, hints[p.name], p.default) for p in parameters], make.__doc__)
 
 
@@ -180,6 +245,8 @@ def _dataclass(name: str, fields: list[tuple[str, Any, Any]], doc: str | None) -
 def settings_of(name: str, preset: str | None, options: dict[str, Any]) -> Settings:
     """The settings of a method from parsed options."""
     if preset == "paper":
+        from jaxad.data import PAPER
+
         options = options | {"image_size": PAPER.resize, "center_crop": PAPER.center_crop}
     return Settings.of(name, **options)
 

@@ -1,5 +1,6 @@
 """Checkpoints of a fit, kept by orbax: the newest state, and the one before it in case a loss diverges."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,14 @@ class Saver:
         return self._directory is not None and (now or broadcast(time.monotonic() - self._saved >= self._seconds))
 
     def save(self, stage: int, step: int, state: State) -> None:
-        """Saves."""
-        self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
+        """Saves. Raises OSError if the disk is full or the directory cannot be written; the last checkpoint stays."""
+        report, threading.excepthook = threading.excepthook, lambda failure: None  # orbax raises it here once more
+        try:
+            self._checkpoints.save(stage * self.STRIDE + step, state, custom_metadata=self._identity)
+        except (ValueError, OSError) as error:
+            raise OSError(f"cannot save a checkpoint in {self._directory} ({error}); the last one stays") from error
+        finally:
+            threading.excepthook = report
         self._saved = time.monotonic()
 
     def forget(self, stage: int, step: int) -> None:
