@@ -165,8 +165,8 @@ def complete_modules(stages: tuple[str, ...], expected: Mapping[str, Shapes], te
         stages: Names of the stages, shallow to deep. A module belongs to the stage that its name starts with; a module
             outside of all stages is always required.
         expected: For every module the names and shapes of its tensors.
-        tensors: The checkpoint: anything with a shape and a type by name. Tensors of a classifier are ignored: those of at most
-            two axes, and timm's `pre_logits`.
+        tensors: The checkpoint: anything with a shape and a type by name. Tensors of a classifier are ignored: those of
+            at most two axes, and timm's `pre_logits`.
 
     Raises:
         ValueError: A tensor is missing, or has another shape or no float type, or belongs to no module.

@@ -59,7 +59,9 @@ def claimed(target: Path) -> Iterator[io.FileIO]:
     """
     part = target.with_name(f"{target.name}.part")
     while True:
-        with io.FileIO(part, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW)) as file:
+        with io.FileIO(
+            part, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW)
+        ) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, part):
                 continue  # the other process has published or deleted it
@@ -174,7 +176,9 @@ def _receive(url: str, answer: _Answer, file: io.FileIO, progress: Progress | No
         size, window_bytes = size + len(chunk), window_bytes + len(chunk)
         if size > LARGEST:
             file.truncate(0)
-            raise ConnectionError(f"{url} does not end after {LARGEST / 1e9:.1f} GB, more than any weights have: {advice}")
+            raise ConnectionError(
+                f"{url} does not end after {LARGEST / 1e9:.1f} GB, more than any weights have: {advice}"
+            )
         if progress is not None:
             progress(size, answer.total or size)
         elapsed = time.monotonic() - window_start
@@ -289,7 +293,7 @@ def _check_size(url: str, answer: _Answer, file: io.FileIO, advice: str) -> None
         return
     if answer.total > LARGEST:
         raise ConnectionError(
-            f"{url} has {answer.total / 1e9:.1f} GB, more than the {LARGEST / 1e9:.1f} GB that weights may have; {advice}"
+            f"{url} has {answer.total / 1e9:.1f} GB, but weights may have {LARGEST / 1e9:.1f} GB at most; {advice}"
         )
     disk = os.fstatvfs(file.fileno())
     room, missing = disk.f_bavail * disk.f_frsize, answer.total - answer.start

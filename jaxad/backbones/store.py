@@ -1,4 +1,4 @@
-"""Where weight files lie, in the user's cache and in the package, and whose they are. This module does not import JAX."""
+"""Where weight files lie, in the user's cache and in the package, and whose they are. Does not import JAX."""
 
 import os
 from pathlib import Path

@@ -147,7 +147,9 @@ def _from_folder(paths: tuple[str, ...], part: io.FileIO, pinned: str | None) ->
     digest = download.sha256(part)
     if digest != (pinned or digest):
         part.truncate(0)
-        raise ValueError(f"{path} has the sha256 {digest}, expected {pinned}: give the official file, or import this one")
+        raise ValueError(
+            f"{path} has the sha256 {digest}, expected {pinned}: give the official file, or import this one"
+        )
     return path
 
 

@@ -100,8 +100,10 @@ def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> 
         for group in _fit(settings, opened, data, ["benchmark", *argv], frozen, data.seeds, cache, sweep):
             rows |= evaluate_group(group, opened, source=data.source, cache=cache)
     if rows:  # only the first of several processes has them
-        print_table(metrics_table(sorted(rows.values(), key=lambda row: row.method)))
-        _report(list(rows), data.report)
+        try:
+            print_table(metrics_table(sorted(rows.values(), key=lambda row: row.method)))
+        finally:
+            _report(list(rows), data.report)
 
 
 def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:

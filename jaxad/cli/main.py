@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 128 + signal.SIGINT)
     except SystemExit as done:
         if done.code == 128 + signal.SIGTERM:
-            return _fail("terminated", done.code)
+            return _fail("terminated", 128 + signal.SIGTERM)
         raise
     except (RuntimeError, AssertionError) as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
@@ -101,8 +101,7 @@ def _dispatch(argv: list[str]) -> int:
 def _missing_device() -> str | None:
     """What is wrong with JAX_PLATFORMS, if that is why JAX does not start."""
     jax = sys.modules.get("jax")
-    platforms = jax and jax.config.jax_platforms
-    if not platforms:
+    if jax is None or not (platforms := jax.config.jax_platforms):
         return None
     try:
         jax.devices()
