@@ -83,7 +83,7 @@ def test_a_signal_while_options_are_parsed(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "jaxad: terminated\n"
 
 
-def test_a_user_without_a_home_has_the_embedded_weights(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_user_without_a_home_has_the_embedded_weights(monkeypatch: pytest.MonkeyPatch):
     def unknown(_):
         raise KeyError
 

@@ -1,6 +1,9 @@
 """Decoding, resizing, cropping and mapping back, compared with numpy formulas and plain PIL."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import jaxad
 from jaxad.data import PAPER, ImageError, Preprocess, to_original
 from jaxad.data.images import in_threads, read, read_mask, size_of
 
@@ -238,3 +242,26 @@ def test_the_error_names_a_file_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"huge.png is too large to decode \(.*\): cut it into tiles"):
         read(path, "huge.png")
+
+
+@pytest.mark.parametrize(("compression", "mode"), [("tiff_adobe_deflate", "RGB"), ("group4", "1")])
+def test_damage_that_libtiff_finds_is_an_error_with_the_name_of_the_file(tmp_path, capfd, compression, mode):
+    """Pillow reads on behind some of it, and libtiff would write to stderr without the name."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / "photo.tif"
+    Image.fromarray(pixels).convert(mode).save(path, compression=compression)
+    content = bytearray(path.read_bytes())
+    content[300:-300:97] = bytes(255 - value for value in content[300:-300:97])
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"photo\.tif"):
+        read(path, "photo.tif")
+    assert capfd.readouterr().err == ""
+
+
+def test_warnings_of_pillow_do_not_show(tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (20, 20)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0\0damaged")
+    program = "import sys; from jaxad.data.images import read; print(read(sys.argv[1], 'photo.jpg').shape)"
+    command = [sys.executable, "-W", "always", "-c", program, str(path)]
+    done = subprocess.run(command, cwd=Path(jaxad.__file__).parents[1], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(20, 20, 3)\n", "")

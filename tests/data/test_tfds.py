@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.core.utils import lazy_imports_utils
 
 from jaxad.data import Preprocess, open_data
 from jaxad.data.builders import InspectionBuilder, prepare
@@ -133,3 +134,11 @@ def test_invalid_sources_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"no images of mpdd in .*: expected the mvtec layout"):
         prepare("mpdd", tmp_path, tmp_path / "tfds")
     assert not (tmp_path / "tfds/mpdd/1.0.0").exists()
+
+
+def test_no_banner_and_no_warnings_of_libraries(tmp_path, capsys, caplog):
+    (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="is not prepared in"):
+        open_data(f"tfds:mnist:{tmp_path}")
+    lazy_imports_utils.tf_error_callback(ImportError())
+    assert capsys.readouterr().out == "" and not caplog.records
