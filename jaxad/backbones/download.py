@@ -60,7 +60,7 @@ def claimed(target: Path) -> Iterator[io.FileIO]:
     part = target.with_name(f"{target.name}.part")
     while True:
         with io.FileIO(
-            part, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW)
+            part, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         ) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, part):

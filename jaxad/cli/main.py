@@ -43,10 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
-    except SystemExit as done:
-        if done.code == 128 + signal.SIGTERM:
-            return _fail("terminated", 128 + signal.SIGTERM)
-        raise
     except (RuntimeError, AssertionError) as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
             distributed.exit_after_lost_process()
