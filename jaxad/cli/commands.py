@@ -16,6 +16,7 @@ import jaxad
 from jaxad.backbones import available, fetch, import_file
 from jaxad.cli.listing import print_table
 from jaxad.cli.options import (
+    DATA,
     BenchmarkData,
     Data,
     EstimateData,
@@ -47,12 +48,10 @@ PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "hos
 """What `jaxad estimate` prints of every program."""
 
 
-def run(name: str, argv: list[str], arguments: dict[str, Any]) -> None:
-    """Runs the command of that name; `argv` is what it was given, for the record."""
-    if name in ("fit", "benchmark", "estimate"):
-        globals()[name](argv, **arguments)
-    else:
-        globals()[name](**arguments)
+def run(name: str, argv: list[str], arguments: dict[str, Any]) -> int:
+    """Runs the function of that name and returns the exit code; `argv` is the command line, for the record."""
+    recorded = {"argv": argv} if name in DATA else {}
+    return globals()[name](**recorded, **arguments) or 0
 
 
 def fit(argv: list[str], data: FitData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:

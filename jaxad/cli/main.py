@@ -88,7 +88,7 @@ def _dispatch(argv: list[str]) -> int:
             commands = importlib.import_module("jaxad.cli.commands")
         if not os.environ.get("JAXAD_DEBUG"):
             logging.getLogger("absl").setLevel(logging.ERROR)  # what libraries warn of does not concern users
-        commands.run(function, rest, parsed)
+        return commands.run(function, rest, parsed)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0

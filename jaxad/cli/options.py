@@ -127,7 +127,7 @@ def arguments(command: str, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """
     if command == "weights":
         return _weights_arguments(argv)
-    if command in ("score", "evaluate", "report"):
+    if command not in DATA:
         parsed = call(signature("jaxad.cli.commands", command), prog=f"jaxad {command}", args=argv)
         _check_runs(command, parsed["run"])
         _check_source(parsed.get("source"))
