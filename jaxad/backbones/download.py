@@ -164,21 +164,21 @@ def _complete(url: str, file: io.FileIO, trusted: bool, progress: Progress | Non
 def _receive(url: str, answer: _Answer, file: io.FileIO, progress: Progress | None, advice: str) -> str:
     """Writes the body of an answer until it ends; returns why it broke off, or nothing."""
     assert answer.body is not None
-    window_start, window_bytes, size = time.monotonic(), 0, answer.start
+    window_start, window_bytes, size, limit = time.monotonic(), 0, answer.start, None
     while answer.total is None or size < answer.total:
         try:
             chunk = answer.body.read1(CHUNK)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            return f" ({error})"
+            return f" ({_line(error)})"
         if not chunk:
             break
         write(file, chunk)
         size, window_bytes = size + len(chunk), window_bytes + len(chunk)
-        if size > LARGEST:
+        if limit is None and size > CHUNK:  # the beginning is there
+            limit = min(_announced(file) or LARGEST, LARGEST)
+        if limit is not None and size > limit:
             file.truncate(0)
-            raise ConnectionError(
-                f"{url} does not end after {LARGEST / 1e9:.1f} GB, more than any weights have: {advice}"
-            )
+            raise ConnectionError(f"{url} does not end after the {limit / 1e6:.1f} MB that its weights have: {advice}")
         if progress is not None:
             progress(size, answer.total or size)
         elapsed = time.monotonic() - window_start
@@ -307,11 +307,10 @@ def _check_size(url: str, answer: _Answer, file: io.FileIO, advice: str) -> None
 def _announced(file: io.FileIO) -> int | None:
     """The size that the beginning of a safetensors file states, whatever the server says; None if it states none."""
     try:
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        tensors = json.loads(file.read(min(length, CHUNK)))
+        length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+        tensors = json.loads(os.pread(file.fileno(), min(length, CHUNK), 8))
         return 8 + length + max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name[:2] != "__")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -58,10 +58,16 @@ def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: As for `load`.
+        ValueError: The file in the cache is not the one that was fetched or imported.
     """
     path = _locate(name, weights)
     with path.open("rb") as file:
-        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if weights is None and _pinned(path) not in (None, digest):
+        raise ValueError(
+            f"{path} has changed since it was fetched or imported: delete it, and fetch or import it again"
+        )
+    return {"path": str(path), "sha256": digest}
 
 
 def import_file(path: str | Path, name: str | None = None) -> Path:

@@ -47,6 +47,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.ranges, self.answers = [], []
         self.paths = {HUB_PATH}
 
+    def handle_error(self, request, client_address):
+        """Clients that hang up are no news."""
+
     @property
     def address(self):
         return f"http://127.0.0.1:{self.server_port}"
@@ -320,21 +323,25 @@ def test_a_planted_link_is_not_followed(hub, cache, tmp_path):
         (saying(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200), "cannot be reached (got more than 100 headers)"),
         (saying(b"HTTP/1.1 204 Nothing\r\n\r\n"), "cannot be fetched: HTTP 204 Nothing"),
         (lambda handler: handler.send_error(503, "Later"), "cannot be fetched: HTTP 503 Later"),
-        (lambda handler: handler.trickle(), "cannot be reached (no answer within 0.3 s)"),
-        (lambda handler: time.sleep(1), "cannot be reached ("),
+        (lambda handler: handler.trickle(), "cannot be reached (no answer within 1 s)"),
+        (lambda handler: time.sleep(2), "cannot be reached ("),
         (lambda handler: handler.trickle(b"HTTP/1.1 200 OK\r\n\r\n"), "sends less than 1000 bytes/s: run again"),
-        (lambda handler: handler.trickle(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(20_000)), "does not end after 0.0 GB"),
+        (
+            lambda handler: handler.trickle(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(4_000_000)),
+            "does not end after the 3.0 MB",
+        ),
+        (lambda handler: handler.trickle(b"HTTP/1.1 200 OK\r\n\r\n" + BODY), "does not end after the 3.2 MB that its"),
     ],
 )
 def test_a_misbehaving_server_is_named(hub, cache, answer, words, monkeypatch):
     hub.answers = [answer] * 3
-    monkeypatch.setattr(download, "PATIENCE", 0.3)
-    if "does not end" in words:
-        monkeypatch.setattr(download, "LARGEST", 10_000)
-    start = time.monotonic()
+    if words.startswith(("cannot be reached (no", "sends less")) or words.endswith("("):
+        monkeypatch.setattr(download, "PATIENCE", 1)
+    if "3.0 MB" in words:
+        monkeypatch.setattr(download, "LARGEST", 3_000_000)
     with pytest.raises(ConnectionError, match=f"^{re.escape(f'{hub.address}{HUB_PATH} {words}')}") as caught:
         fetch(NAME)
-    assert str(caught.value).isprintable() and time.monotonic() - start < 5
+    assert str(caught.value).isprintable()
     assert "jaxad weights import FILE" in str(caught.value)
 
 
