@@ -1,5 +1,6 @@
 """Checkpoints of a fit, kept by orbax: the newest state, and the one before it in case a loss diverges."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Saver:
 
     def __exit__(self, *error: object) -> None:
         if self._directory is not None:
-            self._checkpoints.close()
+            with contextlib.suppress(*(ValueError, OSError) if any(error) else ()):  # what `save` raised comes again
+                self._checkpoints.close()
 
     def restore(self, target: Callable[[int], State]) -> tuple[int, int, State] | None:
         """The stage, step and state to resume from, if any.

@@ -16,6 +16,7 @@ import jaxad
 from jaxad.base import Method, Stage
 from jaxad.driver import schedule
 from jaxad.driver.checkpoint import Saver
+from jaxad.driver.execution import Checkpoint
 from jaxad.driver.fit import fit, fit_classes
 from tests.driver.toy import (
     CLASSES,
@@ -186,3 +187,25 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         LONG, FROZEN, DATA, KEY, execution(batch_size=8, checkpoint_dir=tmp_path / "run", checkpoint_seconds=0)
     )
     assert_equal(resumed.state, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
+    program = (
+        "import logging, resource, sys, numpy as np; from jaxad.driver.checkpoint import Saver\n"
+        "from jaxad.driver.execution import Checkpoint\n"
+        "logging.getLogger('absl').setLevel(logging.CRITICAL)\n"
+        "try:\n"
+        "    with Saver(Checkpoint(sys.argv[1], 0.0), {}) as saver:\n"
+        "        saver.save(0, 1, {'x': np.ones(100)})\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "        saver.save(0, 2, {'x': np.random.rand(100_000)})\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(jaxad.__file__).parents[1], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"cannot save a checkpoint in {tmp_path} (") and "File too large" in done.stdout
+    assert done.stderr == ""
+    with Saver(Checkpoint(tmp_path, 0.0), {}) as saver:
+        assert saver.restore(lambda stage: {"x": np.zeros(100)})[:2] == (0, 1)
