@@ -202,14 +202,16 @@ def evaluate(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
         [rows[run_dir]] = evaluate_runs([single], [split.test], source=tested, oracle=oracle)
-    print_table(metrics_table(list(rows.values())))
-    if decided := decisions_table(list(rows.values())):
-        print_table(decided)
     lacking = {row.category: shortfall(row.threshold) for row in rows.values() if row.threshold}
-    for category, line in lacking.items():
-        if line:
-            say(f"{category}: {line}")
-    _report(list(rows), report)
+    try:
+        print_table(metrics_table(list(rows.values())))
+        if decided := decisions_table(list(rows.values())):
+            print_table(decided)
+    finally:
+        for category, line in lacking.items():
+            if line:
+                say(f"{category}: {line}")
+        _report(list(rows), report)
 
 
 def report(run: Runs, output: Path = Path("report.html")) -> None:

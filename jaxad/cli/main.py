@@ -87,7 +87,8 @@ def _dispatch(argv: list[str]) -> int:
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
         if not os.environ.get("JAXAD_DEBUG"):
-            logging.getLogger("absl").setLevel(logging.CRITICAL)  # libraries raise what concerns users, too
+            for library in ("absl", "matplotlib"):
+                logging.getLogger(library).setLevel(logging.CRITICAL)  # they raise what concerns users
         return commands.run(function, rest, parsed)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)

@@ -143,6 +143,11 @@ def arguments(command: str, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     for backbone in options["backbone"]:
         registry.lookup(backbone)
     Settings(method=name, **options).check_values()
+    if command == "benchmark":
+        for method in data.methods:
+            methods.describe(method)
+        if data.sweep:
+            sweep_of(data.sweep)
     _check_source(data.data if command == "estimate" else data.source)
     return command, {"data": data, "options": options} | dict(zip(["hyperparameters"], hyperparameters, strict=False))
 
@@ -154,8 +159,10 @@ def _weights_arguments(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if argv[0] not in actions:
         tyro.extras.subcommand_cli_from_dict(actions, prog="jaxad weights", description=COMMANDS["weights"], args=argv)
     parsed = call(actions[argv[0]], prog=f"jaxad weights {argv[0]}", args=argv[1:])
-    if "name" in parsed and parsed["name"] is not None:
+    if parsed.get("name") is not None:
         registry.lookup(parsed["name"])
+    if "file" in parsed and not parsed["file"].is_file():
+        raise FileNotFoundError(f"no weights file {parsed['file']}: give a safetensors file")
     return f"weights_{argv[0]}", parsed
 
 
@@ -164,6 +171,8 @@ def _check_runs(command: str, runs: Path | Sequence[Path]) -> None:
         if not (runs / "model.json").is_file():
             raise FileNotFoundError(f"no fitted model in {runs}: pass a directory that `jaxad fit` wrote")
         return
+    if not runs:
+        raise ValueError("give one or more run directories, such as runs/patchcore/demo")
     for run in runs:
         if not any(run.rglob("recipe.json" if command == "report" else "model.json")):
             raise FileNotFoundError(f"no run in {run}: give a directory that `jaxad fit` wrote")
