@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jaxad.base import EmbedFn, Frozen, PyTree
 from jaxad.data import Dataset
 from jaxad.driver.mesh import CLASS, Layout
-from jaxad.driver.program import Program
+from jaxad.driver.program import Program, weak_cache
 
 CACHE_BYTES = 4 << 30
 """Most that a fit caches of embedded images; beyond, they are computed anew."""
@@ -207,7 +207,7 @@ def _is_part(data: Dataset, other: Dataset) -> bool:
     return len(data) < len(other) and set(map(id, data.records)) <= set(map(id, other.records))
 
 
-@functools.lru_cache(maxsize=64)
+@weak_cache
 def embed_program(embed: EmbedFn, layout: Layout, axis: str | None) -> Program:
     """The program that embeds images (c s b h w 3) on a process's devices, each its share.
 
@@ -265,9 +265,11 @@ class Reader:
             rows = block(step)
             return step, rows, self._decode(rows)
 
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # decoding one block uses all cores
-        dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(decoded).to_iter_dataset(options)
-        for step, rows, images in dataset:
+        blocks = map(decoded, steps)
+        if len(steps) > 1:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # decoding one block uses all cores
+            blocks = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(decoded).to_iter_dataset(options)
+        for step, rows, images in blocks:
             yield step, rows, self._embed(rows, images)
 
     def _share(self, block: Block) -> tuple[Sequence[Embedding], Block]:
