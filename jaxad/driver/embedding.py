@@ -32,14 +32,21 @@ class Embedding:
     ) -> None:
         self.data, self.on_device = data, storage.place == "device"
         self.frozen = frozen  # the cache's key has its id, which is unique as long as it is referenced
-        self.spec = jax.eval_shape(embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
+        self._embed, self._bytes, self._stored = embed, 0, None
         rows = len(data) + -len(data) % layout.data_shards if self.on_device else len(data)
-        stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)
-        self._bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+        if most_bytes:
+            stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)
+            self._bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+            self._stored = stored if self._bytes <= most_bytes else None
         self._done = np.zeros(len(data), bool)
-        self._stored = stored if self._bytes <= most_bytes else None
         self._cached: PyTree = None
         self._sharding = layout.local().without_classes(layout.rows(rows))
+
+    @functools.cached_property
+    def spec(self) -> PyTree:
+        """Their shapes and types."""
+        shape = len(self.data), *self.data.image_size, 3
+        return jax.eval_shape(self._embed, self.frozen, jax.ShapeDtypeStruct(shape, jnp.uint8))
 
     @property
     def caches(self) -> bool:
@@ -188,7 +195,7 @@ def embeddings(
     cache = EmbeddingCache(shared=False) if cache is None else cache
     known: dict[tuple[Hashable, Hashable], Embedding] = cache if cache.shared else {}
     wholes = [data for data in datasets if not (cache.shared and any(_is_part(data, other) for other in datasets))]
-    most = CACHE_BYTES / len(wholes) if several or cache.shared else -1
+    most = CACHE_BYTES / len(wholes) if several or cache.shared else 0
     result = []
     for data in datasets:
         images = tuple(map(id, data.records))  # subsets of one data set share their records
