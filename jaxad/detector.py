@@ -116,6 +116,7 @@ class Detector:
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
+        """Raises ValueError for a number below 1."""
         settings = dataclasses.replace(self.settings, batch_size=value)
         settings.check()
         self.settings = settings

@@ -18,6 +18,7 @@ from jaxad.backbones import backbone
 from jaxad.data import Arrays, Preprocess, open_data
 from jaxad.driver.execution import Execution
 from jaxad.driver.program import compile_count
+from jaxad.driver.scoring import programs
 from jaxad.learning import folds, leakage, learn, load_frozen, split
 from jaxad.metrics import conformal_threshold, cross_threshold, tail_threshold
 from jaxad.settings import Settings
@@ -317,6 +318,16 @@ def test_a_second_model_of_the_same_settings_compiles_nothing(detector, weights,
     detector.save(tmp_path)
     compiled = compile_count()
     jaxad.load(tmp_path).predict(DEFECTIVE)
+    assert compile_count() == compiled
+
+
+def test_a_detector_keeps_its_programs_among_many_others(detector):
+    detector.predict(DEFECTIVE)
+    compiled = compile_count()
+    for i in range(100):
+        other = detector.method._replace(embed=lambda frozen, image: image, vary=((str(i), min),))
+        programs(other, Execution())
+    detector.predict(DEFECTIVE)
     assert compile_count() == compiled
 
 

@@ -28,6 +28,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxad" / "weights"
 
 
+def programs_dir() -> Path:
+    """The folder of compiled programs: $JAXAD_CACHE/programs, or jaxad/programs in the user's cache folder."""
+    return cache_dir() / "programs" if os.environ.get("JAXAD_CACHE") else cache_dir().with_name("programs")
+
+
 def available() -> list[Weights]:
     """All registered weights and their location."""
     rows = []

@@ -73,6 +73,10 @@ def _dispatch(argv: list[str]) -> int:
     elif name in COMMANDS:
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
+            from jaxad.backbones.store import programs_dir
+            from jaxad.driver.program import keep_compiled
+
+            keep_compiled(programs_dir())
         commands.run(name, rest)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)

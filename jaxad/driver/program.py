@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -55,6 +56,22 @@ def compiler_options() -> dict[str, str | bool]:
     except jax.errors.JaxRuntimeError:
         return {}
     return options
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in a folder for later processes; not where the user has set JAX's own cache, or another.
+
+    Args:
+        folder: Created where missing; one that cannot be written is left alone.
+    """
+    option = "jax_compilation_cache_dir"
+    if getattr(jax.config, option) is not None:
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        jax.config.update(option, str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # to write a small one takes longer
 
 
 class Program:

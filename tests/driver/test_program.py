@@ -76,3 +76,20 @@ def test_what_is_in_use_is_made_once_and_the_rest_is_let_go():
     assert len(made) == 2 * program.RECENT
     make(0)
     assert len(made) == 2 * program.RECENT + 1
+
+
+def test_compiled_programs_are_kept_unless_the_user_keeps_them_elsewhere(tmp_path):
+    name, folder = "jax_compilation_cache_dir", tmp_path / "new" / "programs"
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, "elsewhere")
+        program.keep_compiled(folder)
+        assert getattr(jax.config, name) == "elsewhere" and not folder.exists()
+        jax.config.update(name, None)
+        (tmp_path / "file").touch()
+        program.keep_compiled(tmp_path / "file" / "programs")
+        assert getattr(jax.config, name) is None
+        program.keep_compiled(folder)
+        assert getattr(jax.config, name) == str(folder) and folder.is_dir()
+    finally:
+        jax.config.update(name, before)
