@@ -44,10 +44,10 @@ class Prediction(NamedTuple):
     """Where the heat map is above the pixel threshold."""
 
     def __repr__(self) -> str:
-        scores = f" scored {self.pred_score.min():.4g} to {self.pred_score.max():.4g}" if self.paths else ""
+        scores = f", pred_score {self.pred_score.min():.4g} to {self.pred_score.max():.4g}" if self.paths else ""
         anomalous = "" if self.pred_label is None else f", {self.pred_label.sum()} anomalous"
-        maps = "" if self.anomaly_map is None else ", heat maps {} x {}".format(*self.anomaly_map.shape[1:])
-        return f"Prediction({len(self.paths)} images{scores}{anomalous}{maps})"
+        maps = "" if self.anomaly_map is None else ", anomaly_map {} x {}".format(*self.anomaly_map.shape[1:])
+        return f"<Prediction n={len(self.paths)}{scores}{anomalous}{maps}>"
 
 
 class Detector:
@@ -85,7 +85,7 @@ class Detector:
         if self.model is not None:
             height, width = self.model.image_size
             threshold = f", threshold {self.image_threshold.value:.4g}" if self.image_threshold else ""
-            fitted = f"fitted to {self.model.n_train} images of {height} x {width}{threshold}"
+            fitted = f"fitted, n_train={self.model.n_train}, {height} x {width}{threshold}"
         return f"<Detector {self.settings.method}{options}: {fitted}>"
 
     def __copy__(self) -> "Detector":

@@ -350,8 +350,8 @@ def test_a_copy_scores_the_same(detector, again):
 
 def test_one_line_says_what_a_detector_and_a_prediction_are(detector):
     assert repr(Detector("padim", n_features=7)) == "<Detector padim, n_features=7: not fitted>"
-    assert re.fullmatch(r"<Detector patchcore, .*: fitted to 11 images of 32 x 32, threshold [0-9.]+>", repr(detector))
-    pattern = r"Prediction\(4 images scored [0-9.]+ to [0-9.]+, 4 anomalous, heat maps 32 x 32\)"
+    assert re.fullmatch(r"<Detector patchcore, .*: fitted, n_train=11, 32 x 32, threshold [0-9.]+>", repr(detector))
+    pattern = r"<Prediction n=4, pred_score [0-9.]+ to [0-9.]+, 4 anomalous, anomaly_map 32 x 32>"
     assert re.fullmatch(pattern, repr(detector.predict(DEFECTIVE)))
 
 
