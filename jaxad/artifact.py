@@ -64,7 +64,7 @@ def read_description(directory: str | Path, fields: Iterable[str] = ()) -> dict[
 
 
 def load_state(directory: str | Path, structure: State) -> State:
-    """Reads a state into the tree structure of `structure`. Shapes and types are those of the file.
+    """Reads a state, as numpy arrays, into the tree structure of `structure`. Shapes and types are those of the file.
 
     Raises:
         FileNotFoundError: There is no model.
@@ -81,7 +81,7 @@ def load_state(directory: str | Path, structure: State) -> State:
     names = [_name(path) for path, _ in paths]
     if set(names) != set(tensors):
         raise ValueError(f"{path} must hold the arrays {', '.join(sorted(names))}; got {', '.join(sorted(tensors))}")
-    return jax.tree.unflatten(treedef, [jax.numpy.asarray(tensors[name]) for name in names])
+    return jax.tree.unflatten(treedef, [tensors[name] for name in names])
 
 
 def _name(path: tuple) -> str:

@@ -1,22 +1,30 @@
 """The facade: any method, a folder of photographs in, scores and heat maps out."""
 
+import copy
+import dataclasses
+import os
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
-from jaxad.data import Dataset, open_data
+from jaxad.data import Dataset, Preprocess, open_data
 from jaxad.data.folders import recognize
+from jaxad.driver import fork
 from jaxad.driver.execution import Execution
+from jaxad.driver.program import Program
 from jaxad.driver.programs import abstract_state, embedded_spec
-from jaxad.driver.scoring import score
-from jaxad.learning import Model, configured, leakage, learn, load_frozen, load_photographs
+from jaxad.driver.scoring import batch_sizes, programs, score
+from jaxad.learning import Model, abstract_frozen, configured, leakage, learn, load_frozen, load_photographs
 from jaxad.metrics import Threshold
 from jaxad.metrics import threshold as thresholds
 from jaxad.settings import Settings
@@ -34,6 +42,12 @@ class Prediction(NamedTuple):
     """Heat maps on the preprocessed image; None for methods without."""
     pred_mask: Bool[np.ndarray, "n h w"] | None
     """Where the heat map is above the pixel threshold."""
+
+    def __repr__(self) -> str:
+        scores = f", pred_score {self.pred_score.min():.4g} to {self.pred_score.max():.4g}" if self.paths else ""
+        anomalous = "" if self.pred_label is None else f", {self.pred_label.sum()} anomalous"
+        maps = "" if self.anomaly_map is None else ", anomaly_map {} x {}".format(*self.anomaly_map.shape[1:])
+        return f"<Prediction n={len(self.paths)}{scores}{anomalous}{maps}>"
 
 
 class Detector:
@@ -54,19 +68,58 @@ class Detector:
         self.model: Model | None = None
         self._frozen: Frozen = None
         self._photographs: tuple[tuple[int, int], Any] | None = None
+        self._programs: set[Program] = set()
+        self._substitute: fork.Substitute | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, model: Model | None = None, frozen: Frozen = None) -> "Detector":
         """A detector of these settings, with a model that `learn` fitted and pretrained weights that are read."""
         detector = cls.__new__(cls)
-        detector.settings, detector.model = settings, model
-        detector._frozen, detector._photographs = frozen, None
+        detector.settings, detector.model, detector._frozen = settings, model, frozen
+        detector._photographs, detector._programs, detector._substitute = None, set(), None
         return detector
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.settings.hyperparameters.items())
+        fitted = "not fitted"
+        if self.model is not None:
+            height, width = self.model.image_size
+            threshold = f", threshold {self.image_threshold.value:.4g}" if self.image_threshold else ""
+            fitted = f"fitted, n_train={self.model.n_train}, {height} x {width}{threshold}"
+        return f"<Detector {self.settings.method}{options}: {fitted}>"
+
+    def __copy__(self) -> "Detector":
+        return self.from_settings(self.settings, self.model, self._frozen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Detector":
+        del memo
+        return copy.copy(self)  # whose arrays nobody can change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as `save` writes it: weights are named, not copied, and checked again by their sha256."""
+        if self.model is None:
+            return _unpickled, (self.settings,)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            saved = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return _unpickled, (self.settings, self.model._replace(state=None, seconds=dict(self.model.seconds)), saved)
 
     @property
     def method(self) -> Method:
         """The pure functions, for images of the size that it was fitted on, or else of the size that is set."""
         return self.settings.build(self.model.image_size if self.model else self.settings.usual_size())
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time; may be set."""
+        return self.settings.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        """Raises ValueError for a number below 1."""
+        settings = dataclasses.replace(self.settings, batch_size=value)
+        settings.check()
+        self.settings = settings
 
     @property
     def state(self) -> State:
@@ -108,6 +161,7 @@ class Detector:
         Returns:
             The detector itself.
         """
+        fork.check()
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
         if signs := leakage(self.settings, data):
@@ -115,6 +169,27 @@ class Detector:
         photographs = self.load_photographs(data.image_size)
         frozen = self.load_frozen()
         self.model = learn([self.settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
+        self._programs = programs(self.method, execution)
+        return self
+
+    def warm_up(self, execution: Execution = Execution()) -> "Detector":
+        """Compiles all that scoring can need, so that no later call waits for it: for 1, 2, 4, ... images at a time.
+
+        Args:
+            execution: As for `predict`.
+
+        Returns:
+            The detector itself.
+
+        Raises:
+            ValueError: The detector is not fitted.
+        """
+        size = self._fitted().image_size
+        for n in batch_sizes(configured(execution, self.settings)):
+            black = open_data(np.zeros((n, *size, 3), np.uint8), preprocess=Preprocess(None))["arrays"].train
+            assert black is not None
+            for _ in self.score(black, execution):
+                pass
         return self
 
     def score(self, data: Dataset, execution: Execution = Execution()) -> Iterator[tuple[np.ndarray, Scores]]:
@@ -123,14 +198,30 @@ class Detector:
         Raises:
             ValueError: The detector is not fitted, or the images are of another size than those it was fitted on.
         """
+        size = self._fitted().image_size
+        if data.image_size != size:
+            raise ValueError(f"images must be {size} (height, width) as in fit, got {data.image_size}: set image_size")
+        if fork.forked():
+            return self._score_elsewhere(data, execution)
+        execution = configured(execution, self.settings)
+        self._programs |= programs(self.method, execution)
+        return score(self.method, self.state, self.load_frozen(), data, execution)
+
+    def _fitted(self) -> Model:
         if self.model is None:
             raise ValueError("a detector must be fitted before it scores: call fit, or jaxad.load a saved one")
-        if data.image_size != self.model.image_size:
-            raise ValueError(
-                f"images must be {self.model.image_size} (height, width) as in fit, got {data.image_size}: set "
-                "image_size"
-            )
-        return score(self.method, self.state, self.load_frozen(), data, configured(execution, self.settings))
+        return self.model
+
+    def _score_elsewhere(self, data: Dataset, execution: Execution) -> Iterator[tuple[np.ndarray, Scores]]:
+        if execution.mesh is not None:
+            fork.check()
+        if self._substitute is None or self._substitute.owner != os.getpid():
+            self._substitute = fork.Substitute(self)
+        for first in range(0, len(data), self.batch_size):
+            rows = np.arange(first, min(first + self.batch_size, len(data)))
+            yield rows, self._substitute.score(data.images(rows))
+            if execution.progress:
+                execution.progress("score", int(rows[-1]) + 1, len(data))
 
     def color_limits(self) -> tuple[float, float] | None:
         """The pixel scores at which the colors of heat maps begin and end, the same for every image.
@@ -247,10 +338,25 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
                 f"{source['path']} has {source['sha256']}: give the file that it was fitted with"
             )
     size = tuple(saved["image_size"])
-    method, frozen = settings.build(size), load_frozen(settings)
-    spec = embedded_spec(method.embed, frozen, saved["n_train"], size)
-    state = artifact.load_state(directory, abstract_state(method, frozen, spec))
+    method, shapes, frozen = settings.build(size), abstract_frozen(settings), None
+    spec = embedded_spec(method.embed, shapes, saved["n_train"], size)
+    state = artifact.load_state(directory, abstract_state(method, shapes, spec))
+    if not fork.forked():
+        frozen, state = load_frozen(settings), jax.tree.map(jnp.asarray, state)
     path = directory / "threshold.json"
     pair = thresholds.pair_from_json(files.read_json(path) if path.is_file() else {}, path)
     model = Model(size, state, *pair, normal_level=saved["normal_level"], n_train=saved["n_train"])
     return Detector.from_settings(settings, model, frozen)
+
+
+def _unpickled(
+    settings: Settings, model: Model | None = None, saved: Mapping[str, bytes] = MappingProxyType({})
+) -> Detector:
+    """What `Detector.__reduce__` took apart; `saved` are the files of `Detector.save`."""
+    if model is None:
+        return Detector.from_settings(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in saved.items():
+            (Path(folder) / name).write_bytes(content)
+        loaded = load(folder)
+    return Detector.from_settings(settings, model._replace(state=loaded.state), loaded._frozen)

@@ -312,9 +312,9 @@ def _held_out_scores(
     if progress:
         execution = execution._replace(progress=lambda _, done, total: progress("threshold", done, total))
     if len(held_out) > 1:
-        stream = score_classes(method, state, frozen, held_out, execution)
+        stream = score_classes(method, state, frozen, held_out, execution, whole_batches=True)
     else:
-        stream = ((0, *part) for part in score(method, state, frozen, held_out[0], execution))
+        stream = ((0, *part) for part in score(method, state, frozen, held_out[0], execution, whole_batches=True))
     summaries: list[list[_Summary]] = [[] for _ in held_out]
     for i, _, scores in stream:
         summaries[i].append(_summary(scores))

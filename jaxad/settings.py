@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,12 +99,16 @@ class Settings:
         if chosen.get("holdout") is None:
             chosen["holdout"] = HOLDOUT if chosen.get("cross_holdout") is None else 0.0
         settings = cls(method=method, hyperparameters=hyperparameters, **chosen)
-        settings.check_values()
-        settings.preprocess.check()
-        settings.storage.check()
+        settings.check()
         if not settings.build(settings.usual_size()).pretrained:
             return dataclasses.replace(settings, backbone=(), weights=())
         return settings
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of its range."""
+        self.check_values()
+        self.preprocess.check()
+        self.storage.check()
 
     def check_values(self) -> None:
         """Raises ValueError for what is out of its range whatever the method; needs no JAX."""
@@ -146,8 +151,10 @@ class Settings:
     def build(self, image_size: tuple[int, int]) -> "Method":
         """The method for images of that size; equal settings give the same one, which compiles once."""
         backbone = self.backbone[0] if len(self.backbone) == 1 else self.backbone
-        arguments = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
-        return _build(self.method, tuple((name, _hashable(value)) for name, value in arguments.items()))
+        given = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
+        arguments = {**_defaults(self.method), **given}
+        with _building:
+            return _build(self.method, tuple((name, _hashable(arguments[name])) for name in sorted(arguments)))
 
     def varied(self, name: str, value: Any) -> "Settings":
         """The same with another value of a hyperparameter."""
@@ -200,7 +207,17 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
+def _defaults(method: str) -> dict[str, Any]:
+    """The hyperparameters that a method's factory has where none are given."""
+    parameters = inspect.signature(factory(method)).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+_building = threading.Lock()
+
+
+@functools.cache
 def _build(method: str, arguments: tuple[tuple[str, Any], ...]) -> "Method":
     make = factory(method)
     accepted = inspect.signature(make).parameters

@@ -1,6 +1,10 @@
 """The facade, from folders and arrays to predictions, on a backbone with random weights."""
 
+import copy
 import json
+import multiprocessing
+import pickle
+import re
 
 import jax
 import numpy as np
@@ -13,6 +17,8 @@ from jaxad import Detector
 from jaxad.backbones import backbone
 from jaxad.data import Arrays, Preprocess, open_data
 from jaxad.driver.execution import Execution
+from jaxad.driver.program import compile_count
+from jaxad.driver.scoring import programs
 from jaxad.learning import folds, leakage, learn, load_frozen, split
 from jaxad.metrics import conformal_threshold, cross_threshold, tail_threshold
 from jaxad.settings import Settings
@@ -58,7 +64,7 @@ def folder(tmp_path_factory):
 
 
 OPEN = Preprocess((SIZE, SIZE))
-OPTIONS = dict(image_size=SIZE, coreset_sampling_ratio=0.1, num_neighbors=2)
+OPTIONS = dict(image_size=SIZE, coreset_sampling_ratio=0.1, num_neighbors=2, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,9 @@ def detector(weights, folder):
 
 def mahalanobis(weights, **options):
     """Without heat maps, and quick to compile."""
-    return Detector("mahalanobis_ad", backbone="pdn_small", weights=weights[0], **{"image_size": SIZE} | options)
+    return Detector(
+        "mahalanobis_ad", backbone="pdn_small", weights=weights[0], **{"image_size": SIZE, "batch_size": 4} | options
+    )
 
 
 def test_fit_and_predict_a_folder(detector, folder):
@@ -110,8 +118,12 @@ def test_thresholds_come_from_held_out_normals(detector, folder):
     assert (detector.model.n_train, detector.model.n_heldout) == (11, 3)
     order = np.random.default_rng(0).permutation(14)
     result = detector.predict(NORMAL[np.sort(order[:3])])
-    assert detector.image_threshold == conformal_threshold(result.pred_score, 0.3)
-    assert detector.pixel_threshold == conformal_threshold(result.anomaly_map, 0.3)
+    for threshold, scores in (
+        (detector.image_threshold, result.pred_score),
+        (detector.pixel_threshold, result.anomaly_map),
+    ):
+        expected = conformal_threshold(scores, 0.3)
+        assert threshold == expected._replace(value=pytest.approx(expected.value, rel=1e-5))
     assert detector.image_threshold.source == "held-out normals"
     low, high = detector.color_limits()
     assert low < detector.pixel_threshold.value == pytest.approx((low + high) / 2, rel=1e-6)
@@ -286,6 +298,105 @@ def test_saved_and_loaded(detector, tmp_path):
     loaded.save(tmp_path / "again")
     for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+def test_warm_nothing_compiles_for_any_number_of_images(detector):
+    assert detector.warm_up() is detector
+    compiled, expected = compile_count(), detector.predict(NORMAL)
+    for n in (1, 2, 3, 4, 5, 9):
+        result = detector.predict(NORMAL[:n])
+        np.testing.assert_allclose(result.pred_score, expected.pred_score[:n], rtol=1e-5)
+        np.testing.assert_allclose(result.anomaly_map, expected.anomaly_map[:n], rtol=1e-4, atol=1e-5)
+    assert compile_count() == compiled
+
+
+def test_a_second_model_of_the_same_settings_compiles_nothing(detector, weights, tmp_path):
+    options = {"seed": 3, "projection_dim": 128} | dict(reversed(OPTIONS.items()))
+    again = Detector("patchcore", weights=weights[0], **options)
+    assert again.settings.build((SIZE, SIZE)) is detector.method
+    detector.predict(DEFECTIVE)
+    detector.save(tmp_path)
+    compiled = compile_count()
+    jaxad.load(tmp_path).predict(DEFECTIVE)
+    assert compile_count() == compiled
+
+
+def test_a_detector_keeps_its_programs_among_many_others(detector):
+    detector.predict(DEFECTIVE)
+    compiled = compile_count()
+    for i in range(100):
+        other = detector.method._replace(embed=lambda frozen, image: image, vary=((str(i), min),))
+        programs(other, Execution())
+    detector.predict(DEFECTIVE)
+    assert compile_count() == compiled
+
+
+def test_the_batch_size_can_be_set(detector):
+    one = copy.copy(detector)
+    one.batch_size = 2
+    assert (one.batch_size, one.settings.batch_size, detector.batch_size) == (2, 2, 4)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        one.batch_size = 0
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda detector: pickle.loads(pickle.dumps(detector))])
+def test_a_copy_scores_the_same(detector, again):
+    copied = again(detector)
+    for a, b in zip(copied.predict(DEFECTIVE), detector.predict(DEFECTIVE), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert copied.settings == detector.settings and copied.model.n_heldout == 3
+    assert again(Detector("padim", n_features=7)).settings == Detector("padim", n_features=7).settings
+
+
+def test_one_line_says_what_a_detector_and_a_prediction_are(detector):
+    assert repr(Detector("padim", n_features=7)) == "<Detector padim, n_features=7: not fitted>"
+    assert re.fullmatch(r"<Detector patchcore, .*: fitted, n_train=11, 32 x 32, threshold [0-9.]+>", repr(detector))
+    pattern = r"<Prediction n=4, pred_score [0-9.]+ to [0-9.]+, 4 anomalous, anomaly_map 32 x 32>"
+    assert re.fullmatch(pattern, repr(detector.predict(DEFECTIVE)))
+
+
+def in_a_fork(work):
+    """What a function returns in a forked process."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(work()))
+    process.start()
+    try:
+        assert receiver.poll(300)
+        return receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def error_of(work):
+    try:
+        return work()
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_after_a_fork_fitting_is_an_error(detector, weights):
+    advice = "this process was forked from one that had used JAX, .* start workers with .*spawn"
+    assert re.match(advice, in_a_fork(lambda: error_of(lambda: mahalanobis(weights).fit(NORMAL))))
+    assert re.match(advice, in_a_fork(lambda: error_of(lambda: jaxad.score(*args_of(detector)).__next__())))
+
+
+def args_of(detector):
+    data = open_data(NORMAL, preprocess=OPEN)["arrays"].train
+    return detector.method, detector.state, detector.load_frozen(), data
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_after_a_fork_scoring_works(detector, tmp_path):
+    detector.save(tmp_path)
+    expected = detector.predict(DEFECTIVE)
+    for use in (lambda: detector, lambda: jaxad.load(tmp_path)):
+        result = in_a_fork(lambda use=use: use().predict(DEFECTIVE))
+        np.testing.assert_allclose(result.pred_score, expected.pred_score, rtol=1e-5)
+        np.testing.assert_allclose(result.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
 def test_a_threshold_edited_by_hand_counts(detector, tmp_path):

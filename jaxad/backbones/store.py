@@ -35,6 +35,11 @@ def cache_dir() -> Path:
         raise FileNotFoundError("this user has no home folder for weights: set JAXAD_CACHE to another folder") from None
 
 
+def programs_dir() -> Path:
+    """The folder of compiled programs: $JAXAD_CACHE/programs, or jaxad/programs in the user's cache folder."""
+    return cache_dir() / "programs" if os.environ.get("JAXAD_CACHE") else cache_dir().with_name("programs")
+
+
 def available() -> list[Weights]:
     """All registered weights and their location."""
     rows = []

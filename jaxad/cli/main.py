@@ -86,6 +86,10 @@ def _dispatch(argv: list[str]) -> int:
         function, parsed = arguments(name, rest)
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
+            from jaxad.backbones.store import programs_dir
+            from jaxad.driver.program import keep_compiled
+
+            keep_compiled(programs_dir())
         if not os.environ.get("JAXAD_DEBUG"):
             for library in ("absl", "matplotlib"):
                 logging.getLogger(library).setLevel(logging.CRITICAL)  # they raise what concerns users

@@ -165,6 +165,9 @@ def size_of(source: Source, name: str) -> Size:
 
 def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
     """Computes `[function(item) for item in items]` with one thread per processor, and raises the first error."""
+    items = list(items)
+    if len(items) == 1:
+        return [function(items[0])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, items))
 

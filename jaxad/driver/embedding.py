@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jaxad.base import EmbedFn, Frozen, PyTree
 from jaxad.data import Dataset
 from jaxad.driver.mesh import CLASS, Layout
-from jaxad.driver.program import Program
+from jaxad.driver.program import Program, weak_cache
 
 CACHE_BYTES = 4 << 30
 """Most that a fit caches of embedded images; beyond, they are computed anew."""
@@ -32,14 +32,21 @@ class Embedding:
     ) -> None:
         self.data, self.on_device = data, storage.place == "device"
         self.frozen = frozen  # the cache's key has its id, which is unique as long as it is referenced
-        self.spec = jax.eval_shape(embed, frozen, jax.ShapeDtypeStruct((len(data), *data.image_size, 3), jnp.uint8))
+        self._embed, self._bytes, self._stored = embed, 0, None
         rows = len(data) + -len(data) % layout.data_shards if self.on_device else len(data)
-        stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)
-        self._bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+        if most_bytes:
+            stored = jax.tree.map(lambda leaf: storage.stored(leaf, rows), self.spec)
+            self._bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+            self._stored = stored if self._bytes <= most_bytes else None
         self._done = np.zeros(len(data), bool)
-        self._stored = stored if self._bytes <= most_bytes else None
         self._cached: PyTree = None
         self._sharding = layout.local().without_classes(layout.rows(rows))
+
+    @functools.cached_property
+    def spec(self) -> PyTree:
+        """Their shapes and types."""
+        shape = len(self.data), *self.data.image_size, 3
+        return jax.eval_shape(self._embed, self.frozen, jax.ShapeDtypeStruct(shape, jnp.uint8))
 
     @property
     def caches(self) -> bool:
@@ -188,7 +195,7 @@ def embeddings(
     cache = EmbeddingCache(shared=False) if cache is None else cache
     known: dict[tuple[Hashable, Hashable], Embedding] = cache if cache.shared else {}
     wholes = [data for data in datasets if not (cache.shared and any(_is_part(data, other) for other in datasets))]
-    most = CACHE_BYTES / len(wholes) if several or cache.shared else -1
+    most = CACHE_BYTES / len(wholes) if several or cache.shared else 0
     result = []
     for data in datasets:
         images = tuple(map(id, data.records))  # subsets of one data set share their records
@@ -207,7 +214,7 @@ def _is_part(data: Dataset, other: Dataset) -> bool:
     return len(data) < len(other) and set(map(id, data.records)) <= set(map(id, other.records))
 
 
-@functools.lru_cache(maxsize=64)
+@weak_cache
 def embed_program(embed: EmbedFn, layout: Layout, axis: str | None) -> Program:
     """The program that embeds images (c s b h w 3) on a process's devices, each its share.
 
@@ -265,9 +272,11 @@ class Reader:
             rows = block(step)
             return step, rows, self._decode(rows)
 
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # decoding one block uses all cores
-        dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(decoded).to_iter_dataset(options)
-        for step, rows, images in dataset:
+        blocks = map(decoded, steps)
+        if len(steps) > 1:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)  # decoding one block uses all cores
+            blocks = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(decoded).to_iter_dataset(options)
+        for step, rows, images in blocks:
             yield step, rows, self._embed(rows, images)
 
     def _share(self, block: Block) -> tuple[Sequence[Embedding], Block]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxad.base import Batch, Frozen, Key, Method, PyTree, Stage, State
 from jaxad.data import Dataset
+from jaxad.driver import fork
 from jaxad.driver.checkpoint import Saver
 from jaxad.driver.embedding import Block, Reader, embeddings, place
 from jaxad.driver.execution import Checkpoint, Execution
@@ -167,6 +168,7 @@ def _below(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 def _check_classes(datasets: Sequence[Dataset], key: Key) -> Key:
     """The keys of the classes, which are checked."""
+    fork.check()
     keys = jnp.broadcast_to(key, (len(datasets),)) if key.ndim == 0 else key
     check_images(datasets)
     sizes = sorted({data.image_size for data in datasets})

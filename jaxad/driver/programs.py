@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, PyTree, Scores, Stage, State
 from jaxad.data import Dataset
 from jaxad.driver.mesh import Layout
-from jaxad.driver.program import Program
+from jaxad.driver.program import Program, weak_cache
 
 
 class FitPrograms(NamedTuple):
@@ -94,7 +94,7 @@ def _chunk_of(stage: Stage, layout: Layout) -> Callable:
     return run
 
 
-@functools.lru_cache(maxsize=64)
+@weak_cache
 def score_program(method: Method, layout: Layout, classes_per_step: int | None, classes: bool) -> Program:
     """(states, frozen, x) -> scores, leaves c b ...; x has one step, c 1 b ....
 

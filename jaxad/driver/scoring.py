@@ -1,5 +1,6 @@
 """Scoring: batch by batch, so that memory does not grow with the number of images."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,17 +9,42 @@ import numpy as np
 
 from jaxad.base import EmbedFn, Frozen, Method, Scores, State
 from jaxad.data import Dataset
-from jaxad.driver.embedding import Block, Reader, embeddings, place
+from jaxad.driver import fork
+from jaxad.driver.embedding import Block, Reader, embed_program, embeddings, place
 from jaxad.driver.execution import Execution
 from jaxad.driver.mesh import Layout, fetch
+from jaxad.driver.program import Program
 from jaxad.driver.programs import score_program
 from jaxad.driver.schedule import next_multiple
 
 
+def batch_sizes(execution: Execution) -> list[int]:
+    """The numbers of images that scoring compiles programs for: 1, 2, 4, ... on each device, up to the batch size."""
+    devices = Layout(execution.mesh).data_shards
+    most = next_multiple(execution.batch_size, devices)
+    return [*itertools.takewhile(lambda size: size < most, (devices << i for i in itertools.count())), most]
+
+
+def programs(method: Method, execution: Execution) -> set[Program]:
+    """What scores with a method; as long as something refers to them, they stay compiled."""
+    layout = Layout(execution.mesh)
+    rows = layout.rows(layout.data_shards)
+    return {embed_program(method.embed, layout, rows), score_program(method, layout, None, False)}
+
+
 def score(
-    method: Method, state: State, frozen: Frozen, data: Dataset, execution: Execution = Execution()
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    data: Dataset,
+    execution: Execution = Execution(),
+    *,
+    whole_batches: bool = False,
 ) -> Iterator[tuple[np.ndarray, Scores]]:
     """Scores a data set batch by batch, in order.
+
+    A data set smaller than a batch takes the smallest of `batch_sizes` that holds it; of a larger one, the last batch
+    is filled up.
 
     Args:
         method: What was fitted.
@@ -26,6 +52,7 @@ def score(
         frozen: What it was fitted with.
         data: The images.
         execution: Devices, batch size, cache and progress.
+        whole_batches: Fill up a smaller data set, too, where a program for whole batches is there already.
 
     Yields:
         Indices into the data set and the scores of these images, as numpy arrays.
@@ -33,12 +60,18 @@ def score(
     Raises:
         ValueError: A score is not finite; names the image.
     """
-    for _, index, scores in _score(method, state, frozen, [data], execution, classes=False):
+    for _, index, scores in _score(method, state, frozen, [data], execution, whole_batches, classes=False):
         yield index, scores
 
 
 def score_classes(
-    method: Method, state: State, frozen: Frozen, datasets: Sequence[Dataset], execution: Execution = Execution()
+    method: Method,
+    state: State,
+    frozen: Frozen,
+    datasets: Sequence[Dataset],
+    execution: Execution = Execution(),
+    *,
+    whole_batches: bool = False,
 ) -> Iterator[tuple[int, np.ndarray, Scores]]:
     """Scores the data sets of all classes at once.
 
@@ -48,6 +81,7 @@ def score_classes(
         frozen: What it was fitted with, shared by all classes.
         datasets: One for each class, which may be empty.
         execution: As for `score`; progress counts the images of all classes.
+        whole_batches: As for `score`.
 
     Yields:
         The number of a class, indices into its data set, and the scores of these images, as numpy arrays.
@@ -55,7 +89,7 @@ def score_classes(
     Raises:
         ValueError: A score is not finite; names the image.
     """
-    yield from _score(method, state, frozen, datasets, execution, classes=True)
+    yield from _score(method, state, frozen, datasets, execution, whole_batches, classes=True)
 
 
 def score_all(
@@ -104,8 +138,10 @@ def _score(
     frozen: Frozen,
     datasets: Sequence[Dataset],
     execution: Execution,
+    whole_batches: bool,
     classes: bool,
 ) -> Iterator[tuple[int, np.ndarray, Scores]]:
+    fork.check()
     sizes = np.array([len(data) for data in datasets])
     if not sizes.any():
         return
@@ -120,7 +156,9 @@ def _score(
     placed = place(frozen, layout)
     sources = embeddings(method.embed, frozen, padded, layout, execution.batch_size, execution.cache, False)
     program = score_program(method, layout, execution.classes_per_step if classes else None, classes)
-    batch_size = next_multiple(execution.batch_size, layout.data_shards)
+    *smaller, batch_size = batch_sizes(execution)
+    if not whole_batches:
+        batch_size = next((size for size in smaller if size >= n.max()), batch_size)
 
     total, done = int(sizes.sum()), 0
     if progress:

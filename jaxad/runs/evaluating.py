@@ -110,7 +110,9 @@ def _scores(
         return
     assert learned is not None
     execution = configured(execution, detector.settings)._replace(classes_per_step=learned.classes_per_step)
-    yield from score_classes(learned.method, learned.state, detector.load_frozen(), tests, execution)
+    yield from score_classes(
+        learned.method, learned.state, detector.load_frozen(), tests, execution, whole_batches=True
+    )
 
 
 def _evaluate(

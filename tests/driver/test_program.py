@@ -1,5 +1,8 @@
 """Programs are compiled with XLA's options for the backend, where XLA knows them."""
 
+import gc
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -39,3 +42,54 @@ def test_several_devices_compute_alike(monkeypatch):
 def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--{program.YNNPACK}=individual_dot")
     assert program.compiler_options() == {}
+
+
+def test_threads_compile_once():
+    start, traced = threading.Barrier(4), []
+    negative = program.Program(lambda x: traced.append(0) or -x)
+
+    def run():
+        start.wait()
+        np.testing.assert_array_equal(negative(np.float32(3)), -3)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(traced) == 1
+
+
+def test_what_is_in_use_is_made_once_and_the_rest_is_let_go():
+    made = []
+
+    @program.weak_cache
+    def make(number):
+        made.append(number)
+        return program.Program(lambda x: x * number)
+
+    used = [make(i) for i in range(2 * program.RECENT)]
+    assert all(make(i) is used[i] for i in range(2 * program.RECENT)) and len(made) == 2 * program.RECENT
+    del used
+    gc.collect()
+    make(2 * program.RECENT - 1)
+    assert len(made) == 2 * program.RECENT
+    make(0)
+    assert len(made) == 2 * program.RECENT + 1
+
+
+def test_compiled_programs_are_kept_unless_the_user_keeps_them_elsewhere(tmp_path):
+    name, folder = "jax_compilation_cache_dir", tmp_path / "new" / "programs"
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, "elsewhere")
+        program.keep_compiled(folder)
+        assert getattr(jax.config, name) == "elsewhere" and not folder.exists()
+        jax.config.update(name, None)
+        (tmp_path / "file").touch()
+        program.keep_compiled(tmp_path / "file" / "programs")
+        assert getattr(jax.config, name) is None
+        program.keep_compiled(folder)
+        assert getattr(jax.config, name) == str(folder) and folder.is_dir()
+    finally:
+        jax.config.update(name, before)

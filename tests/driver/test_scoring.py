@@ -6,8 +6,9 @@ import pytest
 
 from jaxad.base import Scores
 from jaxad.driver.fit import fit, fit_classes
+from jaxad.driver.mesh import make_mesh
 from jaxad.driver.scoring import score, score_all, score_classes
-from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, TOY, N, ToyModel, execution, photographs
+from tests.driver.toy import CLASSES, DATA, FROZEN, KEY, TOY, N, ToyModel, execution, mean_color, photographs
 
 
 def test_scores_come_batch_by_batch(decoded):
@@ -24,6 +25,30 @@ def test_scores_come_batch_by_batch(decoded):
     np.testing.assert_allclose(image, (color @ np.asarray(model.weight) - 1) ** 2, rtol=1e-4, atol=1e-5)
     assert calls[-1] == ("score", N, N) and len(calls) == 7
     np.testing.assert_allclose(score_all(TOY, model, FROZEN, DATA, execution(batch_size=N)).image, image, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("devices", "sizes"), [(1, {1, 2, 4, 6}), (2, {1, 2, 3})])
+def test_few_images_take_a_small_program(devices, sizes):
+    """Which sizes are compiled does not depend on the number of images, and a batch is never larger than needed."""
+    compiled = []
+
+    def embed(frozen, image):
+        compiled.append(image.shape[0])
+        return mean_color(frozen, image)
+
+    method = TOY._replace(embed=embed)
+    options = execution(batch_size=6, mesh=make_mesh("data", shape=(2,)) if devices > 1 else None)
+    state, expected = ToyModel(jnp.arange(3.0), jnp.zeros(2)), None
+    for n in (N, 6, 5, 4, 3, 2, 1):
+        before = len(compiled)
+        scores = score_all(method, state, FROZEN, DATA.subset(range(n)), options).image
+        expected = scores if expected is None else expected
+        np.testing.assert_allclose(scores, expected[:n], rtol=1e-5)
+        assert set(compiled[before:]) <= {min(size for size in sizes if devices * size >= min(n, 6))}
+    assert set(compiled) == sizes
+    before = len(compiled)
+    list(score(method, state, FROZEN, DATA.subset([0]), options, whole_batches=True))
+    assert len(compiled) == before
 
 
 def test_scores_that_are_not_finite_name_the_image():
