@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, open_data
-from jaxad.data.folders import recognize
+from jaxad.data.dataset import check_normals
+from jaxad.data.images import MaskThreshold
 from jaxad.driver.execution import Execution
 from jaxad.driver.programs import abstract_state, embedded_spec
 from jaxad.driver.scoring import score
@@ -88,7 +89,7 @@ class Detector:
         source: Any,
         *,
         category: str | None = None,
-        mask_threshold: int = 0,
+        mask_threshold: MaskThreshold = None,
         group_by: str | None = None,
         execution: Execution = Execution(),
     ) -> "Detector":
@@ -99,7 +100,7 @@ class Detector:
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
-            mask_threshold: A mask pixel counts where it is above.
+            mask_threshold: A mask pixel counts where it is above; None: as for `jaxad.open_data`.
             group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
                 "(tile[0-9]+)_". Images of one part are held out together.
             execution: Devices, checkpoint and progress; a cache that several detectors share needs the same weights
@@ -202,16 +203,17 @@ class Detector:
             source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
         ):
             source = source[None]
-        flat = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         opened = open_data(
             source,
             category=category,
             preprocess=self.settings.preprocess,
-            layout="flat" if flat and split == "test" else "auto",
+            layout="any" if split == "test" else "auto",
             **options,
         )
         if len(opened) > 1:
             raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")
+        if split == "train":
+            check_normals(opened)
         splits = next(iter(opened.values()))
         return splits.train if split == "train" or splits.test is None else splits.test
 

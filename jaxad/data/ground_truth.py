@@ -1,0 +1,111 @@
+"""Which mask belongs to which image: the names and folders that public data sets and annotation tools use."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jaxad.data.listing import images_below
+from jaxad.data.records import GOOD, Record, defect_of
+
+_WORD = r"(?:masks?|gt|ground[-_ ]?truth|label|seg|segmentation)"
+_SUFFIX = re.compile(rf"(.+?)[-_ .]{_WORD}", re.IGNORECASE)
+_BESIDE = re.compile(r"(.+?)[-_ .](?:mask|gt|ground[-_ ]?truth)", re.IGNORECASE)
+_PREFIX = re.compile(rf"{_WORD}[-_ .](.+)", re.IGNORECASE)
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder of that name holds masks: ground_truth, GT, masks ..."""
+    return bool(re.fullmatch(r"gts?|masks?|ground[-_ ]?truths?(?:[-_ ]?masks?)?", name, re.IGNORECASE))
+
+
+def stems(name: str) -> list[str]:
+    """What the image of a mask may be called, without its suffix and in lower case; the most literal comes first."""
+    names = [Path(name).stem]
+    for pattern in (_SUFFIX, _PREFIX):
+        names += [match[1] for each in names if (match := pattern.fullmatch(each))]
+    return [each.lower() for each in names]
+
+
+def beside(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The masks among the images of one folder (000_mask.png or 000_GT.png beside 000.png), with their images."""
+    known = {path.stem.lower(): path for path in reversed(paths)}
+    pairs = {
+        path: known[match[1].lower()]
+        for path in paths
+        if (match := _BESIDE.fullmatch(path.stem)) and match[1].lower() in known
+    }
+    return {mask: image for mask, image in pairs.items() if image not in pairs}
+
+
+def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, Path]) -> list[Record]:
+    """Gives the anomalous images of one category their masks. Case does not count.
+
+    A mask is root/<defect>/<group>/<name> or root/<name>; its name is that of the image, with or without a word such as
+    _mask or _GT behind or before it. Of a folder root/<defect>/<group>/<name of the image>, all masks count together.
+    A test image comes before a training image of the same name.
+
+    Args:
+        records: The images of the category.
+        roots: Folders of masks.
+        pairs: Masks that lie beside their images.
+
+    Raises:
+        ValueError: A mask fits several images, an image has several masks, or there are images without a mask and masks
+            that fit no image.
+    """
+    anomalous = sorted((record for record in records if record.defect != GOOD), key=lambda record: record.split)
+    by_place: dict[tuple[str, str, str], list[Record]] = {}
+    by_name: dict[str, list[Record]] = {}
+    for record in anomalous:
+        path = Path(record.path)
+        for name in dict.fromkeys((path.stem.lower(), path.name.lower())):
+            by_place.setdefault((record.defect.lower(), record.group.lower(), name), []).append(record)
+            for alias in (name, *(f"{record.defect}{separator}{name}".lower() for separator in "-_ .")):
+                by_name.setdefault(alias, []).append(record)
+
+    def owners(mask: Path, root: Path) -> tuple[list[Record], bool]:
+        """The images that a mask fits, and whether it is one of several."""
+        *parts, name = (part.lower() for part in mask.relative_to(root).parts)
+        if not parts:
+            return next((by_name[stem] for stem in stems(name) if stem in by_name), []), False
+        defect, *groups = parts
+        places = [(defect, "/".join(groups), stem) for stem in stems(name)]
+        if fitting := next((by_place[place] for place in places if place in by_place), []):
+            return fitting, False
+        return (by_place.get((defect, "/".join(groups[:-1]), groups[-1]), []) if groups else []), True
+
+    taken: dict[str, list[Path]] = {}
+    stray = []
+    for root in roots:
+        for mask in images_below(root):
+            fitting, is_part = owners(mask, root)
+            tested = [record for record in fitting if record.split == "test"] or fitting
+            if not fitting:
+                folder = mask.relative_to(root).parts[0]
+                stray += [] if defect_of(folder) == GOOD else [mask]
+            elif len(tested) > 1:
+                raise ValueError(
+                    f"the mask {mask} fits several images, {tested[0].path} and {tested[1].path}: move it to "
+                    f"{root / tested[0].defect}, or give the images different names"
+                )
+            else:
+                others = taken.setdefault(tested[0].path, [])
+                if others and not (is_part and others[0].parent == mask.parent):
+                    raise ValueError(f"{tested[0].path} has two masks, {others[0]} and {mask}: remove one of them")
+                others.append(mask)
+    for mask, image in pairs.items():
+        taken.setdefault(str(image), [mask])
+    lacking = [record.path for record in anomalous if record.split == "test" and record.path not in taken]
+    if stray and lacking:
+        raise ValueError(
+            f"{len(stray)} masks fit no image, the first is {stray[0]}, and {len(lacking)} test images have no mask, the "
+            f"first is {lacking[0]}: name a mask ground_truth/<defect>/<name of the image>_mask.png"
+        )
+    return [
+        record._replace(mask=_one_or_all(taken[record.path])) if record.path in taken and record.defect != GOOD else record
+        for record in records
+    ]
+
+
+def _one_or_all(masks: Sequence[Path]) -> Path | tuple[Path, ...]:
+    return masks[0] if len(masks) == 1 else tuple(masks)
