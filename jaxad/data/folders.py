@@ -121,8 +121,8 @@ def _category(folder: Path) -> list[Record]:
             for path in paths:
                 if any(ground_truth.is_mask_folder(part) for part in path.relative_to(defect_folder).parts[:-1]):
                     raise ValueError(
-                        f"masks must lie in ground_truth/<defect>, got {path} among the images of {defect_folder.name}: "
-                        "move or remove the folder"
+                        f"masks must lie in ground_truth/<defect>, got {path} among the images of "
+                        f"{defect_folder.name}: move or remove the folder"
                     )
             masks = ground_truth.beside(paths)
             pairs |= masks
@@ -169,7 +169,7 @@ def ksdd2(root: Path, mask_threshold: MaskThreshold = None) -> Iterator[Record]:
                 defect = "defect" if is_anomalous else GOOD
                 yield Record(str(path), path, "ksdd2", split, defect, mask if is_anomalous else None)
             elif path not in masks.values():
-                raise FileNotFoundError(f"every image of KolektorSDD2 has a mask, but {path.stem}_GT is missing: {path}")
+                raise FileNotFoundError(f"every image of KolektorSDD2 needs a mask <id>_GT, but {path} has none")
 
 
 def mtd(root: Path) -> Iterator[Record]:

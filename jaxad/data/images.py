@@ -30,9 +30,13 @@ MaskThreshold = float | None
 """A mask pixel is anomalous above it; None decides by the mask: see `jaxad.data.masks.anomalous`."""
 
 EXTENSIONS = frozenset(
-    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .flc .fli .ftc .ftu .gif .icb .icns .ico .im .j2c "
-    ".j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi "
-    ".ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm".split()
+    {
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp"),
+        *(".avif", ".avifs", ".jp2", ".jpc", ".jpf", ".jpx", ".j2c", ".j2k", ".tga", ".icb", ".vda", ".vst", ".qoi"),
+        *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".ras", ".pcx", ".dcx", ".dds"),
+        *(".psd", ".fits", ".fit", ".ico", ".icns", ".cur", ".im", ".msp", ".xbm", ".xpm", ".blp", ".ftc", ".ftu"),
+        *(".fli", ".flc", ".pcd", ".pxr"),
+    }
 )
 """Suffixes of image files that Pillow reads, in lower case."""
 
@@ -163,9 +167,12 @@ def mask_and_gray(
     Raises the errors of `read`.
     """
     if isinstance(source, np.ndarray):
+        if source.ndim not in (2, 3) or source.size == 0 or source.dtype.kind not in "biuf":
+            raise ImageError(
+                f"a mask must have shape (h, w) and hold numbers or bool, got {source.shape} of {source.dtype} for "
+                f"{name}"
+            )
         levels = masks.brightest(source)
-        if levels.ndim != 2 or levels.size == 0 or levels.dtype.kind not in "biuf":
-            raise ImageError(f"a mask must have shape (h, w) and hold numbers or bool, got {source.shape} for {name}")
     else:
         with _open(source, name) as image:
             ImageOps.exif_transpose(image, in_place=True)

@@ -65,7 +65,8 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tup
         entries = sorted(scan, key=lambda entry: (entry.is_symlink(), entry.name))  # no link before what it leads to
     for entry in entries:
         path = folder / entry.name
-        is_folder, is_file = (path.is_dir(), path.is_file()) if entry.is_symlink() else (entry.is_dir(), entry.is_file())
+        target = path if entry.is_symlink() else entry  # an entry raises an error where links form a loop
+        is_folder, is_file = target.is_dir(), target.is_file()
         if is_hidden(entry.name):
             if is_folder or is_image(path):
                 yield path, HIDDEN

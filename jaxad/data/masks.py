@@ -31,9 +31,7 @@ def brightest(pixels: Shaped[np.ndarray, "h w *channels"]) -> Shaped[np.ndarray,
     return pixels.max(axis=2) if pixels.ndim == 3 else pixels
 
 
-def anomalous(
-    levels: Shaped[np.ndarray, "h w"], threshold: float | None
-) -> tuple[Bool[np.ndarray, "h w"], int]:
+def anomalous(levels: Shaped[np.ndarray, "h w"], threshold: float | None) -> tuple[Bool[np.ndarray, "h w"], int]:
     """Where a mask is above a threshold.
 
     Args:

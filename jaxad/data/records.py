@@ -39,4 +39,4 @@ class Record(NamedTuple):
 def defect_of(label: str) -> str:
     """The defect that a label or folder name denotes: "good" for good, ok, normal, defect-free and 0."""
     label = label.strip()
-    return GOOD if re.fullmatch("good|ok|normal|0|(no|without)[-_ ]?defects?|defect[-_ ]?free", label.lower()) else label
+    return GOOD if re.fullmatch(r"good|ok|normal|0|no[-_ ]?defects?|defect[-_ ]?free", label.lower()) else label
