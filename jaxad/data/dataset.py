@@ -230,7 +230,7 @@ def open_data(
             members.append(record)
     if not categories:
         note = folders.unread(Path(source), layout, []) if isinstance(source, str | Path) else ""
-        raise ValueError(f"no images in {source}: {note or 'give a folder of images such as .png, .jpg or .tif'}")
+        raise ValueError(f"no images found in {source}: {note or 'give a folder of images such as .png, .jpg or .tif'}")
     if category not in (None, "all", *categories):
         raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(categories))}")
     splits = {}

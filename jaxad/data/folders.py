@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxad.data import ground_truth, listing
+from jaxad.data import ground_truth, listing, real_iad
 from jaxad.data.images import MaskThreshold, read_mask
 from jaxad.data.listing import folders, images, images_below
 from jaxad.data.records import GOOD, Record, defect_of
@@ -118,12 +118,11 @@ def _category(folder: Path) -> list[Record]:
                 mask_roots.append(defect_folder)
                 continue
             paths = images_below(defect_folder)
-            for path in paths:
-                if any(ground_truth.is_mask_folder(part) for part in path.relative_to(defect_folder).parts[:-1]):
-                    raise ValueError(
-                        f"masks must lie in ground_truth/<defect>, got {path} among the images of "
-                        f"{defect_folder.name}: move or remove the folder"
-                    )
+            if mask := ground_truth.among(paths, defect_folder):
+                raise ValueError(
+                    f"masks must lie in ground_truth/<defect>, got {mask} among the images of {defect_folder.name}: "
+                    "move or remove its folder"
+                )
             masks = ground_truth.beside(paths)
             pairs |= masks
             for path in paths:
@@ -175,8 +174,7 @@ def ksdd2(root: Path, mask_threshold: MaskThreshold = None) -> Iterator[Record]:
 def mtd(root: Path) -> Iterator[Record]:
     """Magnetic tile defects as published: MT_<class>/Imgs/<id>.jpg and .png, and DifferNet's mtd_train_filenames.txt.
 
-    The 761 defect-free images of that list are the training set, all others the test set. The masks are noisy: use
-    `mask_threshold=127`.
+    The 761 defect-free images of that list are the training set, all others the test set. The masks are noisy.
     """
     names = root / "mtd_train_filenames.txt"
     if not names.is_file():
@@ -198,6 +196,11 @@ LAYOUTS = {
     ),
     "mtd": Layout(
         lambda root: (root / "MT_Free").is_dir(), lambda root, _: mtd(root), "MT_<class>/Imgs, mtd_train_filenames.txt"
+    ),
+    "real_iad": Layout(
+        real_iad.matches,
+        lambda root, _: real_iad.read(root),
+        "realiad_<size>/<category> and realiad_jsons/realiad_jsons/<category>.json",
     ),
     "ksdd2": Layout(lambda root: _is_ksdd2(root), ksdd2, "train and test with <id>.png and <id>_GT.png"),
     "mvtec": Layout(
@@ -263,22 +266,23 @@ def _check_flat(root: Path, mixed: bool) -> None:
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path)
     below = sorted({part for folder in by_folder for part in (folder, *folder.parents) if part.is_relative_to(root)})
+    if mask := ground_truth.among(paths, root):
+        raise _in_no_layout(root, mask.parent, below)
     children: dict[Path, dict[str, Path]] = {}
     for path in below:
         children.setdefault(path.parent, {})[path.name] = path
     for folder in below:
         names = children.get(folder, {})
-        masks = [name for name in names if ground_truth.is_mask_folder(name)]
         normal = [name for name in names if defect_of(name) == GOOD]
         defective = [name for name in names if DEFECTIVE.fullmatch(name) and name not in normal]
-        if normal and len(names) > len(normal) and not mixed and not masks:
+        if normal and len(names) > len(normal) and not mixed:
             others = ", ".join(name for name in names if name not in normal)
             raise ValueError(
                 f"a folder must hold normal images only, got {normal[0]} next to {others} in {folder}: "
                 f"pass {names[normal[0]]}, or move them to train/good and test/<defect>"
             )
-        if masks or (defective and not mixed):
-            raise _in_no_layout(root, names[(masks or defective)[0]], below)
+        if defective and not mixed:
+            raise _in_no_layout(root, names[defective[0]], below)
         if pairs := ground_truth.beside(by_folder.get(folder, [])):
             mask, image = next(iter(pairs.items()))
             raise ValueError(

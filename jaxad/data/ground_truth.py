@@ -9,13 +9,28 @@ from jaxad.data.records import GOOD, Record, defect_of
 
 _WORD = r"(?:masks?|gt|ground[-_ ]?truth|label|seg|segmentation)"
 _SUFFIX = re.compile(rf"(.+?)[-_ .]{_WORD}", re.IGNORECASE)
-_BESIDE = re.compile(r"(.+?)[-_ .](?:mask|gt|ground[-_ ]?truth)", re.IGNORECASE)
 _PREFIX = re.compile(rf"{_WORD}[-_ .](.+)", re.IGNORECASE)
 
 
 def is_mask_folder(name: str) -> bool:
     """Whether a folder of that name holds masks: ground_truth, GT, masks ..."""
     return bool(re.fullmatch(r"gts?|masks?|ground[-_ ]?truths?(?:[-_ ]?masks?)?", name, re.IGNORECASE))
+
+
+def among(paths: Sequence[Path], root: Path) -> Path | None:
+    """The first of the images below a folder that lies in a subfolder of masks.
+
+    A subfolder named label, labels or annotations is one if an image outside has the same name.
+    """
+    names: dict[str, set[Path]] = {}
+    for path in paths:
+        names.setdefault(path.stem.lower(), set()).add(path.parent)
+    for path in paths:
+        for folder in path.relative_to(root).parts[:-1]:
+            is_label = re.fullmatch(r"labels?|annotations?", folder, re.IGNORECASE)
+            if is_mask_folder(folder) or (is_label and len(names[path.stem.lower()]) > 1):
+                return path
+    return None
 
 
 def stems(name: str) -> list[str]:
@@ -32,7 +47,7 @@ def beside(paths: Sequence[Path]) -> dict[Path, Path]:
     pairs = {
         path: known[match[1].lower()]
         for path in paths
-        if (match := _BESIDE.fullmatch(path.stem)) and match[1].lower() in known
+        if (match := _SUFFIX.fullmatch(path.stem)) and match[1].lower() in known
     }
     return {mask: image for mask, image in pairs.items() if image not in pairs}
 

@@ -1,6 +1,7 @@
 """Every layout and every kind of invalid source."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -155,6 +156,33 @@ def test_kolektor_layout(tmp_path):
             save(tmp_path / f"{split}/{i}_GT.png", SPOT * (i in anomalous))
     train, test = open_data(tmp_path)["ksdd2"]
     assert len(train) == 2 and test.labels.tolist() == [1, 0, 0] and test.masks(range(3)).any((1, 2)).tolist()[0]
+
+
+def test_real_iad_layout(tmp_path):
+    entries = {"OK": "OK/S1/a.jpg", "AK": "NG/AK/S2/b.jpg"}
+    for name in entries.values():
+        save(tmp_path / "realiad_256/toy" / name)
+    save(tmp_path / "realiad_256/toy/NG/AK/S2/b.png", SPOT)
+    keys = ("anomaly_class", "image_path", "mask_path")
+    good, bad = (dict(zip(keys, (*entry, None), strict=True)) for entry in entries.items())
+    jsons = tmp_path / "realiad_jsons/realiad_jsons"
+    jsons.mkdir(parents=True)
+    (jsons / "toy.json").write_text(
+        json.dumps({"train": [good], "test": [good, bad | {"mask_path": "NG/AK/S2/b.png"}]})
+    )
+    (jsons / "usb.json").write_text("{}")  # without images
+    for root in (tmp_path, tmp_path / "realiad_256"):
+        train, test = open_data(root, preprocess=Preprocess(None))["toy"]
+        assert len(train) == 1 and test.defects == ("good", "AK")
+        assert np.array_equal(test.masks([0, 1]), np.stack([SPOT > 255, SPOT > 0]))
+    (jsons / "toy.json").write_text('{"train": [{}]}')
+    with pytest.raises(ValueError, match=r"toy.json is no split of Real-IAD \(KeyError\('image_path'\)\): restore"):
+        open_data(tmp_path)
+    save(tmp_path / "realiad_512/toy/OK/S1/a.jpg")
+    with pytest.raises(
+        ValueError, match=r"images of one size are expected, got .*realiad_256, .*realiad_512: pass one"
+    ):
+        open_data(tmp_path)
 
 
 def test_magnetic_tile_layout(tmp_path):
@@ -445,7 +473,7 @@ def folder_of(*names):
 
 FAULTS = {
     "missing folder": (lambda t: t / "gone", {}, "no such file or folder: .*gone"),
-    "no images": (lambda t: t, {}, r"no images in .*: give a folder of images such as \.png"),
+    "no images": (lambda t: t, {}, r"no images found in .*: give a folder of images such as \.png"),
     "no normals": (no_normal_images, {}, "category 'a' of a has no normal training images: expected train/good"),
     "unknown category": (lambda t: category(t / "a"), {"category": "b"}, "no category 'b' in a: choose one of a"),
     "unknown layout": (lambda t: t, {"layout": "coco"}, "no layout 'coco': choose auto or one of visa, mtd"),
@@ -461,6 +489,11 @@ FAULTS = {
     ),
     "mask beside an image": (folder_of("1.png", "1_GT.png"), {}, "got .*1_GT.png that looks like the mask of 1.png"),
     "masks among images": (folder_of("train/good/rgb/1.png", "train/good/gt/1.png"), {}, "masks must lie in ground_tr"),
+    "labels among images": (
+        folder_of("train/1.png", "test/b/img/1.png", "test/b/label/1.png"),
+        {},
+        "label/1.png among",
+    ),
     "two training folders": (folder_of("train/1.png", "Training/1.png"), {}, "one folder of train images is expected"),
     "mask for nothing": (
         folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/2_mask.png"),
