@@ -80,7 +80,7 @@ def test_sources_without_training_images_are_scored_and_evaluated_but_not_fitted
     (source / "test/0.heic").touch()
     shutil.copytree(parts_runs / "padim/parts/bolt", run)
     paths = tmp_path / "paths.csv"
-    paths.write_text("image_path\n" + "".join(f"{path}\n" for path in sorted((source / "test").rglob("*.png"))))
+    paths.write_text("image_path\n" + "".join(f"{path}\n" for path in sorted((mvtec / "bolt/test").rglob("*.png"))))
     assert main(["evaluate", str(run), "--source", str(source)]) == 0
     assert files.read_json(run / "metrics.json")["n_test"] == 6
     assert main(["score", str(run), str(paths), "--output", str(tmp_path / "scores")]) == 0
