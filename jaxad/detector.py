@@ -111,6 +111,7 @@ class Detector:
         """
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        check_normals(data)
         if signs := leakage(self.settings, data):
             warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
@@ -212,8 +213,6 @@ class Detector:
         )
         if len(opened) > 1:
             raise ValueError(f"one category at a time: choose category from {', '.join(opened)}")
-        if split == "train":
-            check_normals(opened)
         splits = next(iter(opened.values()))
         return splits.train if split == "train" or splits.test is None else splits.test
 

@@ -125,7 +125,8 @@ def estimate(argv: list[str]) -> None:
     data, options, hyperparameters = parse("estimate", COMMANDS["estimate"], argv, groups)
     settings = settings_of(name, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
-    check_normals(opened)
+    for split in opened.values():
+        check_normals(split.train)
     try:
         frozen = load_frozen(settings)
     except FileNotFoundError:
@@ -284,7 +285,8 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
     options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
-    check_normals(opened)
+    for split in opened.values():
+        check_normals(split.train)
     return opened
 
 

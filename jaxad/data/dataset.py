@@ -221,6 +221,8 @@ def open_data(
             match.
     """
     preprocess.check()
+    if mask_threshold is not None and not 0 <= mask_threshold < np.inf:
+        raise ValueError(f"mask_threshold must be 0 or more, or None, got {mask_threshold}")
     name, read = _read(source, layout, mask_threshold)
     records = list(read)
     categories: dict[str, list[Record]] = {}
@@ -239,7 +241,7 @@ def open_data(
         members = members if group_by is None else list(_grouped(members, group_by, source))
         parts = {split: tuple(r for r in members if r.split == split) for split in ("train", "test")}
         if not any(record.label == 0 for record in parts["train"]) and not parts["test"]:
-            raise _no_normals(key, name)
+            raise _no_normals(name, key)
         _check(members, preprocess)
         has_masks = any(record.mask is not None for record in members)
         train, test = (
@@ -251,14 +253,13 @@ def open_data(
     return splits
 
 
-def check_normals(splits: Mapping[str, Split]) -> None:
-    """Raises ValueError if a category has no normal training images: it can be scored and evaluated, but not fitted."""
-    for key, split in splits.items():
-        if not (split.train.labels == 0).any():
-            raise _no_normals(key, split.train.name)
+def check_normals(train: Dataset) -> None:
+    """Raises ValueError if a training set has no normal images, as that of a source that can be evaluated only."""
+    if not (train.labels == 0).any():
+        raise _no_normals(train.name, train.category)
 
 
-def _no_normals(category: str, name: str) -> ValueError:
+def _no_normals(name: str, category: str) -> ValueError:
     return ValueError(
         f"category {category!r} of {name} has no normal training images: expected train/good, or rows with split train "
         "and label good"

@@ -37,7 +37,8 @@ def is_image(path: Path) -> bool:
 
 def folders(folder: Path) -> list[Path]:
     """The visible subfolders, sorted."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    with os.scandir(folder) as scan:
+        return sorted(folder / entry.name for entry in scan if not is_hidden(entry.name) and _target(entry).is_dir())
 
 
 def images(folder: Path) -> list[Path]:
@@ -65,7 +66,7 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tup
         entries = sorted(scan, key=lambda entry: (entry.is_symlink(), entry.name))  # no link before what it leads to
     for entry in entries:
         path = folder / entry.name
-        target = path if entry.is_symlink() else entry  # an entry raises an error where links form a loop
+        target = _target(entry)
         is_folder, is_file = target.is_dir(), target.is_file()
         if is_hidden(entry.name):
             if is_folder or is_image(path):
@@ -77,6 +78,11 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tup
             yield path, DANGLING
         else:
             yield path, "" if is_image(path) else f"of no known image format {path.suffix.lower()}".rstrip()
+
+
+def _target(entry: os.DirEntry[str]) -> os.DirEntry[str] | Path:
+    """What tells whether an entry is a folder: where links form a loop, the entry of a link raises an error."""
+    return Path(entry.path) if entry.is_symlink() else entry
 
 
 def unread(root: Path, used: Iterable[Path], inside: Iterable[Path]) -> str:

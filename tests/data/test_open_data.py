@@ -279,11 +279,10 @@ def test_sources_without_training_images_can_be_evaluated_but_not_fitted(tmp_pat
         rows = ["image_path,label", "test/crack/0.png,crack", "test/good/0.png,0"]
         expected = expected if kind == "csv" else [-1, -1]
         source = csv_file(root, "\n".join(row if kind == "csv" else row.partition(",")[0] for row in rows))
-    data = open_data(source)
-    [(train, test)] = data.values()
+    [(train, test)] = open_data(source).values()
     assert len(train) == 0 and test.labels.tolist() == expected and test.images([0]).any()
     with pytest.raises(ValueError, match="has no normal training images: expected train/good"):
-        check_normals(data)
+        check_normals(train)
 
 
 @pytest.mark.parametrize("source", ["arrays", "ksdd2"])
@@ -525,6 +524,11 @@ FAULTS = {
         r"got \(10, 10\) for 9 x 16 \(.*2.png\)",
     ),
     "crop above resize": (mixed_sizes, {"preprocess": Preprocess((8, 8), (9, 8))}, "crop must fit .* 8 x 8 .*: shrink"),
+    "mask threshold": (
+        lambda t: RED[None],
+        {"mask_threshold": -1},
+        "mask_threshold must be 0 or more, or None, got -1",
+    ),
     "bad resize": (mixed_sizes, {"preprocess": Preprocess((0, 8))}, r"resize must be two positive numbers .*\(0, 8\)"),
     "csv columns": (lambda t: csv_file(t, "path,label\n"), {}, "lacks the column image_path: its first line"),
     "csv near miss": (lambda t: csv_file(t, "image_path,labels\n"), {}, "has the column labels but not label"),
