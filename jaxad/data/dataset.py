@@ -124,7 +124,7 @@ class Dataset:
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Decodes the masks at `indices`, preprocessed like the images. The masks of normal images are empty.
 
-        Warns if masks have gray levels and there is no `mask_threshold`.
+        Warns if masks of a test set have gray levels and there is no `mask_threshold`.
 
         Returns:
             The masks, or None if the data set has none.
@@ -149,7 +149,7 @@ class Dataset:
             return gray
 
         gray = np.array(images.in_threads(load, range(len(records))))
-        if gray.any():
+        if gray.any() and self.split == "test":  # those of a training set are read batch by batch
             warnings.warn(
                 f"{np.count_nonzero(gray)} of {len(gray)} masks of {self.name} have gray levels, most that of "
                 f"{records[int(gray.argmax())].path}: {gray.sum()} pixels that are not black, but below half of the "

@@ -16,7 +16,7 @@ from jaxad.data.records import GOOD, Record, defect_of
 
 SPLITS = {
     "train": r"train(ing)?",
-    "test": r"test(ing|[-_ ]?public)?",
+    "test": r"test(s|ing|[-_ ]?public)?",
     "validation": r"val(id|idation)?",
 }
 """What folders of a split are called, as regular expressions; case does not count."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxad.data.listing import images_below
+from jaxad.data.listing import HIDDEN, walk
 from jaxad.data.records import GOOD, Record, defect_of
 
 _WORD = r"(?:masks?|gt|ground[-_ ]?truth|label|seg|segmentation)"
@@ -92,16 +92,16 @@ def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, P
     taken: dict[str, list[Path]] = {}
     stray = []
     for root in roots:
-        for mask in images_below(root):
-            fitting, is_part = owners(mask, root)
+        for mask, reason in sorted(walk(root)):
+            fitting, is_part = ([], False) if reason else owners(mask, root)
             tested = [record for record in fitting if record.split == "test"] or fitting
             if not fitting:
-                folder = mask.relative_to(root).parts[0]
-                stray += [] if defect_of(folder) == GOOD else [mask]
+                of_normal = defect_of(mask.relative_to(root).parts[0]) == GOOD
+                stray += [] if of_normal or reason == HIDDEN else [mask]
             elif len(tested) > 1:
                 raise ValueError(
-                    f"the mask {mask} fits several images, {tested[0].path} and {tested[1].path}: move it to "
-                    f"{root / tested[0].defect}, or give the images different names"
+                    f"the mask {mask} fits several images, {tested[0].path} and {tested[1].path}: name it "
+                    "ground_truth/<defect>/<name of the image with its suffix>.png"
                 )
             else:
                 others = taken.setdefault(tested[0].path, [])
@@ -113,8 +113,8 @@ def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, P
     lacking = [record.path for record in anomalous if record.split == "test" and record.path not in taken]
     if stray and lacking:
         raise ValueError(
-            f"{len(stray)} masks fit no image, the first is {stray[0]}, and {len(lacking)} test images have no mask, "
-            f"the first is {lacking[0]}: name a mask ground_truth/<defect>/<name of the image>_mask.png"
+            f"{len(stray)} files of masks fit no image, the first is {stray[0]}, and {len(lacking)} test images have no "
+            f"mask, the first is {lacking[0]}: name a mask ground_truth/<defect>/<name of the image>_mask.png"
         )
     masks = {path: tuple(parts) if len(parts) > 1 else parts[0] for path, parts in taken.items()}
     return [record if record.defect == GOOD else record._replace(mask=masks.get(record.path)) for record in records]

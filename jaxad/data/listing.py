@@ -17,8 +17,8 @@ CLUTTER = frozenset(
 """What systems leave in folders, in lower case; hidden like names that begin with a dot."""
 HIDDEN, DANGLING, LINKED_TWICE, MISPLACED = (
     "hidden",
-    "dangling links",
-    "links to folders that are read already",
+    "behind dangling links",
+    "behind links to folders that are read already",
     "not used by the layout",
 )
 """Reasons why a file is not read; the others are its type."""
@@ -106,4 +106,4 @@ def unread(root: Path, used: Iterable[Path], inside: Iterable[Path]) -> str:
     for reason, group in itertools.groupby(sorted(left), lambda pair: pair[0]):
         paths = [path.relative_to(root).as_posix() for _, path in group]
         parts.append(f"{len(paths)} {reason} ({paths[0]}{' ...' * (len(paths) > 1)})")
-    return f"{len(left)} files not read in {root}: {', '.join(parts)}" if parts else ""
+    return f"{len(left)} file{'s' * (len(left) > 1)} not read in {root}: {', '.join(parts)}" if parts else ""

@@ -69,7 +69,7 @@ def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: P
     assert len(read_csv(flat_run / "scores" / "test" / "scores.csv")) == 6
 
 
-@pytest.mark.filterwarnings("default:.*files not read")
+@pytest.mark.filterwarnings("default:.*file not read")
 def test_sources_without_training_images_are_scored_and_evaluated_but_not_fitted(
     parts_runs: Path, mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -92,7 +92,7 @@ def test_sources_without_training_images_are_scored_and_evaluated_but_not_fitted
         assert (
             error.startswith(f"'{data.stem}' of {data.stem} has no normal training images") and error.count("\n") == 1
         )
-    assert warning == f"jaxad: warning: 1 files not read in {source}: 1 of no known image format .heic (test/0.heic)\n"
+    assert warning == f"jaxad: warning: 1 file not read in {source}: 1 of no known image format .heic (test/0.heic)\n"
 
 
 def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -55,7 +55,7 @@ def test_mvtec_layout_with_several_categories(tmp_path):
     category(tmp_path / "set/nut")
     category(tmp_path / "set/bolt", mask_name=None, good="ok")
     save(tmp_path / "set/about/cover.png")
-    with pytest.warns(UserWarning, match=r"1 files not read in .*set: 1 not used by the layout \(about/cover.png\)"):
+    with pytest.warns(UserWarning, match=r"1 file not read in .*set: 1 not used by the layout \(about/cover.png\)"):
         data = open_data(str(tmp_path / "set"))
     assert list(data) == ["bolt", "nut"] and {split.train.name for split in data.values()} == {"set"}
     assert not data["bolt"].test.has_masks and data["bolt"].test.masks([0]) is None
@@ -101,7 +101,7 @@ def test_a_flat_folder_excludes_output_of_jaxad(tmp_path):
     (tmp_path / "runs/patchcore/a/a/model.safetensors").touch()
     (tmp_path / "heat/scores.jsonl").touch()
     (tmp_path / "scores.jsonl").touch()  # in the folder itself, whose images are read
-    with pytest.warns(UserWarning, match=r"1 files not read in .*\(scores.jsonl\)"):
+    with pytest.warns(UserWarning, match=r"1 file not read in .*\(scores.jsonl\)"):
         train = open_data(tmp_path)[tmp_path.name].train
     assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.png", "mine/b.png"]
 
@@ -261,8 +261,9 @@ def test_what_is_not_read_of_a_folder_is_counted_with_its_reason(tmp_path):
         train = open_data(root)["photos"].train
     assert len(train) == 3 and train.images(range(3)).shape == (3, 224, 224, 3)
     [line] = [str(warning.message) for warning in warned]
-    assert line.startswith(f"6 files not read in {root}: 2 dangling links (gone.png ...), 1 hidden (__MACOSX), ")
-    assert line.endswith("2 of no known image format .heic (d.heic ...)")
+    linked = "2 behind dangling links (gone.png ...), 1 behind links to folders that are read already (loop)"
+    others = "1 hidden (__MACOSX), 2 of no known image format .heic (d.heic ...)"
+    assert line == f"6 files not read in {root}: {linked}, {others}"
 
 
 @pytest.mark.parametrize("kind", ["folder", "folder without masks", "csv", "paths", "arrays"])
@@ -444,6 +445,22 @@ def no_normal_images(tmp_path):
     return tmp_path / "a"
 
 
+def folder_of(*names):
+    def make(tmp_path):
+        for name in names:
+            save(tmp_path / "a" / name)
+        return tmp_path / "a"
+
+    return make
+
+
+def mask_array(tmp_path):
+    root = folder_of("train/1.png", "test/crack/1.png")(tmp_path)
+    (root / "masks/crack").mkdir(parents=True)
+    np.save(root / "masks/crack/1.npy", SPOT)
+    return root
+
+
 def empty_category(tmp_path):
     (tmp_path / "a/bolt/train").mkdir(parents=True)
     return category(tmp_path / "a/nut").parent
@@ -459,15 +476,6 @@ def mixed_sizes(tmp_path):
     save(tmp_path / "1.png")
     save(tmp_path / "2.png", RED[:9])
     return tmp_path
-
-
-def folder_of(*names):
-    def make(tmp_path):
-        for name in names:
-            save(tmp_path / "a" / name)
-        return tmp_path / "a"
-
-    return make
 
 
 FAULTS = {
@@ -497,12 +505,13 @@ FAULTS = {
     "mask for nothing": (
         folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/2_mask.png"),
         {},
-        "1 masks fit no image, the first is .*2_mask.png, and 1 test images have no mask, the first is .*test/crack/1",
+        "1 files of masks fit no image, the first is .*2_mask.png, and 1 test images have no mask, the first .*crack/1",
     ),
+    "mask that is no image": (mask_array, {}, "1 files of masks fit no image, the first is .*1.npy, and 1 test im"),
     "mask for two": (
         folder_of("train/1.png", "test/crack/1.png", "test/dent/1.png", "ground_truth/1.png"),
         {},
-        "truth/1.png fits several images, .*crack/1.png and .*dent/1.png: move",
+        "truth/1.png fits several images, .*crack/1.png and .*dent/1.png: name it",
     ),
     "two masks": (
         folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/1.png", "ground_truth/crack/1_mask.png"),
