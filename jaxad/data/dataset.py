@@ -210,15 +210,17 @@ def open_data(
             path as given; of TFDS: in NAME/ID). What its parentheses match is the image's group; several are joined.
             It replaces the groups of the source.
 
+    Warns with one line if a folder holds files that are not read, and says why.
+
     Returns:
-        The training and test set of each category, in alphabetical order.
+        The training and test set of each category, in alphabetical order. A source may lack training images.
 
     Raises:
         FileNotFoundError: the source or one of its files does not exist.
-        ValueError: the source is invalid: no images, no normal training images, an unknown category or layout, a broken
-            CSV file, floats outside [0, 1], a mask that differs from its image in size, masks for only some of the
-            anomalous images, images of different sizes without `resize`, or a training image that `group_by` does not
-            match.
+        ValueError: the source is invalid: no images, training images of which none is normal, an unknown category or
+            layout, a broken CSV file, floats outside [0, 1], a folder in no known layout that holds defects or masks,
+            masks that fit no image, a mask that differs from its image in size, masks for only some of the anomalous
+            images, images of different sizes without `resize`, or a training image that `group_by` does not match.
     """
     preprocess.check()
     if mask_threshold is not None and not 0 <= mask_threshold < np.inf:

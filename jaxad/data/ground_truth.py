@@ -113,8 +113,8 @@ def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, P
     lacking = [record.path for record in anomalous if record.split == "test" and record.path not in taken]
     if stray and lacking:
         raise ValueError(
-            f"{len(stray)} files of masks fit no image, the first is {stray[0]}, and {len(lacking)} test images have no "
-            f"mask, the first is {lacking[0]}: name a mask ground_truth/<defect>/<name of the image>_mask.png"
+            f"{len(stray)} masks fit no image, the first is {stray[0]}, and {len(lacking)} test images have no mask, "
+            f"the first is {lacking[0]}: name a mask ground_truth/<defect>/<name of the image>_mask.png"
         )
     masks = {path: tuple(parts) if len(parts) > 1 else parts[0] for path, parts in taken.items()}
     return [record if record.defect == GOOD else record._replace(mask=masks.get(record.path)) for record in records]

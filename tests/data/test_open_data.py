@@ -505,9 +505,9 @@ FAULTS = {
     "mask for nothing": (
         folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/2_mask.png"),
         {},
-        "1 files of masks fit no image, the first is .*2_mask.png, and 1 test images have no mask, the first .*crack/1",
+        "1 masks fit no image, the first is .*2_mask.png, and 1 test images have no mask, the first .*crack/1",
     ),
-    "mask that is no image": (mask_array, {}, "1 files of masks fit no image, the first is .*1.npy, and 1 test im"),
+    "mask that is no image": (mask_array, {}, "1 masks fit no image, the first is .*1.npy, and 1 test im"),
     "mask for two": (
         folder_of("train/1.png", "test/crack/1.png", "test/dent/1.png", "ground_truth/1.png"),
         {},
