@@ -111,8 +111,7 @@ def _category(folder: Path) -> list[Record]:
     for path in folders(folder):
         mask_roots += [path] if ground_truth.is_mask_folder(path.name) else []
     for split, part in (("train", train), ("test", test)):
-        for path in images(part) if part else ():
-            records.append(Record(str(path), path, name, split, GOOD if split == "train" else ""))
+        places = [(part, images(part), GOOD if split == "train" else "")] if part else []
         for defect_folder in folders(part) if part else ():
             if ground_truth.is_mask_folder(defect_folder.name):
                 mask_roots.append(defect_folder)
@@ -123,17 +122,19 @@ def _category(folder: Path) -> list[Record]:
                     f"masks must lie in ground_truth/<defect>, got {mask} among the images of {defect_folder.name}: "
                     "move or remove its folder"
                 )
+            places.append((defect_folder, paths, defect_of(defect_folder.name)))
+        for place, paths, defect in places:
             masks = ground_truth.beside(paths)
             pairs |= masks
             for path in paths:
                 if path not in masks:
-                    group = _group(path, defect_folder)
-                    records.append(Record(str(path), path, name, split, defect_of(defect_folder.name), group=group))
+                    records.append(Record(str(path), path, name, split, defect, group=_group(path, place)))
     unlabeled = [record.path for record in records if not record.defect]
-    if unlabeled and any(images_below(path) for path in mask_roots):
+    masks = [*pairs, *(mask for path in mask_roots for mask in images_below(path))]
+    if unlabeled and masks:
         raise ValueError(
-            f"a test image with a mask needs a label, got {unlabeled[0]} and masks in {mask_roots[0]}: move the test "
-            "images to test/good and test/<defect>"
+            f"a test image with a mask needs a label, got {unlabeled[0]} and the mask {masks[0]}: move the test images "
+            "to test/good and test/<defect>"
         )
     return ground_truth.assign(records, mask_roots, pairs)
 
@@ -262,10 +263,8 @@ def _group(path: Path, folder: Path) -> str:
 def _check_flat(root: Path, mixed: bool) -> None:
     """Raises ValueError if a folder in no layout holds masks or, unless `mixed`, anomalous images."""
     paths = images_below(root)
-    by_folder: dict[Path, list[Path]] = {}
-    for path in paths:
-        by_folder.setdefault(path.parent, []).append(path)
-    below = sorted({part for folder in by_folder for part in (folder, *folder.parents) if part.is_relative_to(root)})
+    parents = {path.parent for path in paths}
+    below = sorted({part for folder in parents for part in (folder, *folder.parents) if part.is_relative_to(root)})
     if mask := ground_truth.among(paths, root):
         raise _in_no_layout(root, mask.parent, below)
     children: dict[Path, dict[str, Path]] = {}
@@ -283,12 +282,12 @@ def _check_flat(root: Path, mixed: bool) -> None:
             )
         if defective and not mixed:
             raise _in_no_layout(root, names[defective[0]], below)
-        if pairs := ground_truth.beside(by_folder.get(folder, [])):
-            mask, image = next(iter(pairs.items()))
-            raise ValueError(
-                f"a folder must hold images only, got {mask} that looks like the mask of {image.name}: move masks to "
-                "ground_truth/<defect>"
-            )
+    if pairs := ground_truth.beside(paths):
+        mask, image = next(iter(pairs.items()))
+        raise ValueError(
+            f"a folder must hold images only, got {mask} that looks like the mask of {image.name}: move masks to "
+            "ground_truth/<defect>"
+        )
 
 
 def _in_no_layout(root: Path, subfolder: Path, below: Iterable[Path]) -> ValueError:

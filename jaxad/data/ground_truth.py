@@ -42,14 +42,11 @@ def stems(name: str) -> list[str]:
 
 
 def beside(paths: Sequence[Path]) -> dict[Path, Path]:
-    """The masks among the images of one folder (000_mask.png or 000_GT.png beside 000.png), with their images."""
-    known = {path.stem.lower(): path for path in reversed(paths)}
-    pairs = {
-        path: known[match[1].lower()]
-        for path in paths
-        if (match := _SUFFIX.fullmatch(path.stem)) and match[1].lower() in known
-    }
-    return {mask: image for mask, image in pairs.items() if image not in pairs}
+    """The masks that lie among their images (000_mask.png or 000_GT.png beside 000.png), with these."""
+    known = {(path.parent, path.stem.lower()): path for path in reversed(paths)}
+    matches = ((path, _SUFFIX.fullmatch(path.stem)) for path in paths)
+    pairs = {path: known.get((path.parent, match[1].lower())) for path, match in matches if match}
+    return {mask: image for mask, image in pairs.items() if image and image not in pairs}
 
 
 def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, Path]) -> list[Record]:
@@ -91,6 +88,15 @@ def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, P
 
     taken: dict[str, list[Path]] = {}
     stray = []
+
+    def take(mask: Path, image: str, is_part: bool = False) -> None:
+        others = taken.setdefault(image, [])
+        if others and not (is_part and others[0].parent == mask.parent):
+            raise ValueError(f"{image} has two masks, {others[0]} and {mask}: remove one of them")
+        others.append(mask)
+
+    for mask, image in pairs.items():
+        take(mask, str(image))
     for root in roots:
         for mask, reason in sorted(walk(root)):
             fitting, is_part = ([], False) if reason else owners(mask, root)
@@ -104,12 +110,7 @@ def assign(records: Sequence[Record], roots: Iterable[Path], pairs: dict[Path, P
                     "ground_truth/<defect>/<name of the image with its suffix>.png"
                 )
             else:
-                others = taken.setdefault(tested[0].path, [])
-                if others and not (is_part and others[0].parent == mask.parent):
-                    raise ValueError(f"{tested[0].path} has two masks, {others[0]} and {mask}: remove one of them")
-                others.append(mask)
-    for mask, image in pairs.items():
-        taken.setdefault(str(image), [mask])
+                take(mask, tested[0].path, is_part)
     lacking = [record.path for record in anomalous if record.split == "test" and record.path not in taken]
     if stray and lacking:
         raise ValueError(

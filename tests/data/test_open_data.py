@@ -518,6 +518,11 @@ FAULTS = {
         {},
         "crack/1.png has two masks, .*/1.png and .*1_mask.png: remove",
     ),
+    "a mask beside and one apart": (
+        folder_of("train/1.png", "test/crack/1.png", "test/crack/1_gt.png", "ground_truth/crack/1.png"),
+        {},
+        "crack/1.png has two masks, .*test/crack/1_gt.png and .*ground_truth/crack/1.png",
+    ),
     "mask without label": (folder_of("train/1.png", "test/1.png", "masks/1.png"), {}, "with a mask needs a label, got"),
     "empty category": (empty_category, {}, "a category needs images, got none in .*bolt"),
     "mask of another size": (mask_of_another_size, {}, "got 7 x 16 for the 12 x 16 image .*dent/001.png"),
