@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
-from jaxad.data.folders import recognize
+from jaxad.data.dataset import check_normals
+from jaxad.data.images import MaskThreshold
 from jaxad.driver import fork
 from jaxad.driver.execution import Execution
 from jaxad.driver.program import Program
@@ -141,7 +142,7 @@ class Detector:
         source: Any,
         *,
         category: str | None = None,
-        mask_threshold: int = 0,
+        mask_threshold: MaskThreshold = None,
         group_by: str | None = None,
         execution: Execution = Execution(),
     ) -> "Detector":
@@ -152,7 +153,7 @@ class Detector:
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
-            mask_threshold: A mask pixel counts where it is above.
+            mask_threshold: A mask pixel counts where it is above; None: as for `jaxad.open_data`.
             group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
                 "(tile[0-9]+)_". Images of one part are held out together.
             execution: Devices, checkpoint and progress; a cache that several detectors share needs the same weights
@@ -164,6 +165,7 @@ class Detector:
         fork.check()
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        check_normals(data)
         if signs := leakage(self.settings, data):
             warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
@@ -293,12 +295,11 @@ class Detector:
             source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
         ):
             source = source[None]
-        flat = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         opened = open_data(
             source,
             category=category,
             preprocess=self.settings.preprocess,
-            layout="flat" if flat and split == "test" else "auto",
+            layout="any" if split == "test" else "auto",
             **options,
         )
         if len(opened) > 1:

@@ -28,6 +28,7 @@ from jaxad.cli.options import (
     sweep_of,
 )
 from jaxad.data import open_data
+from jaxad.data.dataset import check_normals
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
@@ -109,6 +110,8 @@ def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyper
     """Print how much memory a fit needs, without fitting."""
     settings = settings_of(data.method, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
+    for split in opened.values():
+        check_normals(split.train)
     try:
         frozen = load_frozen(settings)
     except FileNotFoundError:
@@ -165,7 +168,7 @@ def evaluate(
     run: Runs,
     source: str | None = None,
     category: str | None = None,
-    mask_threshold: int | None = None,
+    mask_threshold: float | None = None,
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
     report: Path | None = None,
@@ -187,7 +190,7 @@ def evaluate(
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
-        threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
+        threshold = recipe.get("mask_threshold") if mask_threshold is None else mask_threshold
         options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
         fitted = recipe.get("category")
         single = Run(detector, fitted or "", run_dir)
@@ -257,7 +260,10 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
 
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
     options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
-    return open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
+    opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
+    for split in opened.values():
+        check_normals(split.train)
+    return opened
 
 
 def _join(data: Data) -> None:

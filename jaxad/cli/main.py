@@ -9,12 +9,13 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 import jaxad
 from jaxad.cli import streams
 from jaxad.driver import distributed
-from jaxad.progress import interrupt, uninterrupted, write_line
+from jaxad.progress import interrupt, say, uninterrupted, write_line
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -37,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, interrupt)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        try:
-            return _dispatch(arguments)
-        finally:
-            sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return _dispatch(arguments)
+            finally:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except (RuntimeError, AssertionError) as error:
@@ -111,6 +114,10 @@ def _missing_device() -> str | None:
         words = f"JAX_PLATFORMS is {platforms}, but JAX finds no such device on this machine"
         return f"{words}{reason and f' ({reason})'}: unset it, or install JAX for it"
     return None
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    say(f"jaxad: warning: {message}")
 
 
 def _fail(message: str, code: int) -> int:
