@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 import jaxad
+from jaxad import interruption
 from jaxad.driver import distributed
-from jaxad.progress import interrupt, uninterrupted
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is for tests."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # XLA calls it from all of its own threads at once
     if argv is None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        signal.signal(signal.SIGINT, interrupt)
+        interruption.watch()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
+        interruption.end_if_received()
         return _fail("interrupted", 128 + signal.SIGINT)
     except RuntimeError as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
@@ -46,16 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         return refuse(error)
+    finally:
+        interruption.end_if_received()
 
 
 def refuse(error: ValueError | OSError) -> int:
     """Prints in one line what is wrong with the input, and returns the exit code; with JAXAD_DEBUG raises the error."""
     if os.environ.get("JAXAD_DEBUG"):
         raise error
-    message = str(error)
+    return _fail(f"error: {one_line(error)}", 2)
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong, in one line."""
+    message = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return _fail(f"error: {' '.join(message.split())}", 2)
+    return " ".join(message.split())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -71,9 +78,7 @@ def _dispatch(argv: list[str]) -> int:
 
         list_methods(rest)
     elif name in COMMANDS:
-        with uninterrupted():
-            commands = importlib.import_module("jaxad.cli.commands")
-        commands.run(name, rest)
+        return importlib.import_module("jaxad.cli.commands").run(name, rest)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0
