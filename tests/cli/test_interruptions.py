@@ -204,15 +204,24 @@ def test_a_killed_fit_leaves_nothing_half_written(
     assert files_below(run_dir) == MODEL
 
 
-@pytest.mark.parametrize("seconds", slow_after(1, [0.3, 0.0, 1.0, 2.0, 4.0, 8.0]))
-@pytest.mark.parametrize("when", ["started", "fitting"])
+AFTER = [("import", 0.2), ("import", 1), ("import", 3), *(("fit", seconds) for seconds in (0, 0.5, 1, 2, 4, 8))]
+
+
+@pytest.mark.parametrize(("begins", "seconds"), slow_after(1, AFTER))
 def test_ctrl_c_is_one_line_whatever_runs(
-    when: str, seconds: float, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
+    begins: str, seconds: float, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
 ):
-    """While modules are imported, and before and while programs are compiled; code of others runs then."""
-    command = [sys.executable, "-m", "jaxad", "fit", str(photos), *backbone_options, "--output", str(tmp_path / "runs")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""})
-    awaited = Path(f"/proc/{process.pid}/maps") if when == "started" else tmp_path / "runs"
-    while not awaited.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(seconds)
+    """While modules are imported, and while programs are compiled and run, which would swallow an exception."""
+    start = "import jaxad.__main__; print('ready', flush=True); jaxad.__main__.main()"
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path / "runs")]
+    options = dict(env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", start, *command], **options) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        while begins == "fit" and not (tmp_path / "runs").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and errors.splitlines()[-1] == "jaxad: interrupted", errors
+    assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

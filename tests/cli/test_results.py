@@ -113,7 +113,7 @@ def test_only_the_owner_replaces_results(tmp_path: Path):
     (tmp_path / "link").symlink_to(photos)
     score("third", source=str(tmp_path / "link"))
     for others in ({"source": str(tmp_path)}, {"category": "nuts"}):
-        with pytest.raises(ValueError, match="holds results of another .*: replace them with --overwrite, or .* --out"):
+        with pytest.raises(ValueError, match=r"results of another .* with --overwrite, or .* --output"):
             score("lost", **others)
     shutil.move(run, tmp_path / "moved")
     run = tmp_path / "moved"
@@ -123,9 +123,9 @@ def test_only_the_owner_replaces_results(tmp_path: Path):
         score("lost", tmp_path / "theirs")
     score("fifth", tmp_path / "theirs", overwrite=True)
     assert set(contents(tmp_path / "theirs" / "overlays").values()) == {"fifth"}
-    with pytest.raises(ValueError, match="was replaced while it scored"):
-        with directory.scoring(run / "scores" / "photos", run, (1, 2), images, False) as stage:
-            outputs(stage, "stale")
+    stale = directory.scoring(run / "scores" / "photos", run, (1, 2), images, False)
+    with pytest.raises(ValueError, match="was replaced while it scored"), stale as stage:
+        outputs(stage, "stale")
     assert contents(run / "scores" / "photos" / "overlays") == {"fourth.png": "fourth"}
 
 
@@ -133,9 +133,9 @@ def test_two_do_not_score_into_one_folder(tmp_path: Path):
     options = (tmp_path, None, {"source": "a", "category": "a"}, False)
     with directory.scoring(tmp_path / "out", *options) as stage:
         outputs(stage, "first")
-        with pytest.raises(ValueError, match="another process is scoring into .*/out: wait for it"):
-            with directory.scoring(tmp_path / "out", *options):
-                pass
+        second = directory.scoring(tmp_path / "out", *options)
+        with pytest.raises(ValueError, match=r"another process is scoring into .*/out: wait for it"), second:
+            pass
     assert set(contents(tmp_path / "out" / "overlays").values()) == {"first"}
 
 
