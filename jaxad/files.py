@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxad.interruption import undoing, whole
+
+STAGES = (".jaxad-new", ".jaxad-old")
+"""Hidden folders in which results are complete before they replace older ones, and the latter meanwhile."""
 
 
 @contextlib.contextmanager
@@ -26,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"the output must be a file, but {path} is something else: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # as in `remove_abandoned`
     with undoing(lambda: temporary.unlink(missing_ok=True)):
         try:
             yield temporary
@@ -51,7 +55,7 @@ def staging(folder: Path, results: Sequence[str]) -> Iterator[Path]:
             not written anew vanish. Any other file replaces the one of its name.
     """
     new_folders = missing_folders(folder)
-    stage, old = folder / ".staging", folder / ".staging.old"
+    stage, old = (folder / name for name in STAGES)
 
     def undo() -> None:
         for path in (stage, old):
@@ -85,6 +89,13 @@ def _publish(stage: Path, folder: Path, results: Sequence[str], old: Path) -> No
         for path in old.iterdir():
             os.rename(path, folder / path.name)
         raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes what killed processes have left in a folder that is `locked`."""
+    temporary = [path for path in folder.glob(".*.tmp") if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name)]
+    for path in (*temporary, *map(folder.joinpath, STAGES)):
+        remove(path)
 
 
 def missing_folders(folder: Path) -> list[Path]:

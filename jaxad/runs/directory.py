@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def check_owner(folder: Path, names: Iterable[str], said_in: str, owner: Mapping
 def locked(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other processes from fitting into the same directory, and from evaluating what is in it."""
     return files.locked(
-        run_dir, f"another process is fitting into {run_dir} or evaluates it: wait for it, or give another output"
+        run_dir,
+        f"another process is fitting into {run_dir}: wait for it, or for its evaluation, or give another output",
     )
 
 
@@ -169,16 +170,26 @@ def version(run_dir: Path) -> tuple[int, int] | None:
 
 def forget_results(run_dir: Path) -> None:
     """Deletes what came of the model in a run directory: evaluations, also of single categories, and scores."""
-    folders = {run_dir: RESULTS}
-    parts = [path.parent for path in run_dir.glob("*/recipe.json") if version(path.parent) is None]
-    folders |= dict.fromkeys(parts, (*RESULTS, "recipe.json"))
-    folders |= dict.fromkeys((path.parent for path in run_dir.glob("scores/*/scores.csv")), (*SCORES, ORIGIN))
-    for folder, names in folders.items():
-        if not folder.is_symlink() or folder == run_dir:
-            for name in names:
-                files.remove(folder / name)
-        if folder != run_dir:
-            files.remove_empty((folder, run_dir / "scores"))
+    for name in RESULTS:
+        files.remove(run_dir / name)
+    forget_parts(run_dir)
+    for path in run_dir.glob("scores/*/scores.csv"):
+        _forget(path.parent, (*SCORES, ORIGIN))
+    files.remove_empty([run_dir / "scores"])
+
+
+def forget_parts(run_dir: Path, kept: Container[Path] = ()) -> None:
+    """Deletes the evaluations of a unified model on single categories, but for some folders."""
+    for path in run_dir.glob("*/recipe.json"):
+        if path.parent not in kept and version(path.parent) is None:
+            _forget(path.parent, (*RESULTS, "recipe.json"))
+
+
+def _forget(folder: Path, names: Iterable[str]) -> None:
+    if not folder.is_symlink():
+        for name in names:
+            files.remove(folder / name)
+        files.remove_empty([folder])
 
 
 def has_state(checkpoint: Path) -> bool:

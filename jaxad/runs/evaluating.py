@@ -43,7 +43,10 @@ def evaluate_group(
 
 
 def evaluate_unified(run: Run, opened: Mapping[str, Split], **options: Any) -> dict[Path, Row]:
-    """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`."""
+    """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`.
+
+    Earlier evaluations on other categories are deleted: the report would show them side by side.
+    """
     rows = {}
     for category, splits in opened.items():
         assert splits.test is not None
@@ -51,6 +54,8 @@ def evaluate_unified(run: Run, opened: Mapping[str, Split], **options: Any) -> d
         part = run._replace(category=category, directory=folder, model=run.directory)
         for row in evaluate_runs([part], [splits.test], **options):
             rows[folder] = row
+    if is_first():
+        directory.forget_parts(run.directory, rows)
     return rows
 
 

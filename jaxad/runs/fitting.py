@@ -151,7 +151,8 @@ def fit_all(
     for jobs, run_dirs in assignments:
         grouped = execution._replace(mesh=_mesh(devices, len(jobs)))
         options: dict[str, Any] = dict(frozen=frozen, execution=grouped, sweep=sweep, overwrite=overwrite)
-        learned = fit_runs(jobs, run_dirs, recipe, **options)
+        union = {"dataset": f"{jobs[0].data.name} (unified)", "unified": True} if jobs[0].unified else {}
+        learned = fit_runs(jobs, run_dirs, recipe | union, **options)
         runs = [
             Run(Detector.from_settings(job.settings, model, frozen), job.category, run_dir, job.variant, job.unified)
             for job, model, run_dir in zip(jobs, learned.models, run_dirs, strict=True)
@@ -304,8 +305,7 @@ def _claimed(
             stack.enter_context(directory.locked(folder))
         stack.enter_context(undoing(lambda: files.remove_empty(innermost)))
         for folder in (common, *run_dirs):
-            for abandoned in (*folder.glob(".*.tmp"), *folder.glob(".staging*")):
-                files.remove(abandoned)
+            files.remove_abandoned(folder)
         for job, run_dir in zip(jobs, run_dirs, strict=True):
             if not overwrite:
                 _check_owner(job, run_dir, source)

@@ -14,11 +14,11 @@ import safetensors
 import safetensors.numpy
 
 import jaxad
-from jaxad import artifact
+from jaxad import artifact, files
 from jaxad.cli import main
 from jaxad.runs import directory as rundir
 from jaxad.runs import scoring
-from tests.cli.images import MODEL, files_below
+from tests.cli.images import MODEL, files_below, save_image
 from tests.examples import slow_after
 
 
@@ -145,8 +145,8 @@ def test_a_stopped_score_does_not_touch_the_old_files(
             assert main([*command, str(tmp_path / output)]) in (2, 130)
     assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    (tmp_path / "old" / ".staging").mkdir()  # of a run that was killed
-    (tmp_path / "old" / ".staging" / "half.png").touch()
+    (tmp_path / "old" / files.STAGES[0]).mkdir()  # of a run that was killed
+    (tmp_path / "old" / files.STAGES[0] / "half.png").touch()
     command.remove("--maps")
     assert main([*command, str(tmp_path / "old")]) == 0
     kept = {path for path in before if "maps" not in path.parts}

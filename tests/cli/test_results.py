@@ -81,14 +81,14 @@ def test_a_replacement_that_fails_changes_nothing(step: int, tmp_path: Path, mon
     monkeypatch.setattr(os, "replace", failing(os.replace))
     with pytest.raises(OSError, match="No space"), files.staging(tmp_path, directory.SCORES) as stage:
         outputs(stage, "new")
-    assert contents(tmp_path) == before and not list(tmp_path.glob(".staging*"))
+    assert contents(tmp_path) == before and not list(tmp_path.glob(".*"))
 
 
 def test_planted_links_neither_block_nor_redirect(tmp_path: Path):
     folder, elsewhere = tmp_path / "scores", tmp_path / "elsewhere"
     outputs(elsewhere, "theirs")
     folder.mkdir()
-    for name in (".staging", ".staging.old", "overlays"):
+    for name in (*files.STAGES, "overlays"):
         (folder / name).symlink_to(elsewhere)
     (folder / "scores.csv").symlink_to(elsewhere / "scores.csv")
     (folder / "scores.jsonl").symlink_to("nowhere")
