@@ -23,13 +23,15 @@ _whole = threading.RLock()
 
 
 def watch() -> None:
-    """Begins to wait for the signals; called once, by the main thread."""
+    """Begins to wait for the signals; called by the main thread, as early as possible."""
+    if signal.getsignal(signal.SIGINT) is _nothing:
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_wait, args=(reader,), daemon=True).start()
     for number in LINES:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, _nothing)
 
 
 def check() -> None:
@@ -62,6 +64,10 @@ def whole() -> Iterator[None]:
     """A block within which the process does not end."""
     with _whole:
         yield
+
+
+def _nothing(*_: object) -> None:
+    """Without a handler in Python, no number is written."""
 
 
 def _wait(reader: int) -> None:

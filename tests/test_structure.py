@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "report": {"files", "data", "metrics"},
     "runs": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "jaxad"},
     "cli": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "runs", "jaxad"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "interruption", "jaxad"},
     "__init__": {"detector", "driver", "data", "methods"},
 }
 """The parts of jaxad that each part may import besides itself; `jaxad` stands for the public names."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxad import files
+from jaxad.cli import main
 from jaxad.runs import directory
 
 NAMES = [
@@ -157,3 +158,32 @@ def test_find_knows_a_checkpoint_by_what_it_holds(tmp_path: Path):
         files.write_atomically(tmp_path / run / "model.json", "{}")
     files.write_atomically(tmp_path / "checkpoint/padim/parts/checkpoint/fingerprint", "0")
     assert directory.find([tmp_path], "model.json") == [tmp_path / "checkpoint/padim/parts/bolt"]
+
+
+def test_a_checkpoint_of_other_images_is_kept(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint"
+    directory.resume(checkpoint, "settings", "monday")
+    (checkpoint / "state" / "classes_0" / "0").mkdir(parents=True)
+    directory.resume(checkpoint, "settings", "monday")
+    with pytest.raises(ValueError, match="holds results of another source, monday"):
+        directory.resume(checkpoint, "settings of others", "tuesday")
+    assert directory.has_state(checkpoint)
+    directory.resume(checkpoint, "other settings", "monday")
+    assert not directory.has_state(checkpoint)
+    shutil.rmtree(checkpoint)
+    (tmp_path / "elsewhere").mkdir()
+    checkpoint.symlink_to(tmp_path / "elsewhere")
+    directory.resume(checkpoint, "settings", "monday")
+    assert checkpoint.is_dir() and not checkpoint.is_symlink() and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_two_categories_in_one_folder_are_refused(
+    mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As on a file system that takes upper and lower case for the same; here by a link."""
+    folder = tmp_path / "patchcore" / "parts"
+    (folder / "bolt").mkdir(parents=True)
+    (folder / "nut").symlink_to("bolt")
+    assert main(["fit", str(mvtec), *backbone_options, "--output", str(tmp_path)]) == 2
+    assert f"two of bolt, nut have the same one in {folder}" in capsys.readouterr().err
+    assert not list((folder / "bolt").iterdir())
