@@ -1,8 +1,18 @@
-"""`python -m jaxad`."""
+"""`python -m jaxad` and the command `jaxad`."""
 
 import sys
+from typing import NoReturn
 
-from jaxad.cli import main
+from jaxad import interruption
+
+
+def main() -> NoReturn:
+    """Runs the command line; signals end it also while modules are imported."""
+    interruption.watch()
+    from jaxad import cli
+
+    sys.exit(cli.main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,15 +1,22 @@
 """Atomic writes of files and folders, and strict JSON."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxad.interruption import undoing, whole
+
+STAGES = (".jaxad-new", ".jaxad-old")
+"""Hidden folders in which results are complete before they replace older ones, and the latter meanwhile."""
 
 
 @contextlib.contextmanager
@@ -23,42 +30,109 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"the output must be a file, but {path} is something else: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # as in `remove_abandoned`
+    with undoing(lambda: temporary.unlink(missing_ok=True)):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno and error.filename in (None, str(temporary)):
+                error.filename = str(path)
+            raise
 
 
 @contextlib.contextmanager
-def staging(folder: Path) -> Iterator[Path]:
-    """Yields a hidden folder in `folder`, whose files move into `folder` if the block succeeds.
+def staging(folder: Path, results: Sequence[str]) -> Iterator[Path]:
+    """Yields a hidden folder in `folder`; if the block succeeds, what it holds replaces the results of an earlier one.
 
-    If the block fails, the hidden folder is deleted, and so is `folder` if it is new and empty. Files that a killed
-    process left behind are deleted the next time.
+    Old results go before the first new one appears, so that no moment shows a mixture. If anything fails, they are
+    back, the hidden folder is deleted, and so is `folder` if it is new and empty. What a killed process left behind is
+    deleted the next time. No other process may do the same: the caller has `locked` the folder.
+
+    Args:
+        folder: Created where missing.
+        results: The names of files and folders that belong together, in the order in which they appear; those that are
+            not written anew vanish. Any other file replaces the one of its name.
     """
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    stage = folder / ".staging"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-        for file in [path for path in stage.rglob("*") if path.is_file()]:
-            target = folder / file.relative_to(stage)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-        shutil.rmtree(stage)
-    except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
+    new_folders = missing_folders(folder)
+    stage, old = (folder / name for name in STAGES)
+
+    def undo() -> None:
+        for path in (stage, old):
+            remove(path)
         remove_empty(new_folders)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(folder)
+
+    with undoing(undo):
+        for path in (stage, old):
+            remove(path)
+            path.mkdir(parents=True)
+        try:
+            yield stage
+            with whole():
+                _publish(stage, folder, results, old)
+        except OSError as error:
+            if error.errno and error.filename is None:
+                error.filename = str(folder)
+            raise
+        undo()
+
+
+def _publish(stage: Path, folder: Path, results: Sequence[str], old: Path) -> None:
+    """Moves what is in `stage` into `folder`, and the results that are there to `old`; back, if this fails."""
+    new = sorted((path.name for path in stage.iterdir()), key=lambda name: name in results and 1 + results.index(name))
+    moved = []
+    try:
+        for name in reversed(results):
+            if os.path.lexists(folder / name):
+                os.rename(folder / name, old / name)
+        for name in new:
+            os.replace(stage / name, folder / name)
+            moved.append(name)
+    except BaseException:
+        for name in {*moved} & {*results}:
+            remove(folder / name)
+        for path in old.iterdir():
+            os.rename(path, folder / path.name)
         raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes what killed processes have left in a folder that is `locked`."""
+    temporary = [path for path in folder.glob(".*.tmp") if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name)]
+    for path in (*temporary, *map(folder.joinpath, STAGES)):
+        remove(path)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those above that do not exist, from the inside out."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, advice: str) -> Iterator[None]:
+    """Keeps a folder for this process. A process that ends, in whatever way, has no locks.
+
+    Raises:
+        ValueError: Another process has it; `advice` is the message.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(advice) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder and all that it holds, or a link but not its target; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

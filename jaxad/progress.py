@@ -1,11 +1,10 @@
 """Progress and messages of the command line, on stderr."""
 
-import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
+
+from jaxad.interruption import check
 
 LINE_SECONDS = 5.0
 """Seconds between two lines of progress if stderr is not a terminal."""
@@ -30,29 +29,6 @@ def write_line(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Defers Ctrl-C until the end of the block, because extension modules may swallow it while they are imported."""
-    interruptions = []
-    previous_handler = signal.signal(signal.SIGINT, lambda *_: interruptions.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
-    if interruptions:
-        raise KeyboardInterrupt
-
-
-_interruptions: list[int] = []
-
-
-def interrupt(number: int, frame: object) -> None:
-    """Handles Ctrl-C: raises KeyboardInterrupt. `Bars` raises it again if a callback from C code has swallowed it."""
-    del frame
-    _interruptions.append(number)
-    raise KeyboardInterrupt
 
 
 class Bars:
@@ -87,8 +63,7 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Reports that `done` of `total` items of a stage are finished; a total of 0 means unknown."""
-        if _interruptions:
-            raise KeyboardInterrupt
+        check()
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._stage_start = stage, now

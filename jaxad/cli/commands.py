@@ -1,5 +1,6 @@
 """The commands."""
 
+import functools
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 import jaxad
 from jaxad.backbones import available, fetch, import_file
 from jaxad.cli.listing import print_table
+from jaxad.cli.main import one_line
 from jaxad.cli.options import (
     DATA,
     BenchmarkData,
@@ -34,14 +36,16 @@ from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import is_first
 from jaxad.driver.plan import Plan, size
-from jaxad.learning import Sweep, abstract_frozen, check_auxiliary, load_frozen, shortage
+from jaxad.interruption import undoing
+from jaxad.learning import Sweep, abstract_frozen, load_frozen, shortage
 from jaxad.metrics.guarantees import shortfall
 from jaxad.progress import Bars, be_silent, say
 from jaxad.report.html import write_report
 from jaxad.report.tables import Row, decisions_table, metrics_table
 from jaxad.runs import directory
+from jaxad.runs.benchmarking import measure, unsuited
 from jaxad.runs.evaluating import evaluate_group, evaluate_runs, evaluate_unified
-from jaxad.runs.fitting import FittedGroup, Run, fit_all, plan_all, shared_caches
+from jaxad.runs.fitting import Assignment, FittedGroup, Run, assign, fit_all, plan_all, shared_caches
 from jaxad.runs.scoring import open_split, score_run
 from jaxad.settings import Settings
 
@@ -60,50 +64,60 @@ def fit(argv: list[str], data: FitData, options: dict[str, Any], hyperparameters
     _join(data)
     settings = settings_of(data.method, data.preset, options | hyperparameters)
     opened = _open(data, settings)
-    fitted = _fit(settings, opened, data, ["fit", *argv], load_frozen(settings))
+    assignments = _assign(settings, opened, data)
+    fitted = _fit(assignments, data, ["fit", *argv], load_frozen(settings))
     run_dirs = [run.directory for group in fitted for run in group.runs]
     saved = shlex.quote(str(run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent))
     following = f"evaluate {saved}" if any(split.test for split in opened.values()) else f"score {saved} NEW_IMAGES"
     say(f"saved in {saved}; next: jaxad {following}")
 
 
-def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> None:
+def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> int:
     """Fit and evaluate several methods on every category, side by side."""
     if data.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {data.seeds}")
     sweep = Sweep(*sweep_of(data.sweep)) if data.sweep else None
     _join(data)
-    candidates, refusals = [], {}
-    for name in data.methods or jaxad.methods.names():
+    candidates: list[Settings] = []
+    refusals: dict[str, Exception] = {}
+    for name in dict.fromkeys(data.methods or jaxad.methods.names()):
+        jaxad.methods.factory(name)  # a name that is none is no reason to leave it out
         try:
-            settings = settings_of(name, data.preset, options | vars(method_options(name)()))
-            check_auxiliary(settings, settings.build(settings.usual_size()))
-            candidates.append(settings)
+            candidates.append(settings_of(name, data.preset, options | vars(method_options(name)())))
         except ValueError as error:
-            if data.methods:
-                raise
             refusals[name] = error
     if not candidates:
         raise next(iter(refusals.values()))
-    for name, error in refusals.items():
-        say(f"without {name}: {error}")
     opened = _open(data, candidates[0])
     untested = [category for category, split in opened.items() if split.test is None]
     if untested:
         raise ValueError(f"a benchmark needs test images, got none for {', '.join(untested)} of {data.source}")
-    weights: dict[tuple[str, ...], Any] = {}
-    rows: dict[Path, Row] = {}
-    for settings, cache in zip(candidates, shared_caches(candidates), strict=True):
-        if settings.backbone not in weights:  # methods that share a cache share the weights, too
-            weights[settings.backbone] = load_frozen(settings)
-        frozen = weights[settings.backbone]
-        for group in _fit(settings, opened, data, ["benchmark", *argv], frozen, data.seeds, cache, sweep):
-            rows |= evaluate_group(group, opened, source=data.source, cache=cache)
+    assigned = [_assign(settings, opened, data, data.seeds, sweep) for settings in candidates]
+    weights: dict[Any, Any] = {}
+    refusals |= unsuited(candidates, [split.train for split in opened.values()], weights)
+    if all(settings.method in refusals for settings in candidates):
+        raise next(iter(refusals.values()))
+    for name, error in refusals.items():
+        say(f"without {name}: {one_line(error)}")
+
+    def run(settings: Settings, assignments: list[Assignment], cache: EmbeddingCache | None) -> dict[Path, Row]:
+        groups = _fit(assignments, data, ["benchmark", *argv], weights[settings.backbone], cache, sweep)
+        parts = [evaluate_group(group, opened, source=data.source, cache=cache) for group in groups]
+        return {path: row for part in parts for path, row in part.items()}
+
+    kept = [i for i, settings in enumerate(candidates) if settings.method not in refusals]
+    caches = shared_caches([candidates[i] for i in kept])
+    runs = {
+        candidates[i].method: functools.partial(run, candidates[i], assigned[i], cache)
+        for i, cache in zip(kept, caches, strict=True)
+    }
+    rows, errors = measure(runs, lambda name, error: say(f"jaxad: error: {name}: {one_line(error)}"))
     if rows:  # only the first of several processes has them
         try:
             print_table(metrics_table(sorted(rows.values(), key=lambda row: row.method)))
         finally:
             _report(list(rows), data.report)
+    return int(bool(errors or (refusals and data.methods)))
 
 
 def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
@@ -137,6 +151,7 @@ def score(
     overlays: bool = False,
     maps: bool = False,
     weights: UseAppendAction[tuple[Path, ...]] = (),
+    overwrite: bool = False,
 ) -> None:
     """Score images with a fitted run; heat maps on request.
 
@@ -149,15 +164,18 @@ def score(
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
         weights: Where the backbone's weights are now, if not where they were.
+        overwrite: Replace scores of other images, or of another model, in the output folder.
     """
-    path = Path(source)
+    path, model = Path(source), directory.version(run)
     detector = jaxad.load(run, weights=weights or None)
     fitted = directory.read_recipe(run).get("category")
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
-    output = output or run / "scores" / directory.segment(path.resolve().stem if path.exists() else source)
+    output = output or directory.scores_folder(run, path.resolve().name if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
     data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
-    anomalous = score_run(detector, data, output, root=root, **options)
+    images = {"source": _place(source), "category": data.category}
+    with directory.scoring(output, run, model, images, overwrite) as stage:
+        anomalous = score_run(detector, data, stage, root=root, **options)
     threshold = detector.image_threshold
     result = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
     folders = [f", {name}/" for name in ("overlays", "maps") if options[name]]
@@ -186,6 +204,7 @@ def evaluate(
     """
     rows: dict[Path, Row] = {}
     for run_dir in directory.find(run, "model.json"):
+        version = directory.version(run_dir)
         detector, recipe = jaxad.load(run_dir, weights=weights or None), directory.read_recipe(run_dir)
         tested = source or recipe.get("source")
         if tested is None:
@@ -193,7 +212,7 @@ def evaluate(
         threshold = recipe.get("mask_threshold") if mask_threshold is None else mask_threshold
         options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
         fitted = recipe.get("category")
-        single = Run(detector, fitted or "", run_dir)
+        single = Run(detector, fitted or "", run_dir, version=version)
         if recipe.get("unified") and category is None:
             opened = open_data(tested, preprocess=detector.settings.preprocess, **options)
             opened = {category: split for category, split in opened.items() if split.test is not None}
@@ -258,6 +277,11 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
     say(f"imported as {import_file(file, name)}")
 
 
+def _place(source: str) -> str:
+    """A source, from wherever it is looked for."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
     options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
@@ -278,32 +302,32 @@ def _join(data: Data) -> None:
         be_silent()
 
 
+def _assign(
+    settings: Settings, opened: dict[str, Any], data: Data, seeds: int = 1, sweep: Sweep | None = None
+) -> list[Assignment]:
+    trains = {category: split.train for category, split in opened.items()}
+    where: dict[str, Any] = dict(source=_place(data.source), output=data.output, overwrite=data.overwrite)
+    return assign(settings, trains, seeds=seeds, unified=data.unified, sweep=sweep, **where)
+
+
 def _fit(
-    settings: Settings,
-    opened: dict[str, Any],
+    assignments: list[Assignment],
     data: Data,
-    argv: list[str],
+    command: list[str],
     frozen: Any,
-    seeds: int = 1,
     cache: EmbeddingCache | None = None,
     sweep: Sweep | None = None,
 ) -> list[FittedGroup]:
-    """Fits all categories and seeds."""
-    source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
-    read = {"source": source, "mask_threshold": data.mask_threshold, "group_by": data.group_by}
-    recipe = read | {"command": shlex.join(["jaxad", *argv])}
+    read = {"source": _place(data.source), "mask_threshold": data.mask_threshold, "group_by": data.group_by}
     checkpoint = Checkpoint(data.output, data.checkpoint_seconds)
     return fit_all(
-        settings,
-        {category: split.train for category, split in opened.items()},
-        output=data.output,
-        recipe=recipe,
+        assignments,
+        recipe=read | {"command": shlex.join(["jaxad", *command])},
         frozen=frozen,
-        seeds=seeds,
-        unified=data.unified,
         devices=None if data.distributed else data.devices,
         execution=Execution(classes_per_step=data.classes_per_step, cache=cache, checkpoint=checkpoint),
         sweep=sweep,
+        overwrite=data.overwrite,
     )
 
 
@@ -312,10 +336,11 @@ def _on_virtual_devices(devices: int, argv: Sequence[str]) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-m", "jaxad", *argv]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout, end="")
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with undoing(process.kill):
+        print(process.communicate()[0], end="")
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def _print_plan(plan: Plan, settings: Settings) -> None:

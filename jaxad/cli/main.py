@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 import jaxad
+from jaxad import interruption
 from jaxad.cli import streams
 from jaxad.driver import distributed
-from jaxad.progress import interrupt, say, uninterrupted, write_line
+from jaxad.progress import say, write_line
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -34,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # XLA calls it from all of its own threads at once
     if argv is None:
         streams.prepare()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        signal.signal(signal.SIGINT, interrupt)
+        interruption.watch()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()
     except KeyboardInterrupt:
+        interruption.end_if_received()
         return _fail("interrupted", 128 + signal.SIGINT)
     except (RuntimeError, AssertionError) as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
@@ -59,16 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename == "stdout":
             streams.discard(sys.stdout.fileno())
         return refuse(error)
+    finally:
+        interruption.end_if_received()
 
 
 def refuse(error: ValueError | OSError) -> int:
     """Prints in one line what is wrong with the input, and returns the exit code; with JAXAD_DEBUG raises the error."""
     if os.environ.get("JAXAD_DEBUG"):
         raise error
-    message = str(error)
+    return _fail(f"error: {one_line(error)}", 2)
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong, in one line."""
+    message = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return _fail(f"error: {' '.join(message.split())}", 2)
+    return " ".join(message.split())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -87,12 +95,11 @@ def _dispatch(argv: list[str]) -> int:
         from jaxad.cli.options import arguments
 
         function, parsed = arguments(name, rest)
-        with uninterrupted():
-            commands = importlib.import_module("jaxad.cli.commands")
-            from jaxad.backbones.store import programs_dir
-            from jaxad.driver.program import keep_compiled
+        commands = importlib.import_module("jaxad.cli.commands")
+        from jaxad.backbones.store import programs_dir
+        from jaxad.driver.program import keep_compiled
 
-            keep_compiled(programs_dir())
+        keep_compiled(programs_dir())
         if not os.environ.get("JAXAD_DEBUG"):
             for library in ("absl", "matplotlib"):
                 logging.getLogger(library).setLevel(logging.CRITICAL)  # they raise what concerns users

@@ -41,6 +41,7 @@ class Data:
         unified: One model for all classes: OUTPUT/METHOD/DATASET/unified.
         classes_per_step: Classes in memory at the same time; None: as many as fit.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
+        overwrite: Replace runs there of other images, too; without, such are refused before any work.
         preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
         checkpoint_seconds: Least time between two checkpoints, from which a killed run resumes.
         devices: How many devices share the work, classes first, then the images and patches of a class.
@@ -58,6 +59,7 @@ class Data:
     unified: bool = False
     classes_per_step: int | None = None
     output: Path = Path("runs")
+    overwrite: bool = False
     preset: Literal["paper"] | None = None
     checkpoint_seconds: float = 60.0
     devices: int = 1

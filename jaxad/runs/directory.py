@@ -1,14 +1,12 @@
 """Where runs lie, and what they say about themselves; one fit at a time in each."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,39 @@ import jaxad
 from jaxad import files
 from jaxad.data import Dataset
 from jaxad.driver.memory import peak_bytes
+from jaxad.interruption import undoing
 from jaxad.learning import Model
 from jaxad.progress import say
 from jaxad.settings import Settings
 
-
-def directory(output: Path, settings: Settings, data: Dataset) -> Path:
-    """Where the run of a method on a category lies."""
-    return output / settings.method / segment(data.name) / segment(data.category)
+RESULTS = ("examples.npz", "scores.jsonl", "scores.csv", "metrics.json")
+"""What an evaluation writes, in this order; it belongs to an older model as soon as a new one is there."""
+SCORES = ("overlays", "maps", "scores.jsonl", "scores.csv")
+"""What a scoring writes, in this order."""
+ORIGIN = "scores.json"
+"""Says what the scores in a folder are of."""
+UNIFIED = "unified"
+"""The category of a model for all categories."""
+RESERVED = {
+    UNIFIED,
+    "checkpoint",
+    "scores",
+    "model.safetensors",
+    "model.json",
+    "threshold.json",
+    "recipe.json",
+    *RESULTS,
+}
+"""What may lie beside the folders of categories."""
 
 
 def segment(name: str) -> str:
-    """A name as one part of a path."""
-    return re.sub(r"[/\\:]+", "_", name).strip(". ") or "_"
+    """A name as one part of a path: no two names have the same one, and none has a name in `RESERVED`.
+
+    Characters that no path or not every file system has are percent-encoded: `M8/zinc` is `M8%2Fzinc`.
+    """
+    unsafe = r'[%/\\:*?"<>|\x00-\x1f\x7f]|^[. ]|[. ]$' + ("|^." if name.casefold() in RESERVED else "")
+    return re.sub(unsafe, lambda match: f"%{ord(match[0]):02X}", name) or "%"
 
 
 def find(paths: Sequence[Path], file: str) -> list[Path]:
@@ -44,7 +62,7 @@ def find(paths: Sequence[Path], file: str) -> list[Path]:
         raise ValueError("give one or more run directories, such as runs/patchcore/demo")
     runs: dict[Path, None] = {}
     for path in paths:
-        hits = [hit.parent for hit in sorted(path.rglob(file)) if "checkpoint" not in hit.relative_to(path).parts]
+        hits = [hit.parent for hit in sorted(path.rglob(file)) if not _in_checkpoint(hit)]
         outermost = [
             hit for hit in hits if not any(hit in other.parents for other in hits)
         ]  # no parts of unified models
@@ -52,6 +70,10 @@ def find(paths: Sequence[Path], file: str) -> list[Path]:
             raise FileNotFoundError(f"no run in {path}: give a directory that `jaxad fit` wrote")
         runs |= dict.fromkeys(outermost)
     return list(runs)
+
+
+def _in_checkpoint(path: Path) -> bool:
+    return any(parent.name == "checkpoint" and (parent / "fingerprint").is_file() for parent in path.parents)
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
@@ -64,20 +86,110 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     return recipe
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes from fitting into the same directory."""
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def check_owner(folder: Path, names: Iterable[str], said_in: str, owner: Mapping[str, str | None]) -> None:
+    """Refuses to replace what was made of something else, or of what nobody knows.
+
+    Args:
+        folder: Where it lies.
+        names: Its files and folders.
+        said_in: The JSON file in `folder` that says what it was made of.
+        owner: What would replace it is made of; paths are the same where links lead to the same file.
+
+    Raises:
+        ValueError: It was made of something else.
+    """
+    if not any(os.path.lexists(folder / name) for name in names):
+        return
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):
+        earlier = files.read_json(folder / said_in)
+    for key, value in owner.items():
+        there = earlier.get(key)
+        if there != value and (not there or not value or os.path.realpath(str(there)) != os.path.realpath(value)):
+            of = f"of another {key}, {there}" if there else "of unknown origin"
             raise ValueError(
-                f"another process is fitting into {run_dir}: wait for it, or give another output"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
+                f"{folder} holds results {of}: replace them with --overwrite, or give another folder with --output"
+            )
+
+
+def locked(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes from fitting into the same directory, and from evaluating what is in it."""
+    return files.locked(
+        run_dir,
+        f"another process is fitting into {run_dir}: wait for it, or for its evaluation, or give another output",
+    )
+
+
+@contextlib.contextmanager
+def scoring(
+    output: Path, run_dir: Path, model: tuple[int, int] | None, images: Mapping[str, str], overwrite: bool
+) -> Iterator[Path]:
+    """Yields a folder for scores, which replace the earlier ones in `output` as a whole if the block succeeds.
+
+    Args:
+        output: Created where missing.
+        run_dir: Where the model is.
+        model: Its `version`.
+        images: Their "source" and "category".
+        overwrite: Replace the scores of another model, or of other images, too.
+
+    Raises:
+        ValueError: There are such scores, another process writes to `output`, or the model was replaced meanwhile.
+    """
+    inside = output.absolute().is_relative_to(run_dir.absolute())  # then both may be moved
+    origin = {"run": os.path.relpath(run_dir, output) if inside else str(run_dir.absolute()), **images}
+    created = files.missing_folders(output)
+    output.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is scoring into {output}: wait for it, or give another folder with --output"
+    with files.locked(output, busy), undoing(lambda: files.remove_empty(created)):
+        if not overwrite:
+            check_owner(output, SCORES, ORIGIN, origin)
+        with files.staging(output, SCORES) as stage:
+            yield stage
+            files.write_json(stage / ORIGIN, origin)
+            if version(run_dir) != model:
+                raise ValueError(f"the model in {run_dir} was replaced while it scored: score again")
+
+
+def scores_folder(run_dir: Path, source: str) -> Path:
+    """Where the scores of a source go if nothing else is said; a link there gives way to a folder."""
+    folder = run_dir / "scores" / segment(source)
+    if folder.is_symlink():
+        folder.unlink()
+    return folder
+
+
+def version(run_dir: Path) -> tuple[int, int] | None:
+    """What changes when another model replaces the one in a run directory; None where there is none."""
+    try:
+        status = os.stat(run_dir / "model.json")
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def forget_results(run_dir: Path) -> None:
+    """Deletes what came of the model in a run directory: evaluations, also of single categories, and scores."""
+    for name in RESULTS:
+        files.remove(run_dir / name)
+    forget_parts(run_dir)
+    for path in run_dir.glob("scores/*/scores.csv"):
+        _forget(path.parent, (*SCORES, ORIGIN))
+    files.remove_empty([run_dir / "scores"])
+
+
+def forget_parts(run_dir: Path, kept: Container[Path] = ()) -> None:
+    """Deletes the evaluations of a unified model on single categories, but for some folders."""
+    for path in run_dir.glob("*/recipe.json"):
+        if path.parent not in kept and version(path.parent) is None:
+            _forget(path.parent, (*RESULTS, "recipe.json"))
+
+
+def _forget(folder: Path, names: Iterable[str]) -> None:
+    if not folder.is_symlink():
+        for name in names:
+            files.remove(folder / name)
+        files.remove_empty([folder])
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -86,16 +198,23 @@ def has_state(checkpoint: Path) -> bool:
     return any(entry.name.isdigit() for entry in state.glob("classes_*/*"))
 
 
-def resume(checkpoint: Path, fingerprint: str) -> None:
-    """Keeps the checkpoint of the very same fit, and deletes any other."""
+def resume(checkpoint: Path, fingerprint: str, source: str | None = None, overwrite: bool = False) -> None:
+    """Keeps the checkpoint of the very same fit; deletes one of other settings, and with `overwrite` of other images.
+
+    Raises:
+        ValueError: A fit of another source can be resumed from it.
+    """
     mark = checkpoint / "fingerprint"
-    if mark.is_file() and mark.read_text() == fingerprint:
+    if not checkpoint.is_symlink() and mark.is_file() and mark.read_text() == fingerprint:
         if has_state(checkpoint):
             say(f"resuming from {checkpoint}")
         return
+    if has_state(checkpoint) and not overwrite:
+        check_owner(checkpoint, ("state",), "origin.json", {"source": source})
     if checkpoint.exists():
         say(f"{checkpoint} belongs to other settings or data: deleted")
-        shutil.rmtree(checkpoint)
+    files.remove(checkpoint)
+    files.write_json(checkpoint / "origin.json", {"source": source})
     files.write_atomically(mark, fingerprint)
 
 

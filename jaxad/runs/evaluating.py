@@ -1,5 +1,6 @@
 """Evaluating fitted runs on labeled test images."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxad.progress import Bars
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.tables import Row
 from jaxad.runs import directory
-from jaxad.runs.fitting import UNIFIED, FittedGroup, Run, title
+from jaxad.runs.fitting import FittedGroup, Run, title
 from jaxad.runs.scoring import score_files
 
 
@@ -33,7 +34,7 @@ def evaluate_group(
 ) -> dict[Path, Row]:
     """Evaluates what `fit_all` fitted on the test images of each category; arguments as for `evaluate_runs`."""
     execution = group.execution._replace(cache=cache)
-    if UNIFIED in {run.category for run in group.runs} and UNIFIED not in opened:
+    if group.runs[0].unified:
         parts = [evaluate_unified(run, opened, source=source, execution=execution) for run in group.runs]
         return {path: row for part in parts for path, row in part.items()}
     tests = [test for run in group.runs if (test := opened[run.category].test)]
@@ -42,15 +43,19 @@ def evaluate_group(
 
 
 def evaluate_unified(run: Run, opened: Mapping[str, Split], **options: Any) -> dict[Path, Row]:
-    """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`."""
+    """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`.
+
+    Earlier evaluations on other categories are deleted: the report would show them side by side.
+    """
     rows = {}
     for category, splits in opened.items():
         assert splits.test is not None
         folder = run.directory / directory.segment(category)
-        if is_first():
-            files.write_json(folder / "recipe.json", directory.read_recipe(run.directory) | {"category": category})
-        for row in evaluate_runs([run._replace(category=category, directory=folder)], [splits.test], **options):
+        part = run._replace(category=category, directory=folder, model=run.directory)
+        for row in evaluate_runs([part], [splits.test], **options):
             rows[folder] = row
+    if is_first():
+        directory.forget_parts(run.directory, rows)
     return rows
 
 
@@ -77,11 +82,31 @@ def evaluate_runs(
         execution: Devices and cache.
 
     Raises:
-        ValueError: A category has no image with a label.
+        ValueError: A category has no image with a label, or for an oracle not both kinds; or another process fits into
+            a run directory, or evaluates it.
     """
     for test in tests:
         if not (test.labels >= 0).any():
             raise ValueError(f"evaluation needs labels, got none in {source}: `jaxad score` scores without")
+        if oracle:
+            oracle_threshold(np.zeros(len(test))[test.labels >= 0], test.labels[test.labels >= 0])
+    with contextlib.ExitStack() as stack:
+        for run in runs if is_first() else ():
+            model = run.model or run.directory
+            stack.enter_context(directory.locked(model))
+            if run.version not in (None, directory.version(model)):
+                raise ValueError(f"the model in {model} was replaced meanwhile: evaluate again")
+        return _evaluate_all(runs, tests, source, learned, oracle, execution)
+
+
+def _evaluate_all(
+    runs: Sequence[Run],
+    tests: Sequence[Dataset],
+    source: str,
+    learned: Learned | None,
+    oracle: bool,
+    execution: Execution,
+) -> list[Row]:
     started, compiled = time.perf_counter(), compile_seconds()
     image_scores = [np.empty(len(test)) for test in tests]
     heat_maps: list[np.ndarray | None] = [None] * len(tests)
@@ -132,7 +157,6 @@ def _evaluate(
     labeled_maps, truth = (None if pixel is None else pixel[labeled] for pixel in (maps, masks))
     report = evaluate(scores[labeled], labels[labeled], labeled_maps, truth)
 
-    (run.directory / "metrics.json").unlink(missing_ok=True)
     image_threshold, pixel_threshold = detector.image_threshold, detector.pixel_threshold
     oracle_thresholds = None
     if oracle:
@@ -147,11 +171,9 @@ def _evaluate(
         largest = maps[labels == 0].max((1, 2))
         rate = decisions.binomial_rate(int((largest > pixel_threshold.value).sum()), len(largest))
         at_threshold["pixel"] = {"threshold": pixel_threshold.value, "FPR": decisions.rate_to_json(rate)}
-    with score_files(run.directory, image_threshold) as write:
-        for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
-            write(*row)
-    _save_examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
-    recipe: dict[str, Any] = directory.read_recipe(run.directory)
+    recipe: dict[str, Any] = directory.read_recipe(run.model or run.directory)
+    if run.model:
+        recipe["category"] = run.category
     if not recipe and detector.model is not None:
         recipe = directory.recipe(detector.settings, detector.model, test) | {"source": source}
     recipe["seconds"] |= seconds
@@ -159,7 +181,6 @@ def _evaluate(
         "images_per_second": 1 / seconds["score_per_image"],
         "peak_bytes": max(recipe["peak_bytes"], peak_bytes()),
     }
-    files.write_json(run.directory / "recipe.json", recipe)
     metrics = {
         "metrics": report.values,
         "reasons": report.reasons,
@@ -170,26 +191,33 @@ def _evaluate(
         "at_threshold": at_threshold,
         "source": source,
     }
-    files.write_json(run.directory / "metrics.json", metrics)
+    with files.staging(run.directory, directory.RESULTS) as stage:
+        with score_files(stage, image_threshold) as write:
+            for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
+                write(*row)
+        examples = _examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
+        save_examples(stage, examples)
+        files.write_json(stage / "recipe.json", recipe)
+        files.write_json(stage / "metrics.json", metrics)
     name = f"{detector.settings.method} {run.variant}".rstrip()
     row = Row(name, recipe["dataset"], recipe["category"], report.values, report.reasons, detector.settings.seed)
     return row._replace(threshold=image_threshold, decisions=decided)
 
 
-def _save_examples(
+def _examples(
     run: Run,
     test: Dataset,
     scores: np.ndarray,
     maps: np.ndarray | None,
     masks: np.ndarray | None,
     threshold: float | None,
-) -> None:
+) -> Examples:
     """The images that the report shows."""
     chosen = choose_examples(scores, test.labels, threshold)
     limits = run.detector.color_limits()
     if limits is None and maps is not None:
         limits = float(np.median(maps)), float(maps.max())
-    examples = Examples(
+    return Examples(
         image=test.images(chosen),
         path=[test.paths[i] for i in chosen],
         label=test.labels[chosen],
@@ -198,4 +226,3 @@ def _save_examples(
         map=None if maps is None else maps[chosen],
         limits=limits,
     )
-    save_examples(run.directory, examples)

@@ -25,18 +25,15 @@ from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import fetch, is_first, make_mesh, mesh_shape, wait_for_all
 from jaxad.driver.plan import Plan
+from jaxad.interruption import undoing, whole
 from jaxad.learning import Learned, Model, Sweep, leakage, learn, load_photographs, plan
 from jaxad.metrics.guarantees import shortfall, statement
 from jaxad.progress import Bars, say
 from jaxad.runs import directory
 from jaxad.settings import Settings
 
-RESULTS = ("metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
-"""What belongs to an older model as soon as a new one is there."""
 MAX_SIZE_RATIO = 2
 """The largest category of a program has at most so many times the images of the smallest, which is padded to it."""
-UNIFIED = "unified"
-"""The category of a model for all categories."""
 
 
 class Job(NamedTuple):
@@ -48,6 +45,15 @@ class Job(NamedTuple):
     """Its normal images."""
     variant: str = ""
     """In a sweep NAME=VALUE."""
+    unified: bool = False
+    """Whether it is one for all categories."""
+
+
+class Assignment(NamedTuple):
+    """Jobs that share a program, and where their models go."""
+
+    jobs: Sequence[Job]
+    run_dirs: Sequence[Path]
 
 
 class Run(NamedTuple):
@@ -56,7 +62,13 @@ class Run(NamedTuple):
     detector: Detector
     category: str
     directory: Path
+    """Where evaluations go."""
     variant: str = ""
+    unified: bool = False
+    model: Path | None = None
+    """Where the detector is, if not in `directory`."""
+    version: tuple[int, int] | None = None
+    """Of the files that it was loaded from (`directory.version`)."""
 
 
 class FittedGroup(NamedTuple):
@@ -67,48 +79,82 @@ class FittedGroup(NamedTuple):
     execution: Execution
 
 
-def fit_all(
+def assign(
     settings: Settings,
     trains: Mapping[str, Dataset],
     *,
     output: Path,
-    recipe: dict[str, Any],
-    frozen: Frozen,
+    source: str | None = None,
     seeds: int = 1,
     unified: bool = False,
-    devices: int | None = 1,
-    execution: Execution = Execution(),
     sweep: Sweep | None = None,
-) -> list[FittedGroup]:
-    """Fits a method to every category with every seed; categories of similar numbers of images share a program.
+    overwrite: bool = False,
+) -> list[Assignment]:
+    """What `fit_all` fits, before any work begins.
 
     Args:
         settings: What to fit; their seed is the first.
-        trains: The normal images by category.
+        trains: The normal images by category; those of similar numbers of images share a program.
         output: Folder of the runs; of several seeds, each has one of its own in it.
-        recipe: As for `fit_runs`.
-        frozen: As for `fit_runs`.
+        source: What they were read from.
         seeds: Repetitions.
         unified: One model for all categories instead of one for each.
-        devices: How many share the work; None: all of all processes.
-        execution: As for `fit_runs`; its mesh follows from `devices`.
         sweep: A hyperparameter and its values; each has a folder of its own in `output`.
+        overwrite: As for `fit_runs`.
 
     Raises:
-        ValueError: There are not as many devices, or the hyperparameter cannot be swept.
+        ValueError: A run directory holds a model of other images.
     """
-    if unified and len(trains) > 1:
-        recipe = recipe | {"dataset": f"{next(iter(trains.values())).name} (unified)", "unified": True}
-    groups = []
+    assignments = []
     for jobs in job_groups(settings, trains, seeds, unified, sweep):
+        run_dirs = []
+        for job in jobs:
+            seed, category = f"seed{job.settings.seed}" if seeds > 1 else "", directory.segment(job.category)
+            name = directory.UNIFIED if job.unified else category
+            run_dirs.append(output / seed / job.variant / settings.method / directory.segment(job.data.name) / name)
+            if not overwrite:
+                _check_owner(job, run_dirs[-1], source)
+        assignments.append(Assignment(jobs, run_dirs))
+    return assignments
+
+
+def _check_owner(job: Job, run_dir: Path, source: str | None) -> None:
+    owner = {"source": source, "category": job.data.category}
+    directory.check_owner(run_dir, ("model.json",), "recipe.json", owner)
+
+
+def fit_all(
+    assignments: Sequence[Assignment],
+    *,
+    recipe: dict[str, Any],
+    frozen: Frozen,
+    devices: int | None = 1,
+    execution: Execution = Execution(),
+    sweep: Sweep | None = None,
+    overwrite: bool = False,
+) -> list[FittedGroup]:
+    """Fits a method to every category with every seed.
+
+    Args:
+        assignments: Of `assign`.
+        recipe: As for `fit_runs`.
+        frozen: As for `fit_runs`.
+        devices: How many share the work; None: all of all processes.
+        execution: As for `fit_runs`; its mesh follows from `devices`.
+        sweep: As for `assign`.
+        overwrite: As for `fit_runs`.
+
+    Raises:
+        ValueError: There are not as many devices, or the hyperparameter cannot be swept; and all of `fit_runs`.
+    """
+    groups = []
+    for jobs, run_dirs in assignments:
         grouped = execution._replace(mesh=_mesh(devices, len(jobs)))
-        folders = [output / (f"seed{job.settings.seed}" if seeds > 1 else "") / job.variant for job in jobs]
-        run_dirs = [
-            directory.directory(folder, job.settings, job.data) for folder, job in zip(folders, jobs, strict=True)
-        ]
-        learned = fit_runs(jobs, run_dirs, recipe, frozen=frozen, execution=grouped, sweep=sweep)
+        options: dict[str, Any] = dict(frozen=frozen, execution=grouped, sweep=sweep, overwrite=overwrite)
+        union = {"dataset": f"{jobs[0].data.name} (unified)", "unified": True} if jobs[0].unified else {}
+        learned = fit_runs(jobs, run_dirs, recipe | union, **options)
         runs = [
-            Run(Detector.from_settings(job.settings, model, frozen), job.category, run_dir, job.variant)
+            Run(Detector.from_settings(job.settings, model, frozen), job.category, run_dir, job.variant, job.unified)
             for job, model, run_dir in zip(jobs, learned.models, run_dirs, strict=True)
         ]
         groups.append(FittedGroup(runs, learned, grouped))
@@ -124,7 +170,7 @@ def plan_all(
     devices: int | None = 1,
     execution: Execution = Execution(),
 ) -> list[Plan]:
-    """The memory of what `fit_all` will fit, with the same arguments; one plan for every program.
+    """The memory of what `fit_all` fits; one plan for every program. Arguments as for `assign` and `fit_all`.
 
     Raises:
         ValueError: As for `fit_all`.
@@ -148,13 +194,14 @@ def job_groups(
     settings: Settings, trains: Mapping[str, Dataset], seeds: int, unified: bool, sweep: Sweep | None
 ) -> Iterator[list[Job]]:
     """The jobs that share a program: of categories with images of one size and of similar numbers."""
-    if unified and len(trains) > 1:
-        trains = {UNIFIED: unite(list(trains.values()), UNIFIED)}
+    unified = unified and len(trains) > 1
+    if unified:
+        trains = {directory.UNIFIED: unite(list(trains.values()), directory.UNIFIED)}
     variants = [(settings, "")]
     if sweep:
         variants = [(settings.varied(sweep.name, value), f"{sweep.name}={value}") for value in sweep.values]
     jobs = [
-        Job(dataclasses.replace(varied, seed=settings.seed + seed), category, train, variant)
+        Job(dataclasses.replace(varied, seed=settings.seed + seed), category, train, variant, unified)
         for seed, (category, train), (varied, variant) in itertools.product(range(seeds), trains.items(), variants)
     ]
     smallest: dict[str, str] = {}
@@ -176,6 +223,7 @@ def fit_runs(
     frozen: Frozen,
     execution: Execution = Execution(),
     sweep: Sweep | None = None,
+    overwrite: bool = False,
 ) -> Learned:
     """Fits models to a category each, all in one program, and writes their run directories.
 
@@ -184,33 +232,29 @@ def fit_runs(
 
     Args:
         jobs: What to fit; their settings differ in their seeds at most, or in the value that is swept.
-        run_dirs: Created where missing; an older run in one is replaced.
+        run_dirs: Created where missing; an older run of the same images in one is replaced, with all that came of it.
         recipe: What the caller knows of the runs: source, mask_threshold, group_by, command.
         frozen: Pretrained weights.
         execution: How; of its checkpoint only the seconds count.
         sweep: As for `jaxad.learning.learn`.
+        overwrite: Replace runs of other images, too.
 
     Raises:
-        ValueError: Another process is fitting into one of the directories; and all of `learn`.
+        ValueError: Another process is fitting into one of the directories, or one holds a model of other images; and
+            all of `learn`.
     """
     settings, datasets = [job.settings for job in jobs], [job.data for job in jobs]
     common = run_dirs[0] if len(run_dirs) == 1 else Path(os.path.commonpath(run_dirs))
-    folders = dict.fromkeys(folder for run_dir in (*run_dirs, common) for folder in (run_dir, *run_dir.parents))
-    created = sorted((folder for folder in folders if not folder.exists()), key=lambda path: -len(path.parts))
     checkpoint, name, size = common / "checkpoint", title(settings[0], datasets), datasets[0].image_size
     seconds = execution.checkpoint.seconds if execution.checkpoint else Checkpoint("").seconds
     signs: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         if is_first():
-            for run_dir in run_dirs:
-                run_dir.mkdir(parents=True, exist_ok=True)
-            for folder in dict.fromkeys((common, *run_dirs)):
-                stack.enter_context(directory.locked(folder))
-                for abandoned in folder.glob(".*.tmp"):
-                    abandoned.unlink()
-        try:
+            stack.enter_context(_claimed(jobs, run_dirs, common, recipe.get("source"), overwrite))
+        with undoing(lambda: _abandon(checkpoint)):
             if is_first():
-                directory.resume(checkpoint, directory.fingerprint(settings, datasets))
+                mark = directory.fingerprint(settings, datasets)
+                directory.resume(checkpoint, mark, recipe.get("source"), overwrite)
                 signs = {job.category: warning for job in jobs if (warning := leakage(job.settings, job.data))}
                 if signs:
                     say(f"{name}: warning: {', '.join(signs)}: {next(iter(signs.values()))}")
@@ -232,24 +276,53 @@ def fit_runs(
                     written = directory.recipe(job.settings, model, job.data) | shared | recipe
                     written["warning"] = signs.get(job.category)
                     files.write_json(checkpoint / f"model{i}" / "recipe.json", written)
-        except BaseException:
-            if is_first() and not directory.has_state(checkpoint):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-                files.remove_empty(created)
-            raise
         if is_first():
-            _publish(checkpoint, run_dirs)
+            with whole():
+                _publish(checkpoint, run_dirs)
     wait_for_all("fitted")
     for line in _summary(learned.models):
         say(f"{name}: {line}")
     return learned
 
 
+@contextlib.contextmanager
+def _claimed(
+    jobs: Sequence[Job], run_dirs: Sequence[Path], common: Path, source: str | None, overwrite: bool
+) -> Iterator[None]:
+    """Makes the run directories, keeps them for this process, and deletes those that stay empty."""
+    created = {folder for run_dir in (*run_dirs, common) for folder in files.missing_folders(run_dir)}
+    for run_dir in run_dirs:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    if len({(status.st_dev, status.st_ino) for status in map(os.stat, run_dirs)}) < len(run_dirs):
+        names = ", ".join(dict.fromkeys(job.category for job in jobs))
+        raise ValueError(
+            f"each category needs a folder of its own, but two of {names} have the same one in {common}: fit them one "
+            "by one (--category), each with another --output"
+        )
+    innermost = sorted(created, key=lambda path: -len(path.parts))
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys((common, *run_dirs)):
+            stack.enter_context(directory.locked(folder))
+        stack.enter_context(undoing(lambda: files.remove_empty(innermost)))
+        for folder in (common, *run_dirs):
+            files.remove_abandoned(folder)
+        for job, run_dir in zip(jobs, run_dirs, strict=True):
+            if not overwrite:
+                _check_owner(job, run_dir, source)
+        yield
+
+
+def _abandon(checkpoint: Path) -> None:
+    """Deletes the checkpoint of a fit that ends early, unless it can be resumed."""
+    if is_first() and not directory.has_state(checkpoint):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def _publish(checkpoint: Path, run_dirs: Sequence[Path]) -> None:
     """Moves the finished models into their run directories."""
     for i, run_dir in enumerate(run_dirs):
-        for name in ("model.json", *RESULTS):
-            (run_dir / name).unlink(missing_ok=True)
+        (run_dir / "model.json").unlink(missing_ok=True)
+        directory.forget_results(run_dir)
         for name in ("recipe.json", "threshold.json", "model.safetensors", "model.json"):
             os.replace(checkpoint / f"model{i}" / name, run_dir / name)
     shutil.rmtree(checkpoint)

@@ -36,7 +36,8 @@ def score_run(
     Args:
         detector: Fitted.
         data: The images.
-        output: Receives scores.csv and scores.jsonl; overlays/ and maps/ where asked for, in the images' own folders.
+        output: A folder of `directory.scoring`. Receives scores.csv and scores.jsonl; overlays/ and maps/ where asked
+            for, in the images' own folders.
         root: The folder that these folders are relative to; None where the images are no files.
         labeled: Whether the labels of `data` are real; else they are left empty.
         overlays: Write PNGs of the images with the heat map over them, in colors that mean the same in every image.
@@ -55,14 +56,13 @@ def score_run(
         i, heat_map = job
         heat_map = to_original(heat_map, data.original_size(i), data.preprocess)
         if maps:
-            save_tiff(stage / "maps" / f"{names[i]}.tiff", heat_map)
+            save_tiff(output / "maps" / f"{names[i]}.tiff", heat_map)
         if overlays and limits is not None:
-            save_png(stage / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat_map, *limits))
+            save_png(output / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat_map, *limits))
 
     anomalous = 0
     with (
-        files.staging(output) as stage,
-        score_files(stage, detector.image_threshold) as write,
+        score_files(output, detector.image_threshold) as write,
         Bars(title(detector.settings, [data])) as bars,
     ):
         for rows, scores in detector.score(data, Execution(progress=bars)):

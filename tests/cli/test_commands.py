@@ -1,5 +1,6 @@
 """The commands from end to end on tiny images."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,13 +14,14 @@ from PIL import Image
 
 import jaxad
 from jaxad import files, methods
-from jaxad.cli import main
+from jaxad.cli import commands, main
 from jaxad.data import Arrays, Dataset, open_data
 from jaxad.driver.execution import Execution
 from jaxad.learning import load_frozen
 from jaxad.methods import METHODS
 from jaxad.report.runs import load_run
 from jaxad.runs import directory as rundir
+from jaxad.runs.benchmarking import unsuited
 from jaxad.runs.fitting import Job, fit_runs, job_groups, shared_caches
 from jaxad.settings import Settings
 from tests.cli.images import MODEL, files_below, read_csv, save_image
@@ -227,6 +229,46 @@ def test_a_benchmark_of_all_methods_leaves_out_those_that_the_backbone_does_not_
     messages = capsys.readouterr().err
     assert "without efficientad: efficientad learns from photographs of other things" in messages
     assert "without stfpm: " in messages and sorted(path.name for path in tmp_path.iterdir()) == ["padim"]
+
+
+def test_the_error_of_one_method_does_not_cost_the_others(
+    mvtec: Path,
+    backbone_options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def failing(assignments, **options):
+        if assignments[0].jobs[0].settings.method == "spade":
+            raise RuntimeError("RESOURCE_EXHAUSTED:\nout of memory")
+        return fit_all(assignments, **options)
+
+    fit_all = commands.fit_all
+    monkeypatch.setattr(commands, "fit_all", failing)
+    command = ["benchmark", str(mvtec), *backbone_options, "--output", str(tmp_path), "--methods", "stfpm"]
+    assert main([*command, "spade", "padim"]) == 1
+    table, messages = capsys.readouterr()
+    lines = messages.splitlines()
+    assert lines[0].startswith("without stfpm: the backbone must be a ResNet")  # before anything runs
+    assert "jaxad: error: spade: RuntimeError: RESOURCE_EXHAUSTED: out of memory" in lines
+    assert "padim" in table and "spade" not in table and [path.name for path in tmp_path.iterdir()] == ["padim"]
+    with pytest.raises(RuntimeError):
+        main([*command, "spade"])  # there is no other
+    assert main(command) == 2 and main([*command, "padm"]) == 2
+    assert "no method is called 'padm'" in capsys.readouterr().err
+
+
+def test_methods_that_the_weights_do_not_suit_are_known_before(mvtec: Path, backbone_options: tuple[str, ...]):
+    options = {"weights": backbone_options[3], "image_size": 64}
+    deep, shallow = (Settings.of("mahalanobis_ad", layers=(layer,), **options) for layer in ("layer3", "layer1"))
+    frozen = load_frozen(deep)
+    weights = {deep.backbone: frozen | {"params": {name: frozen["params"][name] for name in ("conv1", "conv2")}}}
+    trains = [splits.train for splits in open_data(mvtec, preprocess=deep.preprocess).values()]
+    assert not unsuited([shallow], trains, weights)
+    refusals = unsuited([deep], trains, weights)
+    assert "got layers=('layer3',); choose among them or give complete weights" in str(refusals["mahalanobis_ad"])
+    lost = dataclasses.replace(shallow, weights=(Path("nowhere.safetensors"),))
+    assert "no weights file nowhere" in str(unsuited([lost], trains, {})["mahalanobis_ad"])
 
 
 def test_categories_of_similar_numbers_of_images_share_a_program() -> None:

@@ -14,11 +14,11 @@ import safetensors
 import safetensors.numpy
 
 import jaxad
-from jaxad import artifact
+from jaxad import artifact, files
 from jaxad.cli import main
 from jaxad.runs import directory as rundir
 from jaxad.runs import scoring
-from tests.cli.images import MODEL, files_below
+from tests.cli.images import MODEL, files_below, save_image
 from tests.examples import slow_after
 
 
@@ -145,10 +145,36 @@ def test_a_stopped_score_does_not_touch_the_old_files(
             assert main([*command, str(tmp_path / output)]) in (2, 130)
     assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    (tmp_path / "old" / ".staging").mkdir()  # of a run that was killed
-    (tmp_path / "old" / ".staging" / "half.png").touch()
+    (tmp_path / "old" / files.STAGES[0]).mkdir()  # of a run that was killed
+    (tmp_path / "old" / files.STAGES[0] / "half.png").touch()
+    command.remove("--maps")
     assert main([*command, str(tmp_path / "old")]) == 0
-    assert {path for path in (tmp_path / "old").rglob("*") if path.is_file()} == before.keys()
+    kept = {path for path in before if "maps" not in path.parts}
+    assert {path for path in (tmp_path / "old").rglob("*") if path.is_file()} == kept
+
+
+def test_runs_and_scores_of_other_images_are_refused(
+    flat_run: Path, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also where the folders have the same name; a new model of the same images forgets the old one's scores."""
+    runs, other = tmp_path / "runs", tmp_path / "photos"
+    run_dir = runs / "patchcore" / "photos" / "photos"
+    shutil.copytree(flat_run, run_dir)
+    shutil.copytree(photos, other)
+    before = files_below(runs)
+    fit, score = ["fit", *backbone_options, "--output", str(runs)], ["score", str(run_dir)]
+    assert main([*fit, str(other)]) == 2
+    assert "photos holds results of another source, " in capsys.readouterr().err and files_below(runs) == before
+    for name in ("2024.05.01", "2024.05.02", "day/2024.05.01"):
+        save_image(other / name / "0.png", 0)
+    assert [main([*score, str(other / name)]) for name in ("2024.05.01", "2024.05.02")] == [0, 0]
+    assert main([*score, str(other / "day" / "2024.05.01")]) == 2
+    assert "replace them with --overwrite, or give another folder with --output" in capsys.readouterr().err
+    assert main([*score, str(other / "day" / "2024.05.01"), "--overwrite"]) == 0
+    rows = [(run_dir / "scores" / day / "scores.csv").read_text() for day in ("2024.05.01", "2024.05.02")]
+    assert str(other / "day") in rows[0] and str(other / "2024.05.02") in rows[1]
+    assert main([*fit, str(photos)]) == 0
+    assert files_below(run_dir) == MODEL
 
 
 @pytest.mark.parametrize("number", slow_after(1, [signal.SIGKILL, signal.SIGINT]))
@@ -176,3 +202,26 @@ def test_a_killed_fit_leaves_nothing_half_written(
         assert not any((run_dir / name).exists() for name in MODEL)
     assert main(command) == 0
     assert files_below(run_dir) == MODEL
+
+
+AFTER = [("import", 0.2), ("import", 1), ("import", 3), *(("fit", seconds) for seconds in (0, 0.5, 1, 2, 4, 8))]
+
+
+@pytest.mark.parametrize(("begins", "seconds"), slow_after(1, AFTER))
+def test_ctrl_c_is_one_line_whatever_runs(
+    begins: str, seconds: float, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
+):
+    """While modules are imported, and while programs are compiled and run, which would swallow an exception."""
+    start = "import jaxad.__main__; print('ready', flush=True); jaxad.__main__.main()"
+    command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path / "runs")]
+    options = dict(env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", start, *command], **options) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        while begins == "fit" and not (tmp_path / "runs").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and errors.splitlines()[-1] == "jaxad: interrupted", errors
+    assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
