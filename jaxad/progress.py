@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from jaxad.text import printable
+
 LINE_SECONDS = 5.0
 """Seconds between two lines of progress if stderr is not a terminal."""
 
@@ -18,9 +20,9 @@ def be_silent() -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line and flushes it."""
+    """Prints a line and flushes it; control characters in it are escaped."""
     if not _silent:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ class Bars:
 
             columns = (
                 SpinnerColumn(),
-                TextColumn(title),
+                TextColumn(printable(title).replace("{", "{{").replace("}", "}}"), markup=False),
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[pace]}"),

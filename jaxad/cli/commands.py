@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 from rich.table import Column, Table
+from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
@@ -43,12 +44,14 @@ from jaxad.learning import Sweep, abstract_frozen, check_auxiliary, load_frozen,
 from jaxad.metrics.guarantees import shortfall
 from jaxad.progress import Bars, be_silent, say
 from jaxad.report.html import write_report
+from jaxad.report.runs import read_recipe
 from jaxad.report.tables import Row, decisions_table, metrics_table
 from jaxad.runs import directory
 from jaxad.runs.evaluating import evaluate_group, evaluate_runs, evaluate_unified
 from jaxad.runs.fitting import FittedGroup, Run, fit_all, plan_all, shared_caches
 from jaxad.runs.scoring import open_split, score_run
 from jaxad.settings import Settings
+from jaxad.text import printable
 
 PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "host")
 """What `jaxad estimate` prints of every program."""
@@ -56,7 +59,7 @@ PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "hos
 
 def run(name: str, argv: list[str]) -> None:
     """Runs the command of that name."""
-    if name in ("score", "evaluate", "report"):
+    if name in ("score", "evaluate", "threshold", "report"):
         call(globals()[name], prog=f"jaxad {name}", args=argv)
     else:
         globals()[name](argv)
@@ -164,7 +167,7 @@ def score(
     """
     path = Path(source)
     detector = jaxad.load(run, weights=weights or None)
-    fitted = directory.read_recipe(run).get("category")
+    fitted = read_recipe(run).get("category")
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
     output = output or run / "scores" / directory.segment(path.resolve().stem if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
@@ -198,7 +201,7 @@ def evaluate(
     """
     rows: dict[Path, Row] = {}
     for run_dir in directory.find(run, "model.json"):
-        detector, recipe = jaxad.load(run_dir, weights=weights or None), directory.read_recipe(run_dir)
+        detector, recipe = jaxad.load(run_dir, weights=weights or None), read_recipe(run_dir)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
@@ -227,6 +230,21 @@ def evaluate(
     _report(list(rows), report)
 
 
+def threshold(
+    run: Annotated[Positional[Path], arg(metavar="RUN_DIR")], image: float | None = None, pixel: float | None = None
+) -> None:
+    """Set the thresholds of a fitted run by hand.
+
+    Args:
+        run: A run directory, or what `Detector.save` wrote.
+        image: Image scores above it are anomalous; None keeps the threshold.
+        pixel: Pixel scores above it are anomalous; None keeps the threshold.
+    """
+    changed = directory.set_thresholds(run, image, pixel)._asdict().items()
+    values = [f"{kind} {'none' if pair is None else f'{pair.value:.4g}, {pair.source}'}" for kind, pair in changed]
+    say(f"thresholds of {run}: {'; '.join(values)}")
+
+
 def report(run: Runs, output: Path = Path("report.html")) -> None:
     """Write one HTML page about fitted and evaluated runs.
 
@@ -253,7 +271,7 @@ def weights_list() -> None:
     """List the weights known by name and where they are."""
     table = Table("name", "short", "state", "file or address")
     for entry in available():
-        location = str(entry.path or entry.url or "import a file of it")
+        location = Text(printable(entry.path or entry.url or "import a file of it"))
         table.add_row(entry.name, entry.plain, entry.state, location, style="bold" if entry.path else None)
     print_table(table)
 

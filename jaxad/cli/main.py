@@ -1,4 +1,4 @@
-"""The entry point: `jaxad fit | score | evaluate | benchmark | estimate | report | list | weights`.
+"""The entry point: `jaxad fit | score | evaluate | benchmark | estimate | threshold | report | list | weights`.
 
 Tables go to stdout, everything else to stderr. A user's mistake is one line and exit code 2 (`JAXAD_DEBUG=1` shows the
 traceback), an interruption one line and exit code 130. Only commands that need JAX import it.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jaxad
 from jaxad.driver import distributed
 from jaxad.progress import interrupt, uninterrupted
+from jaxad.text import printable
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -20,6 +21,7 @@ COMMANDS = {
     "evaluate": "Score the test images of fitted runs, print the metrics and keep them for the report.",
     "benchmark": "Fit and evaluate several methods on every category, side by side.",
     "estimate": "Print how much memory a fit needs, without fitting.",
+    "threshold": "Set the thresholds of a fitted run by hand.",
     "report": "Write one HTML page about fitted and evaluated runs.",
     "list": "List the methods and backbones.",
     "weights": "Manage pretrained weights: list, fetch NAME, import FILE.",
@@ -80,7 +82,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"jaxad: {message}", file=sys.stderr, flush=True)
+    print(printable(f"jaxad: {message}"), file=sys.stderr, flush=True)
     if distributed.joined():
         distributed.end(code)  # at exit JAX would wait for the other processes
     return code

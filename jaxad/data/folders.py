@@ -184,6 +184,13 @@ def _check_normal_only(root: Path) -> None:
 
 
 def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
+    try:
+        yield from _records(path, root, columns)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no valid CSV ({error}): save it again") from None
+
+
+def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
     """Reads the records of a CSV file; `columns` maps each field to the name of its column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -191,8 +198,10 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
         raise ValueError(f"{path} must be UTF-8 text, but {error}: save it again as CSV UTF-8") from None
     with io.StringIO(text, newline="") as file:
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
+        reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator, strict=True)
         header = reader.fieldnames or []
+        if len(named := [name for name in header if name]) > len(set(named)):
+            raise ValueError(f"{path} has two columns of one name: its first line is {','.join(header)!r}")
         missing = [columns[key] for key in ("image_path", "label", "split") if columns[key] not in header]
         if missing:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}: its first line is {','.join(header)!r}")
@@ -202,6 +211,8 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
             image, label, split, mask, category, group = cells
             defect = defect_of(label)
             line = f"line {reader.line_num} of {path}"
+            if any(row.get(None) or ()):
+                raise ValueError(f"a line must have no more cells than the first one, in {line}: correct it")
             if not image:
                 raise ValueError(f"image_path must not be empty, in {line}: complete or remove the line")
             if split not in ("train", "test"):

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 
 import jaxad
-from jaxad import files
+from jaxad import artifact, files
 from jaxad.data import Dataset
 from jaxad.driver.memory import peak_bytes
 from jaxad.learning import Model
+from jaxad.metrics.threshold import Thresholds, manual_threshold, pair_from_json, pair_to_json
 from jaxad.progress import say
 from jaxad.settings import Settings
 
@@ -54,14 +55,25 @@ def find(paths: Sequence[Path], file: str) -> list[Path]:
     return list(runs)
 
 
-def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """recipe.json; empty where `Detector.save` wrote the model without one."""
-    path = run_dir / "recipe.json"
-    recipe = files.read_json(path) if path.is_file() else {}
-    missing = {"dataset", "category", "seconds", "peak_bytes"} - recipe.keys() if recipe else ()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: fit again or restore a copy")
-    return recipe
+def set_thresholds(run_dir: Path, image: float | None, pixel: float | None) -> Thresholds:
+    """Replaces the thresholds of a saved model by those of a person; None keeps one as it is.
+
+    Raises:
+        FileNotFoundError: There is no model.
+        ValueError: Nothing is replaced, a value is no finite number, the model is damaged, threshold.json is not that
+            of the model and not replaced as a whole, or a process is fitting into the directory.
+    """
+    if image is None and pixel is None:
+        raise ValueError("give the new thresholds: --image VALUE, --pixel VALUE or both")
+    new = Thresholds(*(None if value is None else manual_threshold(value) for value in (image, pixel)))
+    with locked(run_dir):
+        if None in new:
+            artifact.read_description(run_dir, verify=("threshold.json",))
+            path = run_dir / "threshold.json"
+            old = pair_from_json(files.read_json(path), path)
+            new = Thresholds(new.image or old.image, new.pixel or old.pixel)
+        artifact.save_thresholds(run_dir, pair_to_json(new))
+    return new
 
 
 @contextlib.contextmanager

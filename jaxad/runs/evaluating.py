@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxad import files
 from jaxad.base import Scores
 from jaxad.data import Dataset, Split
 from jaxad.detector import Detector
@@ -22,6 +21,7 @@ from jaxad.metrics import decisions, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
 from jaxad.progress import Bars
 from jaxad.report.examples import Examples, choose_examples, save_examples
+from jaxad.report.runs import read_recipe, write_metrics, write_recipe
 from jaxad.report.tables import Row
 from jaxad.runs import directory
 from jaxad.runs.fitting import UNIFIED, FittedGroup, Run, title
@@ -48,7 +48,7 @@ def evaluate_unified(run: Run, opened: Mapping[str, Split], **options: Any) -> d
         assert splits.test is not None
         folder = run.directory / directory.segment(category)
         if is_first():
-            files.write_json(folder / "recipe.json", directory.read_recipe(run.directory) | {"category": category})
+            write_recipe(folder, read_recipe(run.directory) | {"category": category})
         for row in evaluate_runs([run._replace(category=category, directory=folder)], [splits.test], **options):
             rows[folder] = row
     return rows
@@ -149,7 +149,7 @@ def _evaluate(
         for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
             write(*row)
     _save_examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
-    recipe: dict[str, Any] = directory.read_recipe(run.directory)
+    recipe: dict[str, Any] = read_recipe(run.directory)
     if not recipe and detector.model is not None:
         recipe = directory.recipe(detector.settings, detector.model, test) | {"source": source}
     recipe["seconds"] |= seconds
@@ -157,7 +157,7 @@ def _evaluate(
         "images_per_second": 1 / seconds["score_per_image"],
         "peak_bytes": max(recipe["peak_bytes"], peak_bytes()),
     }
-    files.write_json(run.directory / "recipe.json", recipe)
+    write_recipe(run.directory, recipe)
     metrics = {
         "metrics": report.values,
         "reasons": report.reasons,
@@ -168,7 +168,7 @@ def _evaluate(
         "at_threshold": at_threshold,
         "source": source,
     }
-    files.write_json(run.directory / "metrics.json", metrics)
+    write_metrics(run.directory, metrics)
     name = f"{detector.settings.method} {run.variant}".rstrip()
     row = Row(name, recipe["dataset"], recipe["category"], report.values, report.reasons, detector.settings.seed)
     return row._replace(threshold=image_threshold, decisions=decided)

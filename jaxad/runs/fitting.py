@@ -28,6 +28,7 @@ from jaxad.driver.plan import Plan
 from jaxad.learning import Learned, Model, Sweep, leakage, learn, load_photographs, plan
 from jaxad.metrics.guarantees import shortfall, statement
 from jaxad.progress import Bars, say
+from jaxad.report.runs import write_recipe
 from jaxad.runs import directory
 from jaxad.settings import Settings
 
@@ -231,7 +232,7 @@ def fit_runs(
                     Detector.from_settings(job.settings, model, frozen).save(checkpoint / f"model{i}", state)
                     written = directory.recipe(job.settings, model, job.data) | shared | recipe
                     written["warning"] = signs.get(job.category)
-                    files.write_json(checkpoint / f"model{i}" / "recipe.json", written)
+                    write_recipe(checkpoint / f"model{i}", written)
         except BaseException:
             if is_first() and not directory.has_state(checkpoint):
                 shutil.rmtree(checkpoint, ignore_errors=True)

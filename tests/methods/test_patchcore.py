@@ -60,6 +60,17 @@ def test_paper_scores_do_not_overflow():
     assert np.isfinite(scores.image).all()
 
 
+@pytest.mark.parametrize("size", slow_after(1, [1, 4]))
+def test_paper_scores_of_a_bank_of_one_row_are_not_reweighted(size):
+    """Whether the bank has room for more or not."""
+    official, paper = (patchcore(coreset_size=4, scoring=scoring, **OPTIONS) for scoring in ("official", "paper"))
+    bank = fit(official, TRAIN)
+    one = bank._replace(bank=bank.bank[: 5 - size], size=jnp.int32(1), sketch=None)
+    scores = [jax.jit(method.score)(one, None, TEST).image for method in (official, paper)]
+    np.testing.assert_array_equal(*scores)
+    assert (scores[0] > 0).all()
+
+
 def test_the_coreset_covers_all_patches_within_its_radius():
     method = patchcore(coreset_sampling_ratio=0.25, projection_dim=None, **OPTIONS)
     bank = fit(method, TRAIN)
