@@ -20,7 +20,7 @@ FORMAT = 4
 """Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code, 4 has
 the hashes of the other files in model.json."""
 HASHED = ("model.safetensors", "threshold.json")
-SIZE = items(count(1), 2, 2)
+SIZE = items(number(1, 65535, whole=True), 2, 2)
 DESCRIPTION = record(
     {
         "method": text(),

@@ -232,7 +232,14 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
     saved = artifact.read_description(directory)
     paths = [entry["path"] if Path(entry["path"]).is_file() else None for entry in saved["backbones"]]
     names = [entry["name"] for entry in saved["backbones"]]
-    settings = Settings.from_json(saved, names, paths if weights is None else weights)
+    size = tuple(saved["image_size"])
+    try:
+        settings = Settings.from_json(saved, names, paths if weights is None else weights)
+        method = settings.build(size)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a value of a wrong type may raise anything
+        raise ValueError(f"{directory}/model.json describes no model ({error!r}): {artifact.REMEDY}") from error
     sources = settings.sources()  # none where the method has no backbone
     for wanted, source in zip(saved["backbones"], sources, strict=False):
         if wanted["sha256"] != source["sha256"]:
@@ -240,8 +247,7 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
                 f"the model in {directory} needs the weights {wanted['name']} with the sha256 {wanted['sha256']}, but "
                 f"{source['path']} has {source['sha256']}: give the file that it was fitted with"
             )
-    size = tuple(saved["image_size"])
-    method, frozen = settings.build(size), load_frozen(settings)
+    frozen = load_frozen(settings)
     spec = embedded_spec(method.embed, frozen, saved["n_train"], size)
     state = artifact.load_state(directory, abstract_state(method, frozen, spec))
     path = directory / "threshold.json"

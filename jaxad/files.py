@@ -123,8 +123,13 @@ def write_sealed(path: Path, value: Mapping[str, Any], sha256: Mapping[str, str]
         value: Its content.
         sha256: Of files in the same folder, by their names, as from `digests`.
     """
-    content = _to_json(dict(value)) | {"sha256": dict(sha256)}
-    write_json(path, content | {"checksum": _checksum(content)})
+    write_json(path, seal({**value, "sha256": dict(sha256)}))
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON with the checksum by which `read_sealed` knows it."""
+    content = _to_json(value)
+    return content | {"checksum": _checksum(content)}
 
 
 def read_sealed(path: Path, check: schema.Check, remedy: str) -> dict[str, Any]:
@@ -147,6 +152,7 @@ def read_sealed(path: Path, check: schema.Check, remedy: str) -> dict[str, Any]:
         raise ValueError(f"{path} has no checksum, as those of an older version of jaxad: {remedy}")
     if value.pop("checksum") != _checksum(value):
         raise ValueError(f"{path} was edited or damaged after it was written: {remedy}")
+    schema.mapping(schema.text())(value.get("sha256"), f"sha256 in {path}")
     return value
 
 

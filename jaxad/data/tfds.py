@@ -79,7 +79,7 @@ def read(source: str) -> tuple[str, Iterator[Record]]:
 @contextlib.contextmanager
 def _known_features() -> Iterator[None]:
     """While TFDS reads features.json, it takes none but the classes in `FEATURES`, and imports nothing."""
-    base = tfds.features.FeatureConnector
+    base: Any = tfds.features.FeatureConnector
     original = base.__dict__["cls_from_name"]
 
     def class_of(name: str) -> Any:

@@ -98,7 +98,7 @@ def rate_to_json(rate: Rate) -> dict[str, Any]:
 
 def rate_from_json(fields: Mapping[str, Any]) -> Rate:
     """The inverse of `rate_to_json`, of a `RATE`."""
-    return Rate(**fields | {"value": math.nan if fields["value"] is None else fields["value"]})
+    return Rate(math.nan if fields["value"] is None else fields["value"], fields["low"], fields["high"], fields["n"])
 
 
 def to_json(decisions: Decisions) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def load_examples(run_dir: Path) -> Examples | None:
     if not is_there(path):
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         _check(arrays)
     except Exception as error:  # of zipfile, zlib and numpy, which have no common class

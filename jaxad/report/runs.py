@@ -24,7 +24,6 @@ RECIPE = record(
         "peak_bytes": count(),
     },
     {
-        "sha256": mapping(text()),
         "method": text(),
         "hyperparameters": mapping(shallow),
         "backbone": text(),
@@ -47,7 +46,6 @@ RECIPE = record(
 METRICS = record(
     {"metrics": mapping(optional(number()))},
     {
-        "sha256": mapping(text()),
         "reasons": mapping(text()),
         "oracle": flag,
         "thresholds": optional(mapping(shallow)),
