@@ -27,6 +27,9 @@ COMMANDS = {
     "weights": "Manage pretrained weights: list, fetch NAME, import FILE.",
 }
 
+LONGEST_LINE = 2000
+"""Characters of an error; of a longer one, which quotes damage, the beginning and the end are shown."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is for tests."""
@@ -57,7 +60,8 @@ def refuse(error: ValueError | OSError) -> int:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return _fail(f"error: {' '.join(message.split())}", 2)
+    line = " ".join(message.split())
+    return _fail(f"error: {line if len(line) < LONGEST_LINE else f'{line[:200]} ... {line[-200:]}'}", 2)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -101,7 +101,7 @@ def has_state(checkpoint: Path) -> bool:
 def resume(checkpoint: Path, fingerprint: str) -> None:
     """Keeps the checkpoint of the very same fit, and deletes any other."""
     mark = checkpoint / "fingerprint"
-    if mark.is_file() and mark.read_text() == fingerprint:
+    if mark.is_file() and mark.read_bytes() == fingerprint.encode():
         if has_state(checkpoint):
             say(f"resuming from {checkpoint}")
         return
