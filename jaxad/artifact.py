@@ -1,6 +1,9 @@
-"""A fitted model on disk: `model.safetensors` holds the state, `model.json` the settings that it belongs to."""
+"""A fitted model on disk: `model.safetensors` holds the state, `model.json` the settings that it belongs to.
 
-from collections.abc import Iterable
+model.json also holds the sha256 of model.safetensors and threshold.json, and a checksum of itself.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,35 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxad import files
 from jaxad.base import State
-from jaxad.files import read_json, replacing, write_json
+from jaxad.schema import count, items, mapping, number, optional, record, shallow, text
 
-FORMAT = 3
-"""Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code."""
+FORMAT = 4
+"""Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code, 4 has
+the hashes of the other files in model.json."""
+HASHED = ("model.safetensors", "threshold.json")
+SIZE = items(number(1, 65535, whole=True), 2, 2)
+DESCRIPTION = record(
+    {
+        "method": text(),
+        "hyperparameters": mapping(shallow),
+        "preprocess": record({"resize": optional(SIZE), "center_crop": optional(SIZE)}, closed=False),
+        "holdout": number(0, 1),
+        "fpr": number(0, 1),
+        "precision": text("float32", "bfloat16"),
+        "seed": number(-(1 << 63), 1 << 63, whole=True),
+        "batch_size": count(1),
+        "backbones": items(record({"name": text(), "path": text(), "sha256": text()})),
+        "image_size": SIZE,
+        "n_train": count(),
+        "normal_level": optional(number()),
+        "sha256": record(dict.fromkeys(HASHED, text())),
+    },
+    closed=False,
+)
+"""What model.json must hold."""
+REMEDY = "restore a copy or fit again"
 
 
 def save_state(directory: str | Path, state: State) -> None:
@@ -27,7 +54,7 @@ def save_state(directory: str | Path, state: State) -> None:
         OSError: The disk is full, or the directory cannot be written.
     """
     path = Path(directory) / "model.safetensors"
-    with replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.touch()
         permissions = temporary.stat().st_mode  # follow the umask; safetensors writes private files
         try:
@@ -38,28 +65,57 @@ def save_state(directory: str | Path, state: State) -> None:
         path.with_name("model.json").unlink(missing_ok=True)
 
 
-def save_description(directory: str | Path, description: dict[str, Any]) -> None:
-    """Writes the description of the model as JSON, which must suffice to rebuild the structure of the state."""
-    write_json(Path(directory) / "model.json", {"format": FORMAT, **description})
+def save_description(directory: str | Path, description: Mapping[str, Any]) -> None:
+    """Writes the description of the model, which must suffice to rebuild the structure of the state.
+
+    Args:
+        directory: Holds model.safetensors and threshold.json, whose hashes it gets.
+        description: As JSON.
+    """
+    path = Path(directory) / "model.json"
+    files.write_sealed(path, {"format": FORMAT, **description}, files.digests(path.parent, HASHED))
 
 
-def read_description(directory: str | Path, fields: Iterable[str] = ()) -> dict[str, Any]:
-    """Reads the description of a saved model, which must have at least these fields.
+def save_thresholds(directory: str | Path, thresholds: Mapping[str, Any]) -> None:
+    """Replaces threshold.json of a saved model, and its hash.
 
     Raises:
         FileNotFoundError: There is no model.
-        ValueError: The description is damaged, or has another format.
+        ValueError: model.json is damaged or edited.
+    """
+    path = Path(directory) / "model.json"
+    description = read_description(directory, verify=())
+    files.write_json(path.with_name("threshold.json"), thresholds)
+    files.write_sealed(path, description, description["sha256"] | files.digests(path.parent, ("threshold.json",)))
+
+
+def read_description(directory: str | Path, verify: Sequence[str] = HASHED) -> dict[str, Any]:
+    """Reads the description of a saved model.
+
+    Args:
+        directory: Of the model.
+        verify: The files whose hashes are compared with those in the description.
+
+    Raises:
+        FileNotFoundError: There is no model, or it lacks one of the files.
+        ValueError: The description has another format, or it or one of the files is damaged or edited.
     """
     path = Path(directory) / "model.json"
     if not path.is_file():
         raise FileNotFoundError(f"no fitted model in {directory}: pass a directory that `jaxad fit` wrote")
-    description = read_json(path)
-    version = description.get("format")
+    version = files.read_json(path).get("format")
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, but this version of jaxad reads format {FORMAT}: fit again")
-    missing = [field for field in fields if field not in description]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: fit again or restore a copy")
+        raise ValueError(
+            f"{path} has format {str(version)[:20]}, but this version of jaxad reads format {FORMAT}: fit again with "
+            "it, or use the version that wrote the model"
+        )
+    description = files.read_sealed(path, DESCRIPTION, REMEDY)
+    remedy = {"threshold.json": "restore a copy, or set both thresholds with `jaxad threshold`"}
+    for name in verify:
+        if not path.with_name(name).is_file():
+            raise FileNotFoundError(f"{name} is missing in {directory}: {remedy.get(name, REMEDY)}")
+        if files.digest(path.with_name(name)) != description["sha256"][name]:
+            raise ValueError(f"{path.with_name(name)} is not what model.json names: {remedy.get(name, REMEDY)}")
     return description
 
 
@@ -67,12 +123,9 @@ def load_state(directory: str | Path, structure: State) -> State:
     """Reads a state, as numpy arrays, into the tree structure of `structure`. Shapes and types are those of the file.
 
     Raises:
-        FileNotFoundError: There is no model.
         ValueError: The file is damaged or holds other arrays.
     """
     path = Path(directory) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no fitted model in {directory}: model.safetensors is missing")
     try:
         tensors = load_file(path)
     except SafetensorError as error:

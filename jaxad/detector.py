@@ -29,6 +29,7 @@ from jaxad.learning import Model, abstract_frozen, configured, leakage, learn, l
 from jaxad.metrics import Threshold
 from jaxad.metrics import threshold as thresholds
 from jaxad.settings import Settings
+from jaxad.text import printable
 
 
 class Prediction(NamedTuple):
@@ -167,7 +168,7 @@ class Detector:
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
         check_normals(data)
         if signs := leakage(self.settings, data):
-            warnings.warn(signs, stacklevel=2)
+            warnings.warn(printable(signs), stacklevel=2)
         photographs = self.load_photographs(data.image_size)
         frozen = self.load_frozen()
         self.model = learn([self.settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
@@ -308,13 +309,6 @@ class Detector:
         return splits.train if split == "train" or splits.test is None else splits.test
 
 
-_SAVED = (
-    *("method", "hyperparameters", "preprocess", "holdout", "fpr", "precision", "seed", "batch_size"),
-    *("backbones", "image_size", "n_train", "normal_level"),
-)
-"""The fields of model.json, written by `Detector.save`."""
-
-
 def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | None = None) -> Detector:
     """A saved detector.
 
@@ -323,14 +317,21 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
         weights: Where the backbone's weights are now, if not where they were.
 
     Raises:
-        FileNotFoundError: There is no model, or the backbone's weights are gone.
-        ValueError: The files are damaged, or the backbone's weights are others than in fit.
+        FileNotFoundError: There is no model, or a file of it or the backbone's weights are gone.
+        ValueError: The files are damaged or edited, or the backbone's weights are others than in fit.
     """
     directory = Path(directory)
-    saved = artifact.read_description(directory, _SAVED)
+    saved = artifact.read_description(directory)
     paths = [entry["path"] if Path(entry["path"]).is_file() else None for entry in saved["backbones"]]
     names = [entry["name"] for entry in saved["backbones"]]
-    settings = Settings.from_json(saved, names, paths if weights is None else weights)
+    size = tuple(saved["image_size"])
+    try:
+        settings = Settings.from_json(saved, names, paths if weights is None else weights)
+        method = settings.build(size)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a value of a wrong type may raise anything
+        raise ValueError(f"{directory}/model.json describes no model ({error!r}): {artifact.REMEDY}") from error
     sources = settings.sources()  # none where the method has no backbone
     for wanted, source in zip(saved["backbones"], sources, strict=False):
         if wanted["sha256"] != source["sha256"]:
@@ -339,13 +340,13 @@ def load(directory: str | Path, *, weights: str | Path | Sequence[str | Path] | 
                 f"{source['path']} has {source['sha256']}: give the file that it was fitted with"
             )
     size = tuple(saved["image_size"])
-    method, shapes, frozen = settings.build(size), abstract_frozen(settings), None
+    shapes, frozen = abstract_frozen(settings), None
     spec = embedded_spec(method.embed, shapes, saved["n_train"], size)
     state = artifact.load_state(directory, abstract_state(method, shapes, spec))
     if not fork.forked():
         frozen, state = load_frozen(settings), jax.tree.map(jnp.asarray, state)
     path = directory / "threshold.json"
-    pair = thresholds.pair_from_json(files.read_json(path) if path.is_file() else {}, path)
+    pair = thresholds.pair_from_json(files.read_json(path), path)
     model = Model(size, state, *pair, normal_level=saved["normal_level"], n_train=saved["n_train"])
     return Detector.from_settings(settings, model, frozen)
 

@@ -1,18 +1,20 @@
-"""Atomic writes of files and folders, and strict JSON."""
+"""Atomic writes of files and folders, strict JSON, and hashes by which damaged and edited files are noticed."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxad import schema
 from jaxad.interruption import undoing, whole
 
 STAGES = (".jaxad-new", ".jaxad-old")
@@ -153,15 +155,95 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(_to_json(value), indent=1, allow_nan=False) + "\n")
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file to read. Raises ValueError if there is something else, such as a folder or a pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file, but is something else: move it away and write it again")
+    return path.is_file()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object. Raises ValueError with the name of the file if it does not."""
+    """Reads a strict JSON file that holds an object. Raises ValueError with the name of the file if it does not."""
+    is_there(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique_names, parse_constant=_no_constant
+        )
+        schema.shallow(value, "JSON")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be JSON, but cannot be parsed ({error}): write it again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid ({error}): write it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {json.dumps(value)[:40]}: write it again")
     return value
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any], sha256: Mapping[str, str]) -> None:
+    """Writes JSON with the hashes of other files, and a checksum of itself by which `read_sealed` notices every edit.
+
+    Args:
+        path: The file.
+        value: Its content.
+        sha256: Of files in the same folder, by their names, as from `digests`.
+    """
+    write_json(path, seal({**value, "sha256": dict(sha256)}))
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON with the checksum by which `read_sealed` knows it."""
+    content = _to_json(value)
+    return content | {"checksum": _checksum(content)}
+
+
+def read_sealed(path: Path, check: schema.Check, remedy: str) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote, without the checksum.
+
+    Args:
+        path: The file.
+        check: What it must hold.
+        remedy: What to do about a damaged file.
+
+    Raises:
+        ValueError: The file is damaged or edited.
+    """
+    value = read_json(path)
+    try:
+        check(value, path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: {remedy}") from None
+    if "checksum" not in value:
+        raise ValueError(f"{path} has no checksum, as those of an older version of jaxad: {remedy}")
+    if value.pop("checksum") != _checksum(value):
+        raise ValueError(f"{path} was edited or damaged after it was written: {remedy}")
+    schema.mapping(schema.text())(value.get("sha256"), f"sha256 in {path}")
+    return value
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of files in a folder by their names; none for those that are not there."""
+    return {name: digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _to_json(value: Any) -> Any:

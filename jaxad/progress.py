@@ -5,6 +5,7 @@ import sys
 import time
 
 from jaxad.interruption import check
+from jaxad.text import printable
 
 LINE_SECONDS = 5.0
 """Seconds between two lines of progress if stderr is not a terminal."""
@@ -24,9 +25,9 @@ def say(line: str) -> None:
 
 
 def write_line(line: str) -> None:
-    """Prints a line to stderr and flushes it. Where that fails, messages end, and the work goes on."""
+    """Prints a line to stderr and flushes it; control characters are escaped. Where that fails, messages end, not work."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
@@ -44,7 +45,7 @@ class Bars:
 
             columns = (
                 SpinnerColumn(),
-                TextColumn(title),
+                TextColumn(printable(title).replace("{", "{{").replace("}", "}}"), markup=False),
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[pace]}"),

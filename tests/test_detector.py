@@ -1,7 +1,6 @@
 """The facade, from folders and arrays to predictions, on a backbone with random weights."""
 
 import copy
-import json
 import multiprocessing
 import pickle
 import re
@@ -21,6 +20,7 @@ from jaxad.driver.program import compile_count
 from jaxad.driver.scoring import programs
 from jaxad.learning import folds, leakage, learn, load_frozen, split
 from jaxad.metrics import conformal_threshold, cross_threshold, tail_threshold
+from jaxad.runs.directory import set_thresholds
 from jaxad.settings import Settings
 from tests.examples import slow_after
 
@@ -399,21 +399,31 @@ def test_after_a_fork_scoring_works(detector, tmp_path):
         np.testing.assert_allclose(result.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
-def test_a_threshold_edited_by_hand_counts(detector, tmp_path):
+def test_a_threshold_set_by_hand_counts(detector, tmp_path):
     detector.save(tmp_path)
-    path = tmp_path / "threshold.json"
-    values = json.loads(path.read_text())
     scores = detector.predict(DEFECTIVE).pred_score
-    values["image"]["value"] = float(np.median(scores))
-    path.write_text(json.dumps(values))
+    set_thresholds(tmp_path, float(np.median(scores)), None)
     loaded = jaxad.load(tmp_path)
     assert loaded.image_threshold.source == "edited by hand" and loaded.pixel_threshold.source == "held-out normals"
     assert loaded.predict(DEFECTIVE).pred_label.sum() == 2
-    path.write_text(json.dumps({"image": {"value": 1e9}}))
-    loaded = jaxad.load(tmp_path)
-    assert not loaded.predict(DEFECTIVE).pred_label.any() and loaded.pixel_threshold is None
+    path = tmp_path / "threshold.json"
+    path.write_text(path.read_text().replace("0", "1"))
+    with pytest.raises(ValueError, match=r"threshold\.json is not what model\.json names: .* `jaxad threshold`"):
+        jaxad.load(tmp_path)
+    with pytest.raises(ValueError, match=r"set both thresholds"):
+        set_thresholds(tmp_path, 1e9, None)
     path.unlink()
-    assert jaxad.load(tmp_path).predict(DEFECTIVE[:1]).pred_label is None
+    with pytest.raises(FileNotFoundError, match=r"threshold\.json is missing"):
+        jaxad.load(tmp_path)
+    set_thresholds(tmp_path, 1e9, 3.5)
+    loaded = jaxad.load(tmp_path)
+    assert not loaded.predict(DEFECTIVE).pred_label.any() and loaded.pixel_threshold.value == 3.5
+    for values, rule in (
+        ((None, None), "give the new thresholds"),
+        ((float("nan"), 1.0), "must be a number .* got nan"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            set_thresholds(tmp_path, *values)
 
 
 def test_half_precision_is_near_and_remembered(detector, weights, folder, tmp_path):
@@ -456,28 +466,30 @@ def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
     detector.save(tmp_path)
     model, description = (tmp_path / name for name in ("model.safetensors", "model.json"))
     content, text = model.read_bytes(), description.read_text()
-    model.write_bytes(content[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        jaxad.load(tmp_path)
+    flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+    for broken in (content[:100], flipped, b""):
+        model.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not what model\.json names: .*fit again"):
+            jaxad.load(tmp_path)
     model.write_bytes(content)
     with pytest.raises(ValueError, match="sha256"):
         jaxad.load(tmp_path, weights=weights[1])
-    description.write_text(text[:50])
-    with pytest.raises(ValueError, match=r"model\.json must be JSON"):
-        jaxad.load(tmp_path)
-    for broken, rule in (("[1]", r"must hold a JSON object, got \[1\]"), ('{"format": 3}', "lacks method, hyper")):
+    for broken, rule in (
+        (text[:50], "must be JSON"),
+        ("[1]", r"must hold a JSON object, got \[1\]"),
+        ('{"format": 3}', "has format 3, but this version of jaxad reads format 4: fit again with it"),
+        ('{"format": 4}', ": model lacks backbones, batch_size"),
+        ('{"format": 4, "format": 4}', "a name occurs twice"),
+        (text.replace('"n_train"', '"n_trained"'), "lacks n_train"),
+        (text.replace('"fpr": 0.', '"fpr": 0.0'), "was edited or damaged"),
+        (text.replace('"seed": 0', '"seed": NaN'), "NaN is no number"),
+        (text.replace('"seed": 0', '"seed": 1e400'), r"model\.seed must be a whole number"),
+        (text.replace('"seed": 0', f'"seed": {"[" * 5000}{"]" * 5000}'), "not valid"),
+        (text.replace('"seed": 0', f'"seed": {"9" * 5000}'), "not valid"),
+    ):
         description.write_text(broken)
-        with pytest.raises(ValueError, match=rf"model\.json {rule}"):
+        with pytest.raises(ValueError, match=rf"model\.json.*{rule}"):
             jaxad.load(tmp_path)
-    description.write_text(text)
-    limits = tmp_path / "threshold.json"
-    for broken, rule in (("[]", "JSON object"), ('{"image": {}}', "'value'"), ('{"image": {"value": "x"}}', "got 'x'")):
-        limits.write_text(broken)
-        with pytest.raises(ValueError, match=rf"threshold\.json.*{rule}"):
-            jaxad.load(tmp_path)
-    description.write_text(text.replace('"format": 3', '"format": 99'))
-    with pytest.raises(ValueError, match="has format 99, but this version of jaxad reads format 3: fit again"):
-        jaxad.load(tmp_path)
     description.unlink()
     with pytest.raises(FileNotFoundError, match="no fitted model"):
         jaxad.load(tmp_path)

@@ -26,7 +26,7 @@ FAMILIES = {
 
 BELOW_METHODS = {"base", "ops", "nn", "bijectors", "backbones", "training", "synthesis"}
 BELOW_SETTINGS = {"base", "backbones", "data", "driver", "methods"}
-BELOW_DETECTOR = BELOW_SETTINGS | {"settings", "learning", "metrics", "artifact", "files"}
+BELOW_DETECTOR = BELOW_SETTINGS | {"settings", "learning", "metrics", "artifact", "files", "text"}
 MAY_IMPORT = {
     "base": set(),
     "ops": {"base"},
@@ -37,16 +37,18 @@ MAY_IMPORT = {
     "synthesis": {"base", "ops"},
     "methods": BELOW_METHODS,
     "data": set(),
-    "metrics": set(),
     "interruption": set(),
-    "files": {"interruption"},
-    "progress": {"interruption"},
-    "artifact": {"base", "files"},
+    "schema": set(),
+    "text": set(),
+    "metrics": {"schema"},
+    "files": {"interruption", "schema"},
+    "progress": {"interruption", "text"},
+    "artifact": {"base", "files", "schema"},
     "driver": {"base", "data"},
     "settings": BELOW_SETTINGS,
     "learning": BELOW_SETTINGS | {"settings", "metrics"},
     "detector": BELOW_DETECTOR,
-    "report": {"files", "data", "metrics"},
+    "report": {"artifact", "files", "data", "metrics", "schema", "text"},
     "runs": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "jaxad"},
     "cli": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "runs", "jaxad"},
     "__main__": {"cli", "interruption", "jaxad"},

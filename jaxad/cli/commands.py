@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import jax
 from rich.table import Column, Table
+from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
@@ -41,6 +42,7 @@ from jaxad.learning import Sweep, abstract_frozen, load_frozen, shortage
 from jaxad.metrics.guarantees import shortfall
 from jaxad.progress import Bars, be_silent, say
 from jaxad.report.html import write_report
+from jaxad.report.runs import read_recipe
 from jaxad.report.tables import Row, decisions_table, metrics_table
 from jaxad.runs import directory
 from jaxad.runs.benchmarking import measure, unsuited
@@ -48,6 +50,7 @@ from jaxad.runs.evaluating import evaluate_group, evaluate_runs, evaluate_unifie
 from jaxad.runs.fitting import Assignment, FittedGroup, Run, assign, fit_all, plan_all, shared_caches
 from jaxad.runs.scoring import open_split, score_run
 from jaxad.settings import Settings
+from jaxad.text import printable
 
 PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "host")
 """What `jaxad estimate` prints of every program."""
@@ -168,7 +171,7 @@ def score(
     """
     path, model = Path(source), directory.version(run)
     detector = jaxad.load(run, weights=weights or None)
-    fitted = directory.read_recipe(run).get("category")
+    fitted = read_recipe(run).get("category")
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
     output = output or directory.scores_folder(run, path.resolve().name if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
@@ -205,7 +208,7 @@ def evaluate(
     rows: dict[Path, Row] = {}
     for run_dir in directory.find(run, "model.json"):
         version = directory.version(run_dir)
-        detector, recipe = jaxad.load(run_dir, weights=weights or None), directory.read_recipe(run_dir)
+        detector, recipe = jaxad.load(run_dir, weights=weights or None), read_recipe(run_dir)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
@@ -236,6 +239,21 @@ def evaluate(
         _report(list(rows), report)
 
 
+def threshold(
+    run: Annotated[Positional[Path], arg(metavar="RUN_DIR")], image: float | None = None, pixel: float | None = None
+) -> None:
+    """Set the thresholds of a fitted run by hand.
+
+    Args:
+        run: A run directory, or what `Detector.save` wrote.
+        image: Image scores above it are anomalous; None keeps the threshold.
+        pixel: Pixel scores above it are anomalous; None keeps the threshold.
+    """
+    changed = directory.set_thresholds(run, image, pixel)._asdict().items()
+    values = [f"{kind} {'none' if pair is None else f'{pair.value:.4g}, {pair.source}'}" for kind, pair in changed]
+    say(f"thresholds of {run}: {'; '.join(values)}")
+
+
 def report(run: Runs, output: Path = Path("report.html")) -> None:
     """Write one HTML page about fitted and evaluated runs.
 
@@ -250,7 +268,7 @@ def weights_list() -> None:
     """List the weights known by name and where they are."""
     table = Table("name", "short", "state", "file or address")
     for entry in available():
-        location = str(entry.path or entry.url or "import a file of it")
+        location = Text(printable(entry.path or entry.url or "import a file of it"))
         table.add_row(entry.name, entry.plain, entry.state, location, style="bold" if entry.path else None)
     print_table(table)
 

@@ -1,4 +1,4 @@
-"""The entry point: `jaxad fit | score | evaluate | benchmark | estimate | report | list | weights`.
+"""The entry point: `jaxad fit | score | evaluate | benchmark | estimate | threshold | report | list | weights`.
 
 Tables go to stdout, everything else to stderr. A user's mistake is one line and exit code 2 (`JAXAD_DEBUG=1` shows the
 traceback), an interruption one line and exit code 130. Only commands that need JAX import it.
@@ -24,10 +24,14 @@ COMMANDS = {
     "evaluate": "Score the test images of fitted runs, print the metrics and keep them for the report.",
     "benchmark": "Fit and evaluate several methods on every category, side by side.",
     "estimate": "Print how much memory a fit needs, without fitting.",
+    "threshold": "Set the thresholds of a fitted run by hand.",
     "report": "Write one HTML page about fitted and evaluated runs.",
     "list": "List the methods and backbones.",
     "weights": "Manage pretrained weights: list, fetch NAME, import FILE.",
 }
+
+LONGEST_LINE = 2000
+"""Characters of an error; of a longer one, which quotes damage, the beginning and the end are shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +80,8 @@ def one_line(error: Exception) -> str:
     message = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(message.split())
+    line = " ".join(message.split())
+    return line if len(line) < LONGEST_LINE else f"{line[:200]} ... {line[-200:]}"
 
 
 def _dispatch(argv: list[str]) -> int:

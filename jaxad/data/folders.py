@@ -306,6 +306,13 @@ def _in_no_layout(root: Path, subfolder: Path, below: Iterable[Path]) -> ValueEr
 
 
 def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
+    try:
+        yield from _records(path, root, columns)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no valid CSV ({error}): save it again") from None
+
+
+def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
     """Reads the records of a CSV file; `columns` maps each field to the name of its column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -313,8 +320,10 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
         raise ValueError(f"{path} must be UTF-8 text, but {error}: save it again as CSV UTF-8") from None
     with io.StringIO(text, newline="") as file:
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
+        reader = csv.DictReader(file, skipinitialspace=True, delimiter=separator, strict=True)
         header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        if len(named := [name for name in header if name]) > len(set(named)):
+            raise ValueError(f"{path} has two columns of one name: its first line is {','.join(header)!r}")
         if columns["image_path"] not in header:
             raise ValueError(f"{path} lacks the column {columns['image_path']}: its first line is {','.join(header)!r}")
         for column in columns.values():
@@ -327,6 +336,8 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
             image, label, split, mask, category, group = cells
             defect = defect_of(label)
             line = f"line {reader.line_num} of {path}"
+            if any(row.get(None) or ()):
+                raise ValueError(f"a line must have no more cells than the first one, in {line}: correct it")
             if not image:
                 raise ValueError(f"image_path must not be empty, in {line}: complete or remove the line")
             split = split if columns["split"] in header else "test"

@@ -1,9 +1,11 @@
 """Reads prepared TFDS data sets without TensorFlow, through random access to array_record files."""
 
+import contextlib
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ lazy_imports_utils.print = lambda *words: None  # type: ignore[attr-defined]  # 
 logging.getLogger("absl").addFilter(lambda record: "datasets" not in record.pathname or record.levelno >= logging.ERROR)
 
 _SOURCE = re.compile(r"tfds:(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
+_SOURCE = re.compile(r"tfds:(?P<name>\w[\w.+-]*(/\w[\w.+-]*)?(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
+FEATURES = ("BBoxFeature", "ClassLabel", "FeaturesDict", "Image", "Scalar", "Sequence", "Tensor", "Text")
+"""The feature classes of TFDS that a data set on disk may name; TFDS would import any module for others."""
 
 
 def read(source: str) -> tuple[str, Iterator[Record]]:
@@ -40,10 +45,15 @@ def read(source: str) -> tuple[str, Iterator[Record]]:
     if match is None:
         raise ValueError(f"a TFDS source must have the form tfds:NAME or tfds:NAME:DATA_DIR, got {source!r}")
     name, data_dir = match["name"], match["data_dir"]
+    if data_dir and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"no such folder: {data_dir}")
     try:
-        builder: Any = tfds.builder(name, data_dir=data_dir)
+        with _known_features():
+            builder: Any = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise FileNotFoundError(f"TFDS has no data set {name!r} in {data_dir or 'its default folder'}") from None
+    except Exception as error:  # of JSON, protocol buffers and TFDS, which have no common class
+        raise ValueError(f"{source} cannot be read ({error}): prepare it again") from error
     features = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(features):
         raise ValueError(f"{source} must have the features image and label, got {features}")
@@ -72,6 +82,25 @@ def read(source: str) -> tuple[str, Iterator[Record]]:
     return builder.name, _records(builder.name, features, data)
 
 
+@contextlib.contextmanager
+def _known_features() -> Iterator[None]:
+    """While TFDS reads features.json, it takes none but the classes in `FEATURES`, and imports nothing."""
+    base: Any = tfds.features.FeatureConnector
+    original = base.__dict__["cls_from_name"]
+
+    def class_of(name: str) -> Any:
+        module, _, kind = name.rpartition(".")
+        if not module.startswith("tensorflow_datasets.core.features.") or kind not in FEATURES:
+            raise ValueError(f"a feature must be one of {', '.join(FEATURES)} of TFDS, got {name}")
+        return getattr(tfds.features, kind)
+
+    base.cls_from_name = staticmethod(class_of)
+    try:
+        yield
+    finally:
+        base.cls_from_name = original
+
+
 def _records(name: str, features: Any, data: dict[str, Any]) -> Iterator[Record]:
     names = getattr(features["label"], "names", None) or ()
     one_vs_rest = bool(names) and not any(defect_of(label) == GOOD and label != "0" for label in names)
@@ -95,12 +124,19 @@ def _examples(data: dict[str, Any]) -> Iterator[tuple[str, int, Any, dict[str, A
     for split, source in data.items():
         for start in range(0, len(source), 64):
             indices = range(start, min(start + 64, len(source)))
-            for index, example in zip(indices, source.__getitems__(indices), strict=True):
+            for index, example in zip(indices, _read(source, indices), strict=True):
                 yield split, index, source, example
 
 
 def _fetch(source: Any, index: int, key: str) -> bytes:
-    return source[index][key]
+    return _read(source, [index])[0][key]
+
+
+def _read(source: Any, indices: Sequence[int]) -> Any:
+    try:
+        return source.__getitems__(indices)
+    except Exception as error:  # of array_record and protocol buffers, which have no common class
+        raise ValueError(f"the array_record files cannot be read ({error}): prepare the data set again") from error
 
 
 def _text(feature: Any, value: Any) -> str:

@@ -277,12 +277,16 @@ def _reweight(
     valid: Bool[Array, "m"],
     b: int,
 ) -> Float[Array, "b"]:
-    """1 minus the softmax weight of the nearest bank entry among its b nearest in the bank (Eq. 7)."""
+    """1 minus the softmax weight of the nearest bank entry among its b nearest in the bank (Eq. 7).
+
+    A bank of one row has no such neighbors and gives 1: the scores are not re-weighted.
+    """
     _, index = knn(center, bank, b, valid)
     distance = jnp.linalg.norm(feature[:, None] - bank[index], axis=-1)
     distance = jnp.where(valid[index], distance, -jnp.inf)
     nearest = jnp.linalg.norm(feature - center, axis=-1)
-    return 1 - jnp.exp(nearest - jax.nn.logsumexp(distance, axis=1))
+    weight = 1 - jnp.exp(nearest - jax.nn.logsumexp(distance, axis=1))
+    return jnp.where(valid.sum() > 1, weight, 1)
 
 
 def _ensemble(members: tuple[Method, ...]) -> Method:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import special
 
+from jaxad.schema import count, number, optional, record
+
 RATES = ("FPR", "recall", "precision", "F1")
 """The rates of `Decisions`, in the order of the tables."""
 
@@ -21,6 +23,10 @@ class Rate(NamedTuple):
     high: float
     n: int
     """The images that it is a share of."""
+
+
+RATE = record({"value": optional(number(0, 1)), "low": number(0, 1), "high": number(0, 1), "n": count()})
+"""What `rate_to_json` makes."""
 
 
 class Decisions(NamedTuple):
@@ -88,6 +94,11 @@ def decide(
 def rate_to_json(rate: Rate) -> dict[str, Any]:
     """The fields; NaN is null."""
     return rate._asdict() | {"value": None if math.isnan(rate.value) else rate.value}
+
+
+def rate_from_json(fields: Mapping[str, Any]) -> Rate:
+    """The inverse of `rate_to_json`, of a `RATE`."""
+    return Rate(math.nan if fields["value"] is None else fields["value"], fields["low"], fields["high"], fields["n"])
 
 
 def to_json(decisions: Decisions) -> dict[str, Any]:

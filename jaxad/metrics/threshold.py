@@ -6,7 +6,7 @@ A sample is predicted anomalous if its score is greater than the threshold.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from jaxad.metrics import exact
+from jaxad.schema import count, number, optional, record, shallow, text
 
 Groups = Sequence[Hashable] | None
 """(n,) the group of each sample; None: each is on its own."""
@@ -224,40 +225,41 @@ def manual_threshold(value: object) -> Threshold:
     Raises:
         ValueError: the value is not a finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"a threshold must be a finite number, got {value!r}")
+    number()(value, "a threshold")
+    assert isinstance(value, int | float)
     return Threshold(float(value), math.nan, 1.0, 0, EDITED, 0)
 
 
+THRESHOLD = record(
+    {
+        "value": number(),
+        "fpr": optional(number(0, 1)),
+        "guaranteed_fpr": number(0, 1),
+        "n": count(),
+        "source": text(HELD_OUT, CROSS_HOLDOUT, TAIL, ORACLE, EDITED),
+        "n_groups": count(),
+    }
+)
+
+
 def to_json(threshold: Threshold) -> dict[str, Any]:
-    """The fields, ready for `json.dump`. `computed` repeats the value, so that an edit by hand is recognized."""
-    fpr = None if math.isnan(threshold.fpr) else threshold.fpr
-    return threshold._asdict() | {"fpr": fpr, "computed": threshold.value}
+    """The fields, ready for `json.dump`."""
+    return threshold._asdict() | {"fpr": None if math.isnan(threshold.fpr) else threshold.fpr}
 
 
-def from_json(fields: Mapping[str, Any]) -> Threshold:
-    """The inverse of `to_json`. If the value was edited, or is the only field, the source is `EDITED`.
-
-    Args:
-        fields: from `to_json`, or written by hand, such as `{"value": 3.5}`.
+def from_json(fields: Any) -> Threshold:
+    """The inverse of `to_json`.
 
     Raises:
-        ValueError: a field is missing or unknown, or the value is not a finite number.
+        ValueError: a field is missing, unknown or out of range, or fields contradict each other.
     """
-    if not isinstance(fields, Mapping):
-        raise ValueError(f'a threshold must be an object such as {{"value": 3.5}}, got {fields!r}')
-    if "value" not in fields:
-        raise ValueError(f"a threshold needs the field 'value', got {sorted(fields)}")
-    manual = manual_threshold(fields["value"])
-    if set(fields) == {"value"} or fields.get("computed") != fields["value"]:
-        return manual
-    fields = {"n_groups": fields.get("n"), **fields}  # files of older versions have no groups
-    names = {*Threshold._fields, "computed"}
-    if set(fields) != names:
-        raise ValueError(f"a threshold must have the fields {sorted(names)} or only 'value', got {sorted(fields)}")
+    THRESHOLD(fields, "a threshold")
+    if (fields["fpr"] is None) != (fields["source"] == EDITED):
+        raise ValueError(f"a threshold has an fpr unless it is {EDITED}, got {fields['fpr']} and {fields['source']}")
+    if fields["n_groups"] > fields["n"]:
+        raise ValueError(f"a threshold has no more groups than samples, got {fields['n_groups']} and {fields['n']}")
     fpr = math.nan if fields["fpr"] is None else fields["fpr"]
-    guaranteed, n, source, n_groups = (fields[name] for name in ("guaranteed_fpr", "n", "source", "n_groups"))
-    return Threshold(manual.value, fpr, guaranteed, n, source, n_groups)
+    return Threshold(**fields | {"value": float(fields["value"]), "fpr": fpr})
 
 
 class Thresholds(NamedTuple):
@@ -272,17 +274,18 @@ def pair_to_json(thresholds: Thresholds) -> dict[str, Any]:
     return {kind: None if value is None else to_json(value) for kind, value in thresholds._asdict().items()}
 
 
-def pair_from_json(values: Mapping[str, Any], path: Path) -> Thresholds:
-    """The inverse of `pair_to_json`; a missing threshold is None.
+def pair_from_json(values: Any, path: Path) -> Thresholds:
+    """The inverse of `pair_to_json`.
 
     Args:
         values: the content of `path`.
         path: the file, for error messages.
 
     Raises:
-        ValueError: as in `from_json`.
+        ValueError: as in `from_json`, or there are other thresholds.
     """
     try:
-        return Thresholds(*(from_json(values[k]) if values.get(k) is not None else None for k in Thresholds._fields))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        record(dict.fromkeys(Thresholds._fields, shallow))(values, "thresholds")
+        return Thresholds(*(None if values[kind] is None else from_json(values[kind]) for kind in Thresholds._fields))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: restore a copy") from None

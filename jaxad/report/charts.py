@@ -46,8 +46,9 @@ def histogram_svg(series: Sequence[Series], threshold: float | None) -> str:
     scores = np.concatenate([entry.scores for entry in series])
     points = scores if threshold is None else np.append(scores, threshold)
     low, high = float(points.min()), float(points.max())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # float32 tells hardly more numbers apart
+        margin = max(0.5, 1e-3 * abs(low))
+        low, high = low - margin, high + margin
     step = (high - low) / min(MAX_BINS, max(10, int(2 * np.sqrt(len(scores)))))
     start = low if threshold is None else threshold - np.ceil((threshold - low) / step) * step
     edges = start + step * np.arange(np.ceil((high - start) / step) + 1)
@@ -86,7 +87,7 @@ def roc_svg(curve: Roc, at_threshold: tuple[float, float] | None) -> str:
 def loss_svg(losses: Sequence[float]) -> str:
     """The training loss from the first step to the last."""
     low, high = min(losses), max(losses)
-    margin = 0.08 * (high - low) or 0.5
+    margin = max(0.08 * (high - low), 1e-3 * max(abs(low), abs(high))) or 0.5
     axes = _Axes(440, 0.0, 100.0, high + margin, low - margin)
     line = axes.points(np.linspace(0, 100, len(losses)), np.asarray(losses))
     return axes.svg([f'<path class="curve" d="{line}"/>'], "training steps, %", "loss", "Training loss")

@@ -14,14 +14,14 @@ The caption of an example (missed defect, false alarm, ...) is not stored. It fo
 so it stays correct after an edit of the threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxad.files import replacing
+from jaxad.files import is_there, replacing
 
 FILE = "examples.npz"
 
@@ -103,29 +103,52 @@ def save_examples(run_dir: Path, examples: Examples) -> Path:
         arrays["mask"] = np.asarray(examples.mask, np.bool_)
     if examples.map is not None:
         arrays["map"] = np.asarray(examples.map, np.float32)
-    for name, array in arrays.items():
-        shape = arrays["image"].shape[: 3 if name in ("mask", "map") else 1]
-        if array.shape[:3] != shape and name != "image":
-            raise ValueError(f"{name} must have the shape {shape} to match the images; got {array.shape}")
     if examples.limits is not None:
         arrays["limits"] = np.asarray(examples.limits, np.float32)
+    _check(arrays)
     with replacing(run_dir / FILE) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return run_dir / FILE
 
 
 def load_examples(run_dir: Path) -> Examples | None:
-    """Reads `examples.npz` from a run directory; returns None if there is none."""
-    if not (run_dir / FILE).exists():
+    """Reads `examples.npz` from a run directory; returns None if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run_dir / FILE
+    if not is_there(path):
         return None
-    with np.load(run_dir / FILE, allow_pickle=False) as arrays:
-        limits = arrays.get("limits")
-        return Examples(
-            image=arrays["image"],
-            path=arrays["path"].tolist(),
-            label=arrays["label"],
-            score=arrays["score"],
-            mask=arrays.get("mask"),
-            map=arrays.get("map"),
-            limits=None if limits is None else (float(limits[0]), float(limits[1])),
-        )
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        _check(arrays)
+    except Exception as error:  # of zipfile, zlib and numpy, which have no common class
+        raise ValueError(f"{path} is damaged ({error!r}): evaluate again") from error
+    limits = arrays.pop("limits", None)
+    paths = arrays.pop("path").tolist()
+    return Examples(path=paths, limits=None if limits is None else (float(limits[0]), float(limits[1])), **arrays)
+
+
+KINDS = {"image": "u1", "path": "U", "label": "i4", "score": "f8", "mask": "b1", "map": "f4", "limits": "f4"}
+
+
+def _check(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError if an array is missing, unknown, or has another type, shape or range than the others need."""
+    if not {"image", "path", "label", "score"} <= arrays.keys() <= KINDS.keys():
+        raise ValueError(f"the arrays must be among {', '.join(KINDS)}; got {', '.join(arrays)}")
+    image = arrays["image"]
+    if image.ndim != 4 or image.shape[3] != 3 or 0 in image.shape[1:]:
+        raise ValueError(f"image must have the shape (n, h, w, 3); got {image.shape}")
+    for name, array in arrays.items():
+        shape = {"image": image.shape, "mask": image.shape[:3], "map": image.shape[:3], "limits": (2,)}
+        wanted = shape.get(name, image.shape[:1])
+        if array.shape != wanted:
+            raise ValueError(f"{name} must have the shape {wanted} to match the images; got {array.shape}")
+        if array.dtype.str[1:] != KINDS[name] and array.dtype.kind != KINDS[name]:
+            raise ValueError(f"{name} must be of the type {KINDS[name]}; got {array.dtype}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite")
+    if not np.isin(arrays["label"], (-1, 0, 1)).all():
+        raise ValueError("label must be -1, 0 or 1")

@@ -150,9 +150,9 @@ def _timings(run: Run) -> Iterator[str]:
     recipe, seconds = run.recipe, run.recipe.get("seconds", {})
     per_image, peak = seconds.get("score_per_image"), recipe.get("peak_bytes")
     tiles = {
-        "Training images": recipe.get("n_train"),
-        "Held out": recipe.get("n_heldout"),
-        "Test images": len(run.scores) or None,
+        "Training images": _number(recipe.get("n_train")),
+        "Held out": _number(recipe.get("n_heldout")),
+        "Test images": _number(len(run.scores) or None),
         "Compile": _seconds(seconds.get("compile")),
         "Fit": _seconds(seconds.get("fit")),
         "Throughput": _quantity(recipe.get("images_per_second"), "images/s"),
@@ -160,7 +160,7 @@ def _timings(run: Run) -> Iterator[str]:
         "Peak memory": _quantity(None if peak is None else peak / 1e9, "GB"),
     }
     yield '<dl class="tiles">'
-    yield "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items() if value is not None)
+    yield "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items() if value)
     yield "</dl>"
 
 
@@ -333,7 +333,11 @@ def _seconds(value: float | None) -> str | None:
 def _quantity(value: float | None, unit: str) -> str | None:
     if value is None:
         return None
-    return (f"{value:.3g}" if value < 1000 else f"{value:,.0f}") + f" <small>{unit}</small>"
+    return escape(f"{value:.3g}" if value < 1000 else f"{value:,.0f}") + f" <small>{unit}</small>"
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else escape(str(value))
 
 
 def _error_cell(count: int) -> str:

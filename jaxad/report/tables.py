@@ -15,6 +15,7 @@ from jaxad.files import read_json
 from jaxad.metrics.decisions import RATES, Decisions, Rate
 from jaxad.metrics.guarantees import statement
 from jaxad.metrics.threshold import Threshold
+from jaxad.text import printable
 
 ABSENT = "–"
 MEAN = "Mean"
@@ -110,11 +111,12 @@ def metrics_table(rows: Sequence[Row]) -> Table:
     table.caption_justify = "left"
     notes: dict[str, None] = {}
     for row, is_mean in with_means(rows):
-        texts = [Text(text) for text in (row.method, row.dataset, row.category)]
+        texts = [Text(printable(text)) for text in (row.method, row.dataset, row.category)]
         texts += [Text(fraction(row.metrics.get(name, math.nan), row.spread.get(name))) for name in names]
         table.add_row(*texts, style="bold" if is_mean else None, end_section=is_mean)
         if not is_mean:
-            notes |= {f"{ABSENT} {row.category} {name}: {reason}": None for name, reason in row.reasons.items()}
+            reasons = row.reasons.items()
+            notes |= {printable(f"{ABSENT} {row.category} {name}: {reason}"): None for name, reason in reasons}
     seeds = {row.seed for row in rows}
     notes |= {f"± standard deviation over {len(seeds)} seeds": None} if len(seeds) > 1 else {}
     table.caption = Text("\n".join(notes)) if notes else None
@@ -135,11 +137,11 @@ def decisions_table(rows: Sequence[Row]) -> Table | None:
         if row.decisions is None or row.threshold is None:
             continue
         run = f"{row.method} {row.category}"
-        table.add_row(Text(run), *(rate_text(getattr(row.decisions, name)) for name in RATES))
+        table.add_row(Text(printable(run)), *(rate_text(getattr(row.decisions, name)) for name in RATES))
         kinds = row.decisions.recall_by_defect
         for kind, rate in kinds.items() if len(kinds) > 1 else ():
-            table.add_row(Text(f"  {kind}"), "", rate_text(rate))
-        notes[f"{run}: {row.threshold.source}, {statement(row.threshold)}"] = None
+            table.add_row(Text(f"  {printable(kind)}"), "", rate_text(rate))
+        notes[printable(f"{run}: {row.threshold.source}, {statement(row.threshold)}")] = None
     table.caption_justify = "left"
     table.caption = Text("\n".join(["exact 95 % intervals below the rates", *notes]))
     return table if notes else None

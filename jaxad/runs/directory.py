@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 import jaxad
-from jaxad import files
+from jaxad import artifact, files
 from jaxad.data import Dataset
 from jaxad.driver.memory import peak_bytes
 from jaxad.interruption import undoing
 from jaxad.learning import Model
+from jaxad.metrics.threshold import Thresholds, manual_threshold, pair_from_json, pair_to_json
 from jaxad.progress import say
 from jaxad.settings import Settings
 
@@ -76,14 +77,25 @@ def _in_checkpoint(path: Path) -> bool:
     return any(parent.name == "checkpoint" and (parent / "fingerprint").is_file() for parent in path.parents)
 
 
-def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """recipe.json; empty where `Detector.save` wrote the model without one."""
-    path = run_dir / "recipe.json"
-    recipe = files.read_json(path) if path.is_file() else {}
-    missing = {"dataset", "category", "seconds", "peak_bytes"} - recipe.keys() if recipe else ()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: fit again or restore a copy")
-    return recipe
+def set_thresholds(run_dir: Path, image: float | None, pixel: float | None) -> Thresholds:
+    """Replaces the thresholds of a saved model by those of a person; None keeps one as it is.
+
+    Raises:
+        FileNotFoundError: There is no model.
+        ValueError: Nothing is replaced, a value is no finite number, the model is damaged, threshold.json is not that
+            of the model and not replaced as a whole, or a process is fitting into the directory.
+    """
+    if image is None and pixel is None:
+        raise ValueError("give the new thresholds: --image VALUE, --pixel VALUE or both")
+    new = Thresholds(*(None if value is None else manual_threshold(value) for value in (image, pixel)))
+    with locked(run_dir):
+        if None in new:
+            artifact.read_description(run_dir, verify=("threshold.json",))
+            path = run_dir / "threshold.json"
+            old = pair_from_json(files.read_json(path), path)
+            new = Thresholds(new.image or old.image, new.pixel or old.pixel)
+        artifact.save_thresholds(run_dir, pair_to_json(new))
+    return new
 
 
 def check_owner(folder: Path, names: Iterable[str], said_in: str, owner: Mapping[str, str | None]) -> None:
@@ -205,7 +217,7 @@ def resume(checkpoint: Path, fingerprint: str, source: str | None = None, overwr
         ValueError: A fit of another source can be resumed from it.
     """
     mark = checkpoint / "fingerprint"
-    if not checkpoint.is_symlink() and mark.is_file() and mark.read_text() == fingerprint:
+    if not checkpoint.is_symlink() and mark.is_file() and mark.read_bytes() == fingerprint.encode():
         if has_state(checkpoint):
             say(f"resuming from {checkpoint}")
         return

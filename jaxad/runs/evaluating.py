@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxad import files
 from jaxad.base import Scores
 from jaxad.data import Dataset, Split
 from jaxad.detector import Detector
@@ -23,6 +22,7 @@ from jaxad.metrics import decisions, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
 from jaxad.progress import Bars
 from jaxad.report.examples import Examples, choose_examples, save_examples
+from jaxad.report.runs import read_recipe, write_metrics, write_recipe
 from jaxad.report.tables import Row
 from jaxad.runs import directory
 from jaxad.runs.fitting import FittedGroup, Run, title
@@ -171,7 +171,7 @@ def _evaluate(
         largest = maps[labels == 0].max((1, 2))
         rate = decisions.binomial_rate(int((largest > pixel_threshold.value).sum()), len(largest))
         at_threshold["pixel"] = {"threshold": pixel_threshold.value, "FPR": decisions.rate_to_json(rate)}
-    recipe: dict[str, Any] = directory.read_recipe(run.model or run.directory)
+    recipe: dict[str, Any] = read_recipe(run.model or run.directory)
     if run.model:
         recipe["category"] = run.category
     if not recipe and detector.model is not None:
@@ -197,8 +197,8 @@ def _evaluate(
                 write(*row)
         examples = _examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
         save_examples(stage, examples)
-        files.write_json(stage / "recipe.json", recipe)
-        files.write_json(stage / "metrics.json", metrics)
+        write_recipe(stage, recipe, run.directory)
+        write_metrics(stage, metrics)
     name = f"{detector.settings.method} {run.variant}".rstrip()
     row = Row(name, recipe["dataset"], recipe["category"], report.values, report.reasons, detector.settings.seed)
     return row._replace(threshold=image_threshold, decisions=decided)

@@ -29,6 +29,7 @@ from jaxad.interruption import undoing, whole
 from jaxad.learning import Learned, Model, Sweep, leakage, learn, load_photographs, plan
 from jaxad.metrics.guarantees import shortfall, statement
 from jaxad.progress import Bars, say
+from jaxad.report.runs import write_recipe
 from jaxad.runs import directory
 from jaxad.settings import Settings
 
@@ -275,7 +276,7 @@ def fit_runs(
                     Detector.from_settings(job.settings, model, frozen).save(checkpoint / f"model{i}", state)
                     written = directory.recipe(job.settings, model, job.data) | shared | recipe
                     written["warning"] = signs.get(job.category)
-                    files.write_json(checkpoint / f"model{i}" / "recipe.json", written)
+                    write_recipe(checkpoint / f"model{i}", written)
         if is_first():
             with whole():
                 _publish(checkpoint, run_dirs)

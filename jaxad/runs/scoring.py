@@ -19,6 +19,7 @@ from jaxad.metrics import Threshold
 from jaxad.progress import Bars
 from jaxad.report.pictures import overlay, save_png, save_tiff
 from jaxad.runs.fitting import title
+from jaxad.text import to_cell
 
 
 def score_run(
@@ -103,7 +104,8 @@ def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[
 
     Yields:
         write(path, label, defect, score) -> the prediction: whether the score is above the threshold, None without one.
-        An unknown label is -1, and empty (null) in the files.
+        An unknown label is -1, and empty (null) in the files. In the CSV an apostrophe keeps spreadsheets from running
+        a name as a formula.
     """
     encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
     with (
@@ -120,7 +122,7 @@ def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[
             prediction = None if threshold is None else score > threshold.value
             flag = None if prediction is None else int(prediction)
             row = (path, None if label < 0 else label, defect or None, score, flag)
-            table.writerow(row)
+            table.writerow([to_cell(cell) if isinstance(cell, str) else cell for cell in row])
             jsonl_file.write(json.dumps(dict(zip(fields, row, strict=True))) + "\n")
             return prediction
 

@@ -40,6 +40,21 @@ def test_fit_of_a_flat_folder_writes_a_model_and_the_recipe(flat_run: Path):
     assert threshold["image"]["source"] == threshold["pixel"]["source"] == "held-out normals"
 
 
+def test_thresholds_set_by_hand(flat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_dir = tmp_path / "run"
+    shutil.copytree(flat_run, run_dir)
+    before = jaxad.load(flat_run)
+    assert main(["threshold", str(run_dir), "--image", "3.2"]) == 0
+    assert "image 3.2, edited by hand; pixel" in capsys.readouterr().err
+    loaded = jaxad.load(run_dir)
+    assert loaded.image_threshold and loaded.image_threshold.value == 3.2
+    assert loaded.pixel_threshold == before.pixel_threshold
+    assert main(["threshold", str(run_dir), "--image", "nan"]) == 2
+    assert "a threshold must be a number" in capsys.readouterr().err
+    assert main(["threshold", str(tmp_path), "--image", "1"]) == 2
+    assert "no fitted model in" in capsys.readouterr().err
+
+
 def test_score_writes_rows_and_pictures_in_the_folders_of_the_images(flat_run: Path, photos: Path, tmp_path: Path):
     assert main(["score", str(flat_run), str(photos), "--output", str(tmp_path), "--overlays", "--maps"]) == 0
     names = {str(path.relative_to(photos)) for path in photos.rglob("*.*")}

@@ -89,10 +89,11 @@ def test_wrong_options_are_one_line_and_code_2(argv: list[str], words: str, caps
 @pytest.mark.parametrize(
     ("file", "content", "command", "words"),
     [
-        ("recipe.json", '{"x": 1}', "evaluate", "recipe.json lacks category, dataset, peak_bytes, seconds"),
+        ("recipe.json", '{"x": 1}', "evaluate", "recipe.json: recipe lacks category, dataset, peak_bytes"),
         ("recipe.json", "[]", "report", "recipe.json must hold a JSON object, got []"),
-        ("metrics.json", '{"metrics": {"image_AUROC": "x"}}', "report", "metrics.json must hold numbers by metric"),
-        ("threshold.json", '{"image": {"value": "abc"}}', "evaluate", "threshold.json: a threshold must be a finite"),
+        ("metrics.json", '{"metrics": {"image_AUROC": "x"}}', "report", "metrics.image_AUROC must be a number"),
+        ("metrics.json", '{"metrics": {"image_AUROC": 1}}', "report", "metrics.json has no checksum"),
+        ("threshold.json", '{"image": {"value": 3.5}}', "evaluate", "threshold.json is not what model.json names"),
     ],
 )
 def test_damaged_run_files_are_named(file, content, command, words, parts_runs: Path, tmp_path: Path, capsys):

@@ -552,6 +552,26 @@ FAULTS = {
         "t.csv must be UTF-8 text, but .*: save it again as CSV UTF-8",
     ),
     "csv empty": (lambda t: csv_file(t, ""), {}, "lacks the column image_path"),
+    "csv quotes": (
+        lambda t: csv_file(t, 'image_path,label,split\na.png,"good,train\nb.png,good,train\n'),
+        {},
+        "t.csv is no valid CSV .unexpected end of data",
+    ),
+    "csv cell": (
+        lambda t: csv_file(t, f"image_path,label,split\n{200_000 * 'x'},good,train\n"),
+        {},
+        "t.csv is no valid CSV .field larger",
+    ),
+    "csv line": (
+        lambda t: csv_file(t, "image_path,label,split\na,b.png,good,train\n"),
+        {},
+        "no more cells than the first one, in line 2 of .*t.csv",
+    ),
+    "csv doubled column": (
+        lambda t: csv_file(t, "image_path,label,split,label\na.png,good,train,bad\n"),
+        {},
+        "has two columns of one name",
+    ),
     "csv split": (
         lambda t: csv_file(t, "image_path,label,split\na.png,good,val\n"),
         {},

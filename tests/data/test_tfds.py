@@ -1,5 +1,6 @@
 """TFDS builders and the TFDS reader, without TensorFlow, on small synthetic data in each published layout."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -127,7 +128,40 @@ def test_classes_without_a_normal_class_are_read_one_vs_rest(shared):
     assert "tensorflow" not in sys.modules
 
 
+def test_a_data_set_imports_no_modules(tmp_path, monkeypatch):
+    mpdd(tmp_path / "MPDD")
+    data_dir = prepare("mpdd", tmp_path, tmp_path / "tfds")
+    stranger = tmp_path / "tfds/stranger/1.0.0"  # a name that TFDS has no code for
+    shutil.copytree(data_dir, stranger)
+    for file in stranger.glob("mpdd-*"):
+        file.rename(stranger / file.name.replace("mpdd", "stranger"))
+    for path in (stranger / "dataset_info.json", stranger / "features.json"):
+        path.write_text(path.read_text().replace("mpdd", "stranger"))
+    text, source = path.read_text(), f"tfds:stranger:{tmp_path / 'tfds'}"
+    assert len(open_data(source)["tubes"].train) == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
+    for name in ("planted.Feature", "tensorflow_datasets.planted.Image", "planted", ""):
+        path.write_text(text.replace("tensorflow_datasets.core.features.text_feature.Text", name))
+        with pytest.raises(ValueError, match=r"a feature must be one of .* of TFDS, got .*: prepare it again"):
+            open_data(source)
+    for damaged in (text[:50], "[]", text.replace('"shape"', '"form"')):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"tfds:stranger:.* cannot be read"):
+            open_data(source)
+    records = next(stranger.glob("*train.array_record*"))
+    path.write_text(text)
+    records.write_bytes(records.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_data(source)
+
+
 def test_invalid_sources_are_reported(tmp_path):
+    for source in ("tfds:../mpdd", "tfds:mpdd/data_dir=x", "tfds:mpdd,file_format=tfrecord"):
+        with pytest.raises(ValueError, match="must have the form tfds:NAME"):
+            open_data(source)
+    with pytest.raises(FileNotFoundError, match=r"no such folder: gs://x"):
+        open_data("tfds:mpdd:gs://x")
     with pytest.raises(ValueError, match="must have the form tfds:NAME or tfds:NAME:DATA_DIR, got 'tfds:'"):
         open_data("tfds:")
     with pytest.raises(FileNotFoundError, match="TFDS has no data set 'no_such_set' in"):

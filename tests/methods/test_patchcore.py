@@ -60,6 +60,15 @@ def test_paper_scores_do_not_overflow():
     assert np.isfinite(scores.image).all()
 
 
+@pytest.mark.parametrize("room", slow_after(1, [4, 1]))
+def test_paper_scores_of_a_bank_of_one_row_are_not_reweighted(room):
+    bank = jnp.asarray(patches(TRAIN)[0, :room], jnp.float32)
+    state = PatchcoreBank(bank, jnp.int32(1), jnp.float32(0), None, *PATCHES_AND_NEIGHBORS)
+    scores = jax.jit(patchcore(scoring="paper", **OPTIONS).score)(state, None, TEST).image
+    expected = cdist(patches(TEST).reshape(48, -1), patches(TRAIN)[0, :1]).reshape(3, 16).max(1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
 def test_the_coreset_covers_all_patches_within_its_radius():
     method = patchcore(coreset_sampling_ratio=0.25, projection_dim=None, **OPTIONS)
     bank = fit(method, TRAIN)

@@ -11,10 +11,18 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from jaxad.metrics.threshold import conformal_threshold, manual_threshold, oracle_threshold, to_json
+from jaxad.metrics.threshold import (
+    Thresholds,
+    conformal_threshold,
+    manual_threshold,
+    oracle_threshold,
+    pair_to_json,
+    to_json,
+)
 from jaxad.report.charts import roc
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.html import OPEN_RUNS, write_report
+from jaxad.report.runs import write_metrics, write_recipe
 
 HOSTILE = "test/<script>alert(1)</script>&\"'.png"
 VOID = {"meta", "img", "br", "wbr", "path", "circle"}
@@ -62,16 +70,12 @@ def make_run(
         "n_heldout": 10,
         "loss": [] if method == "padim" else [3.0, 1.5, -0.25, -0.5],
     }
-    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    write_recipe(run_dir, recipe)
     if not scored:
         return run_dir
     fields = None if image_threshold is None else to_json(image_threshold)
     pixel = to_json(manual_threshold(0.5)) if image_threshold is not None and maps else None
     (run_dir / "threshold.json").write_text(json.dumps({"image": fields, "pixel": pixel}))
-    if labels:
-        metrics = {"image_AUROC": 0.91234, "pixel_AUROC": 0.87 if masks else None}
-        reasons = {} if masks else {"pixel_AUROC": 'no "masks"'}
-        (run_dir / "metrics.json").write_text(json.dumps({"metrics": metrics, "reasons": reasons, "oracle": False}))
     known_labels = truth if labels else np.full(50, -1)
     lines = ["path,label,defect,score,prediction"]
     lines += [f"{i}.png,{known_labels[i] if labels else ''},good,{scores[i]},0" for i in range(50)]
@@ -88,7 +92,16 @@ def make_run(
         map=rng.random((8, 32, 32), np.float32) if maps else None,
     )
     save_examples(run_dir, examples)
+    if labels:
+        metrics = {"image_AUROC": 0.91234, "pixel_AUROC": 0.87 if masks else None}
+        reasons = {} if masks else {"pixel_AUROC": 'no "masks"'}
+        write_metrics(run_dir, {"metrics": metrics, "reasons": reasons, "oracle": False})
     return run_dir
+
+
+def set_by_hand(run_dir: Path, **values: float) -> None:
+    pair = Thresholds(**{"image": None, "pixel": None} | {kind: manual_threshold(v) for kind, v in values.items()})
+    (run_dir / "threshold.json").write_text(json.dumps(pair_to_json(pair)))
 
 
 class Page(HTMLParser):
@@ -184,10 +197,10 @@ def test_rates_at_the_threshold_have_intervals_also_for_each_defect(tmp_path):
     ]
     (run_dir / "scores.csv").write_text("\n".join([lines[0], *map(",".join, rows)]))
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    metrics["at_threshold"] = {"pixel": {"threshold": 0.5, "FPR": {"value": 0.2, "low": 0.08, "high": 0.39, "n": 30}}}
-    (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    rate = {"threshold": 0.5, "FPR": {"value": 0.2, "low": 0.08, "high": 0.39, "n": 30}}
+    write_metrics(run_dir, {"metrics": metrics["metrics"], "at_threshold": {"image": None, "pixel": rate}})
     for value in (0.75, 1.5):
-        (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": value}, "pixel": {"value": 0.5}}))
+        set_by_hand(run_dir, image=value, pixel=0.5)
         page = report(tmp_path, run_dir)
         for name, kept in (
             ("FPR", [row for row in rows if row[1] == "0"]),
@@ -198,14 +211,14 @@ def test_rates_at_the_threshold_have_intervals_also_for_each_defect(tmp_path):
             interval = binomtest(count, len(kept)).proportion_ci(method="exact")
             assert f"{name} {count / len(kept):.3f} {interval.low:.3f}–{interval.high:.3f} {len(kept)}" in page.text
         assert "FPR of the pixel threshold 0.200 0.080–0.390 30" in page.text
-    (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": 0.75}, "pixel": {"value": 0.6}}))
+    set_by_hand(run_dir, image=0.75, pixel=0.6)
     assert "FPR of the pixel threshold" not in report(tmp_path, run_dir).text  # it was that of another threshold
 
 
 def test_too_few_held_out_images_are_told(tmp_path):
     run_dir = make_run(tmp_path)
     few = to_json(conformal_threshold(np.arange(10.0), 0.01))
-    (run_dir / "threshold.json").write_text(json.dumps({"image": few}))
+    (run_dir / "threshold.json").write_text(json.dumps({"image": few, "pixel": None}))
     text = report(tmp_path, run_dir).text
     assert "25.9 % with 95 % confidence in this one. 1 % false alarms need 99 held-out images, got 10" in text
 
@@ -255,14 +268,18 @@ def test_many_runs_start_collapsed(tmp_path):
     ("file", "content", "message"),
     [
         ("recipe.json", "{", "recipe.json must be JSON"),
-        ("threshold.json", '{"image": {"value": "high"}}', "threshold.json: a threshold must be a finite number"),
-        ("scores.csv", "path,score\na,high\n", "scores.csv needs the columns score and label"),
-        ("scores.csv", "path,label\na,1\n", "scores.csv needs the columns score and label"),
-        ("scores.csv", "path,label,score\na,1,0.5\nb,1,inf\n", "the score of b is not finite"),
+        ("threshold.json", '{"image": {"value": "high"}, "pixel": null}', "threshold.json: a threshold lacks fpr"),
+        ("scores.csv", "path,score\na,high\n", "scores.csv must have a score and a label"),
+        ("scores.csv", "path,label\na,1\n", "scores.csv must have a score and a label"),
+        (
+            "scores.csv",
+            "path,label,score\na,1,0.5\nb,1,inf\n",
+            "line 3 of .*scores.csv must .* got inf",
+        ),
     ],
 )
 def test_the_error_names_a_damaged_file(tmp_path, file, content, message):
-    run_dir = make_run(tmp_path)
+    run_dir = make_run(tmp_path, labels=False)
     (run_dir / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         write_report([run_dir], tmp_path / "report.html")
@@ -290,10 +307,10 @@ def test_the_roc_area_is_the_probability_of_the_right_order():
 
 
 def test_charts_accept_constant_scores_and_a_distant_threshold(tmp_path):
-    run_dir = make_run(tmp_path, threshold="manual")
+    run_dir = make_run(tmp_path, threshold="manual", labels=False)
     for threshold in (0.5, 1000.0):
         (run_dir / "scores.csv").write_text("path,label,score\na,0,0.5\nb,1,0.5\n")
-        (run_dir / "threshold.json").write_text(json.dumps({"image": {"value": threshold}}))
+        set_by_hand(run_dir, image=threshold)
         page = report(tmp_path, run_dir)
         assert "AUROC 0.500" in page.text and f"threshold {threshold:g}" in page.text
 
