@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from jaxad.base import State
 from jaxad.files import read_json, replacing, write_json
 
-FORMAT = 3
-"""Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code."""
+FORMAT = 4
+"""Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code, 4 the
+regions to ignore."""
 
 
 def save_state(directory: str | Path, state: State) -> None:

@@ -31,9 +31,12 @@ class Prediction(NamedTuple):
     pred_label: Bool[np.ndarray, "n"] | None
     """Whether the score is above the image threshold; None where there is no threshold."""
     anomaly_map: Float[np.ndarray, "n h w"] | None
-    """Heat maps on the preprocessed image; None for methods without."""
+    """Heat maps on the preprocessed image; None for methods without. Ignored pixels have the smallest score of the
+    others."""
     pred_mask: Bool[np.ndarray, "n h w"] | None
-    """Where the heat map is above the pixel threshold."""
+    """Where the heat map is above the pixel threshold, and not ignored."""
+    ignored: Bool[np.ndarray, "n h w"] | None = None
+    """Pixels that do not count; None if all do."""
 
 
 class Detector:
@@ -41,9 +44,9 @@ class Detector:
 
     Args:
         method: A name in `jaxad list`.
-        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, holdout,
-            cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of the
-            method.
+        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, ignore,
+            holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of
+            the method.
 
     Raises:
         ValueError: An unknown method, backbone or hyperparameter, or a value out of its range.
@@ -110,6 +113,8 @@ class Detector:
         """
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        data = data.ignoring(self.settings.ignore)
+        self.settings = self.settings.ignoring(data.preprocess.ignore)
         if signs := leakage(self.settings, data):
             warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
@@ -130,7 +135,8 @@ class Detector:
                 f"images must be {self.model.image_size} (height, width) as in fit, got {data.image_size}: set "
                 "image_size"
             )
-        return score(self.method, self.state, self.load_frozen(), data, configured(execution, self.settings))
+        data, execution = data.ignoring(self.settings.ignore), configured(execution, self.settings)
+        return score(self.method, self.state, self.load_frozen(), data, execution)
 
     def color_limits(self) -> tuple[float, float] | None:
         """The pixel scores at which the colors of heat maps begin and end, the same for every image.
@@ -155,13 +161,15 @@ class Detector:
             execution: As for `fit`.
         """
         data = source if isinstance(source, Dataset) else self._open(source, category, "test")
+        ignored = data.ignoring(self.settings.ignore).ignored(range(len(data)))
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
         maps = [s.pixel for s in parts if s.pixel is not None]
         pixel = np.concatenate(maps) if maps else None
         label = None if self.image_threshold is None else image > self.image_threshold.value
         mask = None if pixel is None or self.pixel_threshold is None else pixel > self.pixel_threshold.value
-        return Prediction(data.paths, image, label, pixel, mask)
+        mask = mask if mask is None or ignored is None else mask & ~ignored
+        return Prediction(data.paths, image, label, pixel, mask, ignored)
 
     def save(self, directory: str | Path, state: State = None) -> None:
         """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied.
@@ -217,7 +225,7 @@ class Detector:
 
 
 _SAVED = (
-    *("method", "hyperparameters", "preprocess", "holdout", "fpr", "precision", "seed", "batch_size"),
+    *("method", "hyperparameters", "preprocess", "ignore", "holdout", "fpr", "precision", "seed", "batch_size"),
     *("backbones", "image_size", "n_train", "normal_level"),
 )
 """The fields of model.json, written by `Detector.save`."""

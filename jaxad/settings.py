@@ -3,6 +3,7 @@
 Options of the command line, JSON, recipes and fingerprints are made from it.
 """
 
+import base64
 import dataclasses
 import functools
 import inspect
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import jaxad.backbones
 from jaxad.base import Method
 from jaxad.data import Preprocess
+from jaxad.data.ignore import regions
 from jaxad.driver.embedding import Storage
 from jaxad.methods import factory
 
@@ -40,6 +42,8 @@ class Settings:
             draem, glass and memseg draw anomalies with them, and otherwise with generated textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
+        ignore: Masks of what to ignore in every image, such as a clock or the background: files, or arrays in Python.
+            Pixels that are set are filled from around them in fit and in score, and count in no score and no metric.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
             whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
         cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
@@ -62,6 +66,7 @@ class Settings:
     auxiliary: Path | None = None
     image_size: Size = 224
     center_crop: Size = None
+    ignore: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
     holdout: float | None = None
     cross_holdout: int | None = None
     fpr: float = 0.05
@@ -90,6 +95,8 @@ class Settings:
         for name in ("image_size", "center_crop"):
             if name in chosen:
                 chosen[name] = _pair(chosen[name])
+        if chosen.get("ignore") is not None:
+            chosen["ignore"] = regions(chosen["ignore"])
         if chosen.get("auxiliary") is not None:
             chosen["auxiliary"] = Path(chosen["auxiliary"])
         chosen |= _backbones(chosen.get("backbone"), chosen.get("weights"))
@@ -129,7 +136,7 @@ class Settings:
     @property
     def preprocess(self) -> Preprocess:
         """What is done to every image before it is embedded."""
-        return Preprocess(_pair(self.image_size), _pair(self.center_crop))
+        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.ignore)
 
     @property
     def storage(self) -> Storage:
@@ -141,6 +148,10 @@ class Settings:
         backbone = self.backbone[0] if len(self.backbone) == 1 else self.backbone
         arguments = {"image_size": image_size, **({"backbone": backbone} if backbone else {}), **self.hyperparameters}
         return _build(self.method, tuple((name, _hashable(value)) for name, value in arguments.items()))
+
+    def ignoring(self, masks: Sequence[Any]) -> "Settings":
+        """The same with more masks of what to ignore."""
+        return dataclasses.replace(self, ignore=regions((*self.ignore, *masks)))
 
     def varied(self, name: str, value: Any) -> "Settings":
         """The same with another value of a hyperparameter."""
@@ -160,7 +171,8 @@ class Settings:
             "method": self.method,
             "hyperparameters": dict(self.hyperparameters),
             "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
-            "preprocess": self.preprocess._asdict(),
+            "preprocess": {"resize": self.preprocess.resize, "center_crop": self.preprocess.center_crop},
+            "ignore": [base64.b64encode(mask).decode() for mask in self.ignore],
             "holdout": self.holdout,
             "cross_holdout": self.cross_holdout,
             "fpr": self.fpr,
@@ -183,6 +195,7 @@ class Settings:
             weights=weights,
             image_size=resize and tuple(resize),
             center_crop=crop and tuple(crop),
+            ignore=[base64.b64decode(mask) for mask in saved["ignore"]],
             **{name: saved[name] for name in names},
             **hyperparameters,
         )

@@ -148,6 +148,7 @@ def score(
     output: Path | None = None,
     overlays: bool = False,
     maps: bool = False,
+    ignore: UseAppendAction[tuple[Path, ...]] = (),
     weights: UseAppendAction[tuple[Path, ...]] = (),
 ) -> None:
     """Score images with a fitted run; heat maps on request.
@@ -160,10 +161,12 @@ def score(
         overlays: Write PNGs with the heat map over the image to OUTPUT/overlays. The colors begin at the median normal
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
+        ignore: Masks of what to ignore in every image besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
     """
     path = Path(source)
     detector = jaxad.load(run, weights=weights or None)
+    detector.settings = detector.settings.ignoring(ignore)
     fitted = directory.read_recipe(run).get("category")
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
     output = output or run / "scores" / directory.segment(path.resolve().stem if path.exists() else source)
@@ -181,6 +184,7 @@ def evaluate(
     source: str | None = None,
     category: str | None = None,
     mask_threshold: int | None = None,
+    ignore: UseAppendAction[tuple[Path, ...]] = (),
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
     report: Path | None = None,
@@ -192,6 +196,7 @@ def evaluate(
         source: Labeled images; None: those of the data set that the run was fitted on.
         category: Product class of the source; None: the run's.
         mask_threshold: A mask pixel counts where it is above; None: as in fit.
+        ignore: Masks of what to ignore in every image besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
         oracle: Choose the thresholds on the test set itself, and mark them so.
         report: Also write an HTML report to this file.
@@ -199,6 +204,7 @@ def evaluate(
     rows: dict[Path, Row] = {}
     for run_dir in directory.find(run, "model.json"):
         detector, recipe = jaxad.load(run_dir, weights=weights or None), directory.read_recipe(run_dir)
+        detector.settings = detector.settings.ignoring(ignore)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from jaxad.data import folders, images, repeats
-from jaxad.data.images import Preprocess, Size
+from jaxad.data import folders, ignore, images, repeats
+from jaxad.data.images import Preprocess, Size, Source
 from jaxad.data.records import GOOD, Record
 
 
@@ -113,10 +113,42 @@ class Dataset:
             image = images.read(record.image, record.path, self.preprocess)
             if image.shape[:2] != self.image_size:
                 raise _mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
-            batch[position] = image
+            batch[position] = ignore.fill(image, *self._to_ignore(record)) if self.ignores else image
 
         images.in_threads(load, range(len(records)))
         return batch
+
+    @functools.cached_property
+    def ignores(self) -> bool:
+        """Whether there are regions to ignore, which `images` fills from what lies around."""
+        return bool(self.preprocess.ignore) or any(record.ignore is not None for record in self.records)
+
+    def ignored(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
+        """Which pixels of the images at `indices` do not count; None if all pixels of all images do.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a mask cannot be decoded, has other proportions than its image, or leaves no pixel.
+        """
+        if not self.ignores:
+            return None
+        records = [self.records[i] for i in indices]
+        batch = np.zeros((len(records), *self.image_size), np.bool_)
+
+        def load(position: int) -> None:
+            pixels = ignore.ignored(*self._to_ignore(records[position]))
+            batch[position] = False if pixels is None else pixels
+
+        images.in_threads(load, range(len(records)))
+        return batch
+
+    def ignoring(self, regions: Iterable[bytes]) -> "Dataset":
+        """The same images with more regions of `jaxad.data.ignore.regions` to ignore in all of them."""
+        together = ignore.regions((*self.preprocess.ignore, *regions))
+        return dataclasses.replace(self, preprocess=self.preprocess._replace(ignore=together))
+
+    def _to_ignore(self, record: Record) -> tuple[Preprocess, Size, Source | None, str]:
+        return self.preprocess, images.size_of(record.image, record.path), record.ignore, record.path
 
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Decodes the masks at `indices`, preprocessed like the images. The masks of normal images are empty.
@@ -145,8 +177,13 @@ class Dataset:
         return batch
 
     def original(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image at its original resolution, upright."""
+        """The image at its original resolution, upright, with what is ignored."""
         return images.read(self.records[index].image, self.records[index].path)
+
+    def original_ignored(self, index: int) -> Bool[np.ndarray, "h w"] | None:
+        """Which pixels of `original(index)` do not count; None if all do."""
+        whole = dataclasses.replace(self, preprocess=images.ORIGINAL._replace(ignore=self.preprocess.ignore))
+        return ignore.ignored(*whole._to_ignore(self.records[index]))
 
     def original_size(self, index: int) -> Size:
         """(height, width) of `original(index)`, from the file's header."""
@@ -327,6 +364,9 @@ def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
             "either all anomalous images need a mask or none, but "
             f"{len(without_mask)} of them have none, the first is {without_mask[0]}"
         )
+    for record in records:
+        if isinstance(record.ignore, Path) and not record.ignore.is_file():
+            raise FileNotFoundError(f"ignore mask not found: {record.ignore} of {record.path}")
     images.in_threads(_check_mask_size, [record for record in with_mask if not callable(record.mask)])
     if preprocess.resize is None:
         files_and_arrays = [record for record in records if not callable(record.image)]

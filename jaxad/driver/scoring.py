@@ -119,15 +119,18 @@ def _score(
     state = layout.spread(state, classes)
     placed = place(frozen, layout)
     sources = embeddings(method.embed, frozen, padded, layout, execution.batch_size, execution.cache, False)
-    program = score_program(method, layout, execution.classes_per_step if classes else None, classes)
+    ignores = any(data.ignores for data in padded)
+    program = score_program(method, layout, execution.classes_per_step if classes else None, classes, ignores)
     batch_size = next_multiple(execution.batch_size, layout.data_shards)
 
     total, done = int(sizes.sum()), 0
     if progress:
         progress("score", 0, total)
     reader = Reader(method.embed, placed, sources, layout)
-    for _, (index, valid), x in reader.read(range(0, int(n.max()), batch_size), _in_order(n, batch_size)):
-        outputs = fetch(program(state, placed.everywhere, x))
+    for _, block, x in reader.read(range(0, int(n.max()), batch_size), _in_order(n, batch_size)):
+        index, valid = block
+        ignored = [_ignored(padded, block, layout)] if ignores else []
+        outputs = fetch(program(state, placed.everywhere, x, *ignored))
         for c, data in enumerate(datasets):
             rows = index[c, 0, valid[c, 0]]
             if not rows.size:
@@ -138,6 +141,18 @@ def _score(
             if progress:
                 progress("score", done, total)
             yield c, rows, scores
+
+
+def _ignored(datasets: Sequence[Dataset], block: Block, layout: Layout) -> jax.Array:
+    """Which pixels of a block of images do not count, c s b h w, on the devices."""
+    classes, steps, size = block.index.shape
+    here, rows = layout.block(classes, size)
+    index = block.index[here, :, rows]
+    local = np.zeros((*index.shape, *datasets[0].image_size), bool)
+    for pixels, data, images in zip(local, datasets[here], index, strict=True):
+        if data.ignores:
+            pixels[:] = np.reshape(data.ignored(images.ravel()), pixels.shape)
+    return layout.put(local, layout.named(None, layout.rows(size)), (classes, steps, size, *local.shape[3:]))
 
 
 def _check_scores(scores: Scores, data: Dataset, rows: np.ndarray) -> None:

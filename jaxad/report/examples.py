@@ -5,6 +5,7 @@
     image   uint8   (n, h, w, 3)  RGB after preprocessing, before normalization
     mask    bool    (n, h, w)     defect pixels; absent if the data set has no masks
     map     float32 (n, h, w)     raw pixel scores; absent if the method gives none
+    ignored bool    (n, h, w)     pixels that do not count; absent if all do
     limits  float32 (2,)          pixel scores at both ends of the color scale; if absent, computed from the n maps
     path    str     (n,)
     label   int32   (n,)          0 normal, 1 anomalous, -1 unknown
@@ -37,6 +38,7 @@ class Examples(NamedTuple):
     map: Float[np.ndarray, "n h w"] | None = None
     limits: tuple[float, float] | None = None
     """Pixel scores at both ends of the color scale. Recommended: median over normal maps, maximum over all."""
+    ignored: Bool[np.ndarray, "n h w"] | None = None
 
 
 def choose_examples(
@@ -101,10 +103,12 @@ def save_examples(run_dir: Path, examples: Examples) -> Path:
     }
     if examples.mask is not None:
         arrays["mask"] = np.asarray(examples.mask, np.bool_)
+    if examples.ignored is not None:
+        arrays["ignored"] = np.asarray(examples.ignored, np.bool_)
     if examples.map is not None:
         arrays["map"] = np.asarray(examples.map, np.float32)
     for name, array in arrays.items():
-        shape = arrays["image"].shape[: 3 if name in ("mask", "map") else 1]
+        shape = arrays["image"].shape[: 3 if name in ("mask", "map", "ignored") else 1]
         if array.shape[:3] != shape and name != "image":
             raise ValueError(f"{name} must have the shape {shape} to match the images; got {array.shape}")
     if examples.limits is not None:
@@ -128,4 +132,5 @@ def load_examples(run_dir: Path) -> Examples | None:
             mask=arrays.get("mask"),
             map=arrays.get("map"),
             limits=None if limits is None else (float(limits[0]), float(limits[1])),
+            ignored=arrays.get("ignored"),
         )
