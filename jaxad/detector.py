@@ -45,8 +45,8 @@ class Detector:
     Args:
         method: A name in `jaxad list`.
         options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, ignore,
-            holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of
-            the method.
+            ignore_margin, holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and
+            hyperparameters of the method.
 
     Raises:
         ValueError: An unknown method, backbone or hyperparameter, or a value out of its range.

@@ -44,6 +44,8 @@ class Settings:
         center_crop: Height and width cut out of the middle afterwards.
         ignore: Masks of what to ignore in every image, such as a clock or the background: files, or arrays in Python.
             Pixels that are set are filled from around them in fit and in score, and count in no score and no metric.
+        ignore_margin: Of the shorter side: pixels so near to masks that only some images have, as in a CSV file, do not
+            count either; 0 if the training images have such masks, too.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
             whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
         cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
@@ -67,6 +69,7 @@ class Settings:
     image_size: Size = 224
     center_crop: Size = None
     ignore: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
+    ignore_margin: float = 0.1
     holdout: float | None = None
     cross_holdout: int | None = None
     fpr: float = 0.05
@@ -136,7 +139,7 @@ class Settings:
     @property
     def preprocess(self) -> Preprocess:
         """What is done to every image before it is embedded."""
-        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.ignore)
+        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.ignore, self.ignore_margin)
 
     @property
     def storage(self) -> Storage:
@@ -172,6 +175,7 @@ class Settings:
             "hyperparameters": dict(self.hyperparameters),
             "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
             "preprocess": {"resize": self.preprocess.resize, "center_crop": self.preprocess.center_crop},
+            "ignore_margin": self.ignore_margin,
             "ignore": [base64.b64encode(mask).decode() for mask in self.ignore],
             "holdout": self.holdout,
             "cross_holdout": self.cross_holdout,
@@ -187,7 +191,16 @@ class Settings:
     def from_json(cls, saved: Mapping[str, Any], backbone: Sequence[str], weights: Any) -> "Settings":
         """The settings of which `to_json` made `saved`, with these weights."""
         resize, crop = (saved["preprocess"][name] for name in ("resize", "center_crop"))
-        names = {"holdout", "cross_holdout", "fpr", "tail", "precision", "seed", "batch_size"} & saved.keys()
+        names = {
+            "holdout",
+            "cross_holdout",
+            "fpr",
+            "tail",
+            "precision",
+            "seed",
+            "batch_size",
+            "ignore_margin",
+        } & saved.keys()
         hyperparameters: dict[str, Any] = {k: _hashable(value) for k, value in saved["hyperparameters"].items()}
         return cls.of(
             saved["method"],

@@ -102,7 +102,7 @@ def test_classes_with_masks_of_their_own_on_a_mesh(name):
     """The first class ignores its corner, the second a side of one of its images, the third nothing."""
     corner, side = np.zeros((2, *IMAGE_SIZE), bool)
     corner[:20, :30], side[:, 40:] = True, True
-    half = [record._replace(ignore=side if i else None) for i, record in enumerate(TEST[1].records)]
+    half = [record._replace(ignore=(side,) if i else ()) for i, record in enumerate(TEST[1].records)]
     train = [TRAIN[0].ignoring(regions(corner)), *TRAIN[1:]]
     test = [TEST[0].ignoring(regions(corner)), dataclasses.replace(TEST[1], records=tuple(half)), TEST[2]]
     r, execution = row(name), EXECUTION._replace(mesh=jaxad.make_mesh(shape=(2, 4)))

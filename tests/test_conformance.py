@@ -216,7 +216,7 @@ def test_ignored_pixels_enter_no_score(name):
     r, test = row(name), datasets(0, N)[1]
     mask = np.zeros(IMAGE_SIZE, bool)
     mask[18:38, 22:42] = True
-    records = tuple(record._replace(ignore=mask) for record in test.records)
+    records = tuple(record._replace(ignore=(mask,)) for record in test.records)
     scores = score_all(r.method, r.state, r.frozen, dataclasses.replace(test, records=records), EXECUTION)
     assert_equal(rows(scores, [0, 1]), rows(scores, [2, 3]))
     if scores.pixel is not None:

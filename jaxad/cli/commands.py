@@ -34,6 +34,7 @@ from jaxad.cli.options import (
     sweep_of,
 )
 from jaxad.data import open_data
+from jaxad.data.ignore import regions
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
@@ -161,17 +162,17 @@ def score(
         overlays: Write PNGs with the heat map over the image to OUTPUT/overlays. The colors begin at the median normal
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
-        ignore: Masks of what to ignore in every image besides what was ignored in fit.
+        ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
     """
     path = Path(source)
     detector = jaxad.load(run, weights=weights or None)
-    detector.settings = detector.settings.ignoring(ignore)
     fitted = directory.read_recipe(run).get("category")
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
     output = output or run / "scores" / directory.segment(path.resolve().stem if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
-    data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
+    data = (split.test or split.train).also_ignoring(regions(ignore))
+    options = {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
     anomalous = score_run(detector, data, output, root=root, **options)
     threshold = detector.image_threshold
     result = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
@@ -196,7 +197,7 @@ def evaluate(
         source: Labeled images; None: those of the data set that the run was fitted on.
         category: Product class of the source; None: the run's.
         mask_threshold: A mask pixel counts where it is above; None: as in fit.
-        ignore: Masks of what to ignore in every image besides what was ignored in fit.
+        ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
         oracle: Choose the thresholds on the test set itself, and mark them so.
         report: Also write an HTML report to this file.
@@ -204,7 +205,6 @@ def evaluate(
     rows: dict[Path, Row] = {}
     for run_dir in directory.find(run, "model.json"):
         detector, recipe = jaxad.load(run_dir, weights=weights or None), directory.read_recipe(run_dir)
-        detector.settings = detector.settings.ignoring(ignore)
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
@@ -214,7 +214,11 @@ def evaluate(
         single = Run(detector, fitted or "", run_dir)
         if recipe.get("unified") and category is None:
             opened = open_data(tested, preprocess=detector.settings.preprocess, **options)
-            opened = {category: split for category, split in opened.items() if split.test is not None}
+            opened = {
+                category: split._replace(test=split.test.also_ignoring(regions(ignore)))
+                for category, split in opened.items()
+                if split.test is not None
+            }
             rows |= evaluate_unified(single, opened, source=tested, oracle=oracle)
             continue
         split = open_split(tested, detector, asked=category, fitted=fitted, **options)
@@ -222,7 +226,9 @@ def evaluate(
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
-        [rows[run_dir]] = evaluate_runs([single], [split.test], source=tested, oracle=oracle)
+        [rows[run_dir]] = evaluate_runs(
+            [single], [split.test.also_ignoring(regions(ignore))], source=tested, oracle=oracle
+        )
     print_table(metrics_table(list(rows.values())))
     if decided := decisions_table(list(rows.values())):
         print_table(decided)

@@ -121,7 +121,7 @@ class Dataset:
     @functools.cached_property
     def ignores(self) -> bool:
         """Whether there are regions to ignore, which `images` fills from what lies around."""
-        return bool(self.preprocess.ignore) or any(record.ignore is not None for record in self.records)
+        return bool(self.preprocess.ignore) or any(record.ignore for record in self.records)
 
     def ignored(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Which pixels of the images at `indices` do not count; None if all pixels of all images do.
@@ -147,7 +147,12 @@ class Dataset:
         together = ignore.regions((*self.preprocess.ignore, *regions))
         return dataclasses.replace(self, preprocess=self.preprocess._replace(ignore=together))
 
-    def _to_ignore(self, record: Record) -> tuple[Preprocess, Size, Source | None, str]:
+    def also_ignoring(self, regions: Iterable[bytes]) -> "Dataset":
+        """The same images with such regions as masks of their own, which the images of the fit did not have."""
+        masks = tuple(functools.partial(bytes, region) for region in regions)
+        return dataclasses.replace(self, records=tuple(r._replace(ignore=(*r.ignore, *masks)) for r in self.records))
+
+    def _to_ignore(self, record: Record) -> tuple[Preprocess, Size, tuple[Source, ...], str]:
         return self.preprocess, images.size_of(record.image, record.path), record.ignore, record.path
 
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
@@ -182,7 +187,7 @@ class Dataset:
 
     def original_ignored(self, index: int) -> Bool[np.ndarray, "h w"] | None:
         """Which pixels of `original(index)` do not count; None if all do."""
-        whole = dataclasses.replace(self, preprocess=images.ORIGINAL._replace(ignore=self.preprocess.ignore))
+        whole = dataclasses.replace(self, preprocess=self.preprocess._replace(resize=None, center_crop=None))
         return ignore.ignored(*whole._to_ignore(self.records[index]))
 
     def original_size(self, index: int) -> Size:
@@ -357,6 +362,9 @@ def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
     for record in records:
         if isinstance(record.image, Path) and not record.image.is_file():
             raise FileNotFoundError(f"image file not found: {record.path}")
+        for mask in record.ignore:
+            if isinstance(mask, Path) and not mask.is_file():
+                raise FileNotFoundError(f"ignore mask not found: {mask} of {record.path}")
     with_mask = [record for record in records if record.mask is not None]
     without_mask = [record.path for record in records if record.label == 1 and record.mask is None]
     if with_mask and without_mask:
@@ -364,9 +372,6 @@ def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
             "either all anomalous images need a mask or none, but "
             f"{len(without_mask)} of them have none, the first is {without_mask[0]}"
         )
-    for record in records:
-        if isinstance(record.ignore, Path) and not record.ignore.is_file():
-            raise FileNotFoundError(f"ignore mask not found: {record.ignore} of {record.path}")
     images.in_threads(_check_mask_size, [record for record in with_mask if not callable(record.mask)])
     if preprocess.resize is None:
         files_and_arrays = [record for record in records if not callable(record.image)]

@@ -210,4 +210,4 @@ def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
                 raise ValueError(f"a training image needs a label, got none in {line}: write good or the defect")
             mask_path = root / mask if mask and defect != GOOD else None
             record = Record(str(root / image), root / image, category or path.stem, split, defect, mask_path, group)
-            yield record._replace(ignore=root / ignore if ignore else None)
+            yield record._replace(ignore=(root / ignore,) if ignore else ())

@@ -6,6 +6,7 @@ the content is left, and no edge that would look like a defect.
 
 import functools
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +45,31 @@ def _region(mask: Any) -> bytes:
     return buffer.getvalue()
 
 
-def ignored(preprocess: Preprocess, size: Size, own: Source | None, name: str) -> Bool[np.ndarray, "h w"] | None:
+def ignored(preprocess: Preprocess, size: Size, own: Sequence[Source], name: str) -> Bool[np.ndarray, "h w"] | None:
     """The pixels of a preprocessed image that do not count; None if all do.
+
+    Around the image's own masks, that is also a margin: features there see what fills the masks, and images of the fit,
+    which lack them, have nothing like it. The masks of all images need none.
 
     Args:
         preprocess: Its `ignore` holds for all images.
         size: (height, width) of the original image.
-        own: The image's own mask.
+        own: The image's own masks.
         name: The name of the image in error messages.
 
     Raises:
         ValueError: A mask cannot be decoded or has other proportions than the image, or no pixel is left.
     """
-    if not preprocess.ignore and own is None:
+    if not preprocess.ignore and not own:
         return None
-    try:
-        pixels = _shared(preprocess, size)
-        if own is not None:
-            pixels = pixels | _covered(read_mask(own, f"the ignore mask of {name}"), preprocess, size)
-    except _Unfit as error:
-        raise ValueError(f"{error} in {name}: draw the mask on such an image") from None
+    pixels = shared = _of_all(preprocess, size, name)
+    if own:
+        marked = _own(preprocess, size, own, name)
+        margin = preprocess.ignore_margin * min(marked.shape)
+        pixels = shared | (ndimage.distance_transform_edt(~marked) <= margin if marked.any() else marked)
     if pixels.all():
-        raise ValueError(f"what is ignored must leave pixels that count, but it leaves none of {name}: shrink the mask")
+        grown = " and their margin (ignore_margin)" if own else ""
+        raise ValueError(f"masks of what to ignore{grown} must leave pixels that count, but leave none of {name}")
     return pixels
 
 
@@ -83,13 +87,29 @@ def origins(pixels: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
 
 
 def fill(
-    image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess, size: Size, own: Source | None, name: str
+    image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess, size: Size, own: Sequence[Source], name: str
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A preprocessed image without the content of what is ignored; arguments as for `ignored`."""
-    pixels = ignored(preprocess, size, own, name)
-    if pixels is None:
+    """A preprocessed image without what its masks mark; arguments and errors as for `ignored`."""
+    if ignored(preprocess, size, own, name) is None:
         return image
-    return image.reshape(-1, 3)[_shared_origins(preprocess, size) if own is None else origins(pixels)]
+    if not own:
+        return image.reshape(-1, 3)[_shared_origins(preprocess, size)]
+    return image.reshape(-1, 3)[origins(_of_all(preprocess, size, name) | _own(preprocess, size, own, name))]
+
+
+def _of_all(preprocess: Preprocess, size: Size, name: str) -> Bool[np.ndarray, "h w"]:
+    try:
+        return _shared(preprocess, size)
+    except _Unfit as error:
+        raise ValueError(f"{error} in {name}: draw the mask on such an image") from None
+
+
+def _own(preprocess: Preprocess, size: Size, own: Sequence[Source], name: str) -> Bool[np.ndarray, "h w"]:
+    masks = [read_mask(mask, f"the ignore mask of {name}") for mask in own]
+    try:
+        return np.logical_or.reduce([_covered(mask, preprocess, size) for mask in masks])
+    except _Unfit as error:
+        raise ValueError(f"{error} in {name}: draw the mask on such an image") from None
 
 
 class _Unfit(ValueError):

@@ -22,8 +22,8 @@ class Record(NamedTuple):
     mask: Source | None = None
     group: str = ""
     """The part that it shows, such as a tile, a workpiece or a lot; empty: a part of its own."""
-    ignore: Source | None = None
-    """A mask of what to ignore in this image, besides `Preprocess.ignore`."""
+    ignore: tuple[Source, ...] = ()
+    """Masks of what to ignore in this image, besides `Preprocess.ignore`."""
 
     @property
     def label(self) -> int:

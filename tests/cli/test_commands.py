@@ -81,7 +81,7 @@ def test_masks_of_what_to_ignore(flat_run: Path, mvtec: Path, tmp_path: Path, ca
     assert changed[pixels > 0].mean() > 0.9
     assert main(["evaluate", str(run), "--source", str(mvtec / "bolt"), "--ignore", str(mask)]) == 0
     metrics = files.read_json(run / "metrics.json")
-    assert metrics["ignored"] == pytest.approx(0.13, abs=0.02)
+    assert 0.13 < metrics["ignored"] < 0.5
     assert "none of the" in metrics["reasons"]["pixel_AUROC"]
     assert "3 defects lie where pixels are ignored" in capsys.readouterr().err
     assert load_run(run).examples is not None and load_run(run).examples.ignored.any()

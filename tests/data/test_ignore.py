@@ -46,12 +46,15 @@ def test_masks_of_single_images_add_to_those_of_all(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
     table = tmp_path / "table.csv"
     table.write_text("image_path,label,split,ignore_path\n0.png,good,train,own.png\n1.png,good,train,\n")
-    data = open_data(table, preprocess=Preprocess(None))["table"].train
+    data = open_data(table, preprocess=Preprocess(None, ignore_margin=0.0))["table"].train
     assert data.ignores and data.ignored([0, 1]).sum((1, 2)).tolist() == [100, 0]
     both = data.ignoring(regions(CORNER))
     assert both.ignored([0, 1]).sum((1, 2)).tolist() == [340, 240]
     np.testing.assert_array_equal(both.images([0, 1])[~both.ignored([0, 1])], IMAGES[:2][~both.ignored([0, 1])])
     assert open_data(IMAGES)["arrays"].train.ignored([0]) is None
+    grown = open_data(table, preprocess=Preprocess(None))["table"].train
+    assert grown.ignored([0, 1])[:, 26:, 46:].sum((1, 2)).tolist() == [14 * 14 - 6, 0]
+    np.testing.assert_array_equal(grown.images([0]), data.images([0]))
     (tmp_path / "own.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"ignore mask not found: .*own\.png of .*0\.png"):
         open_data(table)
@@ -74,5 +77,5 @@ def test_a_mask_must_leave_pixels_of_what_is_kept():
     border = np.ones((40, 60), bool)
     border[0] = False
     data = open_data(IMAGES, preprocess=Preprocess((40, 60), (20, 30), regions(border)))["arrays"].train
-    with pytest.raises(ValueError, match=r"it leaves none of array\[0\]"):
+    with pytest.raises(ValueError, match=r"leave none of array\[0\]"):
         data.images([0])
