@@ -83,7 +83,7 @@ def origins(pixels: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
     inside = ((mirrored >= 0) & (mirrored < np.array(pixels.shape)[:, None, None])).all(0)
     mirrored = np.where(inside, mirrored, nearest)
     mirrored = np.where(pixels[tuple(mirrored)], nearest, mirrored)
-    return np.ravel_multi_index(tuple(mirrored), pixels.shape)
+    return mirrored[0] * pixels.shape[1] + mirrored[1]
 
 
 def fill(

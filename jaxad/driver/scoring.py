@@ -150,8 +150,9 @@ def _ignored(datasets: Sequence[Dataset], block: Block, layout: Layout) -> jax.A
     index = block.index[here, :, rows]
     local = np.zeros((*index.shape, *datasets[0].image_size), bool)
     for pixels, data, images in zip(local, datasets[here], index, strict=True):
-        if data.ignores:
-            pixels[:] = np.reshape(data.ignored(images.ravel()), pixels.shape)
+        ignored = data.ignored(images.ravel())
+        if ignored is not None:
+            pixels[:] = ignored.reshape(pixels.shape)
     return layout.put(local, layout.named(None, layout.rows(size)), (classes, steps, size, *local.shape[3:]))
 
 

@@ -53,7 +53,7 @@ def test_masks_of_single_images_add_to_those_of_all(tmp_path):
     np.testing.assert_array_equal(both.images([0, 1])[~both.ignored([0, 1])], IMAGES[:2][~both.ignored([0, 1])])
     assert open_data(IMAGES)["arrays"].train.ignored([0]) is None
     grown = open_data(table, preprocess=Preprocess(None))["table"].train
-    assert grown.ignored([0, 1])[:, 26:, 46:].sum((1, 2)).tolist() == [14 * 14 - 6, 0]
+    assert grown.ignored([0, 1])[:, 26:, 46:].sum((1, 2)).tolist() == [14 * 14 - 8, 0]
     np.testing.assert_array_equal(grown.images([0]), data.images([0]))
     (tmp_path / "own.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"ignore mask not found: .*own\.png of .*0\.png"):
