@@ -132,20 +132,15 @@ class Dataset:
         """
         if not self.ignores:
             return None
-        records = [self.records[i] for i in indices]
-        batch = np.zeros((len(records), *self.image_size), np.bool_)
-
-        def load(position: int) -> None:
-            pixels = ignore.ignored(*self._to_ignore(records[position]))
-            batch[position] = False if pixels is None else pixels
-
-        images.in_threads(load, range(len(records)))
-        return batch
+        found = images.in_threads(lambda i: ignore.ignored(*self._to_ignore(self.records[i])), indices)
+        nothing = np.zeros(self.image_size, np.bool_)
+        return np.array([nothing if one is None else one for one in found], np.bool_).reshape(-1, *self.image_size)
 
     def ignoring(self, regions: Iterable[bytes]) -> "Dataset":
         """The same images with more regions of `jaxad.data.ignore.regions` to ignore in all of them."""
         together = ignore.regions((*self.preprocess.ignore, *regions))
-        return dataclasses.replace(self, preprocess=self.preprocess._replace(ignore=together))
+        same = together == self.preprocess.ignore
+        return self if same else dataclasses.replace(self, preprocess=self.preprocess._replace(ignore=together))
 
     def also_ignoring(self, regions: Iterable[bytes]) -> "Dataset":
         """The same images with such regions as masks of their own, which the images of the fit did not have."""
