@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
-from jaxad.ops.heatmap import stack_maps, upsample_blur
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.ops.heatmap import counted, stack_maps, upsample_blur
 from jaxad.training.checks import zero_or_more
 
 
@@ -75,10 +75,10 @@ def skeleton(
         del key, frozen
         return SkeletonMean(state.total / jnp.maximum(state.count, 1))
 
-    def score(state: SkeletonMean, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: SkeletonMean, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         distance = jnp.linalg.norm(patches(x) - state.mean, axis=-1)
         pixel = upsample_blur(distance, image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     return Method(features(backbone, layers), (Stage("collect", init, collect, average),), score)

@@ -18,9 +18,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.nn import ConvNorm
-from jaxad.ops.heatmap import neighborhood_mean, upsample_blur
+from jaxad.ops.heatmap import counted, neighborhood_mean, upsample_blur
 from jaxad.training import cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import torch_adam
@@ -90,12 +90,12 @@ def skeleton(
         predicted, updated = predictor.apply(variables, x, train=True, mutable=["batch_stats"])
         return jnp.mean((predicted - x) ** 2), {"stats": updated["batch_stats"]}
 
-    def score(state: SkeletonModel, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: SkeletonModel, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         variables = {"params": state.params, "batch_stats": state.stats}
         errors = jnp.mean((predictor.apply(variables, x[layer], train=False) - x[layer]) ** 2, -1)
         pixel = upsample_blur(errors, image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     stage = gradient_stage(
         "train",

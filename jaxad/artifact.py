@@ -18,7 +18,7 @@ from jaxad.schema import count, items, mapping, number, optional, record, shallo
 
 FORMAT = 4
 """Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code, 4 has
-the hashes of the other files in model.json."""
+the hashes of the other files in model.json, and the regions to ignore."""
 HASHED = ("model.safetensors", "threshold.json")
 SIZE = items(number(1, 65535, whole=True), 2, 2)
 DESCRIPTION = record(
@@ -26,6 +26,8 @@ DESCRIPTION = record(
         "method": text(),
         "hyperparameters": mapping(shallow),
         "preprocess": record({"resize": optional(SIZE), "center_crop": optional(SIZE)}, closed=False),
+        "ignore": items(text()),
+        "ignore_margin": number(0, 1),
         "holdout": number(0, 1),
         "fpr": number(0, 1),
         "precision": text("float32", "bfloat16"),

@@ -49,12 +49,14 @@ class Scores(NamedTuple):
     pixel: Float[Array, "b h w"] | None
 
 
+Ignored = Bool[Array, "b H W"] | None
+"""Pixels of images that no image score may come from; None: all count."""
 EmbedFn = Callable[[Frozen, Array], PyTree]
 InitFn = Callable[[Key, State, Frozen, PyTree], State]
 UpdateFn = Callable[[Key, State, Frozen, Batch], tuple[State, Metrics]]
 FinalizeFn = Callable[[Key, State, Frozen], State]
 VaryFn = Callable[[State, Array], State]
-ScoreFn = Callable[[State, Frozen, PyTree], Scores]
+ScoreFn = Callable[..., Scores]
 
 
 def keep_state(key: Key, state: State, frozen: Frozen) -> State:
@@ -108,7 +110,10 @@ class Method(NamedTuple):
     learned; computed once, cacheable, and shared between methods that use the same function."""
     stages: tuple[Stage, ...]
     score: ScoreFn
-    """(state, frozen, x) -> Scores. Deterministic and per image: no key, no batch statistics."""
+    """(state, frozen, x) -> Scores. Deterministic and per image: no key, no batch statistics.
+
+    Where image scores are made from scores of positions, a fourth argument, `ignore: Ignored = None`, says which pixels
+    must not enter. What the pixels hold never does: the driver has filled them."""
     vary: tuple[tuple[str, VaryFn], ...] = ()
     """Hyperparameters that a fitted state can still change, by name: (state, value) -> the state of a fit with that
     value, for values up to the method's own. A sweep over them is one more mapped axis."""

@@ -41,9 +41,12 @@ class Prediction(NamedTuple):
     pred_label: Bool[np.ndarray, "n"] | None
     """Whether the score is above the image threshold; None where there is no threshold."""
     anomaly_map: Float[np.ndarray, "n h w"] | None
-    """Heat maps on the preprocessed image; None for methods without."""
+    """Heat maps on the preprocessed image; None for methods without. Ignored pixels have the smallest score of the
+    others."""
     pred_mask: Bool[np.ndarray, "n h w"] | None
-    """Where the heat map is above the pixel threshold."""
+    """Where the heat map is above the pixel threshold, and not ignored."""
+    ignored: Bool[np.ndarray, "n h w"] | None = None
+    """Pixels that do not count; None if all do."""
 
     def __repr__(self) -> str:
         scores = f", pred_score {self.pred_score.min():.4g} to {self.pred_score.max():.4g}" if self.paths else ""
@@ -57,9 +60,9 @@ class Detector:
 
     Args:
         method: A name in `jaxad list`.
-        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, holdout,
-            cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of the
-            method.
+        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, ignore,
+            ignore_margin, holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and
+            hyperparameters of the method.
 
     Raises:
         ValueError: An unknown method, backbone or hyperparameter, or a value out of its range.
@@ -167,6 +170,8 @@ class Detector:
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
         check_normals(data)
+        data = data.ignoring(self.settings.ignore)
+        self.settings = self.settings.ignoring(data.preprocess.ignore)
         if signs := leakage(self.settings, data):
             warnings.warn(printable(signs), stacklevel=2)
         photographs = self.load_photographs(data.image_size)
@@ -207,7 +212,8 @@ class Detector:
         if fork.forked():
             return self._score_elsewhere(data, execution)
         execution = configured(execution, self.settings)
-        self._programs |= programs(self.method, execution)
+        data = data.ignoring(self.settings.ignore)
+        self._programs |= programs(self.method, execution, data.ignores)
         return score(self.method, self.state, self.load_frozen(), data, execution)
 
     def _fitted(self) -> Model:
@@ -216,7 +222,7 @@ class Detector:
         return self.model
 
     def _score_elsewhere(self, data: Dataset, execution: Execution) -> Iterator[tuple[np.ndarray, Scores]]:
-        if execution.mesh is not None:
+        if execution.mesh is not None or data.ignoring(self.settings.ignore).ignores:
             fork.check()
         if self._substitute is None or self._substitute.owner != os.getpid():
             self._substitute = fork.Substitute(self)
@@ -249,13 +255,15 @@ class Detector:
             execution: As for `fit`.
         """
         data = source if isinstance(source, Dataset) else self._open(source, category, "test")
+        ignored = data.ignoring(self.settings.ignore).ignored(range(len(data)))
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
         maps = [s.pixel for s in parts if s.pixel is not None]
         pixel = np.concatenate(maps) if maps else None
         label = None if self.image_threshold is None else image > self.image_threshold.value
         mask = None if pixel is None or self.pixel_threshold is None else pixel > self.pixel_threshold.value
-        return Prediction(data.paths, image, label, pixel, mask)
+        mask = mask if mask is None or ignored is None else mask & ~ignored
+        return Prediction(data.paths, image, label, pixel, mask, ignored)
 
     def save(self, directory: str | Path, state: State = None) -> None:
         """Writes model.safetensors, model.json and threshold.json; pretrained weights are named, not copied.

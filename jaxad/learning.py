@@ -297,11 +297,12 @@ class _Summary(NamedTuple):
     median: np.ndarray
 
 
-def _summary(scores: Scores) -> _Summary:
+def _summary(scores: Scores, ignored: np.ndarray | None) -> _Summary:
     if scores.pixel is None:
         return _Summary(np.asarray(scores.image), np.empty(0), np.empty(0))
     pixel = np.asarray(scores.pixel)
-    return _Summary(np.asarray(scores.image), pixel.max((1, 2)), np.median(pixel, (1, 2)))
+    counted = pixel if ignored is None else np.where(ignored, np.nan, pixel)
+    return _Summary(np.asarray(scores.image), pixel.max((1, 2)), np.nanmedian(counted, (1, 2)))
 
 
 def _held_out_scores(
@@ -316,8 +317,8 @@ def _held_out_scores(
     else:
         stream = ((0, *part) for part in score(method, state, frozen, held_out[0], execution, whole_batches=True))
     summaries: list[list[_Summary]] = [[] for _ in held_out]
-    for i, _, scores in stream:
-        summaries[i].append(_summary(scores))
+    for i, rows, scores in stream:
+        summaries[i].append(_summary(scores, held_out[i].ignored(rows)))
     return summaries
 
 

@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 
 def write_line(line: str) -> None:
-    """Prints a line to stderr, with control characters escaped. Where that fails, messages end, and the work goes on."""
+    """Prints a line to stderr, control characters escaped. Where that fails, messages end, and the work goes on."""
     try:
         print(printable(line), file=sys.stderr, flush=True)
     except OSError:

@@ -3,6 +3,7 @@
 Options of the command line, JSON, recipes and fingerprints are made from it.
 """
 
+import base64
 import dataclasses
 import functools
 import inspect
@@ -43,6 +44,10 @@ class Settings:
             draem, glass and memseg draw anomalies with them, and otherwise with generated textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
+        ignore: Masks of what to ignore in every image, such as a clock or the background: files, or arrays in Python.
+            Pixels that are set are filled from around them in fit and in score, and count in no score and no metric.
+        ignore_margin: Of the shorter side: pixels so near to masks that only some images have, as in a CSV file, do not
+            count either; 0 if the training images have such masks, too.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
             whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
         cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
@@ -65,6 +70,8 @@ class Settings:
     auxiliary: Path | None = None
     image_size: Size = 224
     center_crop: Size = None
+    ignore: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
+    ignore_margin: float = 0.1
     holdout: float | None = None
     cross_holdout: int | None = None
     fpr: float = 0.05
@@ -93,6 +100,10 @@ class Settings:
         for name in ("image_size", "center_crop"):
             if name in chosen:
                 chosen[name] = _pair(chosen[name])
+        if chosen.get("ignore") is not None:
+            from jaxad.data.ignore import regions
+
+            chosen["ignore"] = regions(chosen["ignore"])
         if chosen.get("auxiliary") is not None:
             chosen["auxiliary"] = Path(chosen["auxiliary"])
         chosen |= _backbones(chosen.get("backbone"), chosen.get("weights"))
@@ -139,7 +150,7 @@ class Settings:
         """What is done to every image before it is embedded."""
         from jaxad.data import Preprocess
 
-        return Preprocess(_pair(self.image_size), _pair(self.center_crop))
+        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.ignore, self.ignore_margin)
 
     @property
     def storage(self) -> "Storage":
@@ -155,6 +166,12 @@ class Settings:
         arguments = {**_defaults(self.method), **given}
         with _building:
             return _build(self.method, tuple((name, _hashable(arguments[name])) for name in sorted(arguments)))
+
+    def ignoring(self, masks: Sequence[Any]) -> "Settings":
+        """The same with more masks of what to ignore."""
+        from jaxad.data.ignore import regions
+
+        return dataclasses.replace(self, ignore=regions((*self.ignore, *masks)))
 
     def varied(self, name: str, value: Any) -> "Settings":
         """The same with another value of a hyperparameter."""
@@ -174,7 +191,9 @@ class Settings:
             "method": self.method,
             "hyperparameters": dict(self.hyperparameters),
             "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
-            "preprocess": self.preprocess._asdict(),
+            "preprocess": {"resize": self.preprocess.resize, "center_crop": self.preprocess.center_crop},
+            "ignore_margin": self.ignore_margin,
+            "ignore": [base64.b64encode(mask).decode() for mask in self.ignore],
             "holdout": self.holdout,
             "cross_holdout": self.cross_holdout,
             "fpr": self.fpr,
@@ -189,7 +208,16 @@ class Settings:
     def from_json(cls, saved: Mapping[str, Any], backbone: Sequence[str], weights: Any) -> "Settings":
         """The settings of which `to_json` made `saved`, with these weights."""
         resize, crop = (saved["preprocess"][name] for name in ("resize", "center_crop"))
-        names = {"holdout", "cross_holdout", "fpr", "tail", "precision", "seed", "batch_size"} & saved.keys()
+        names = {
+            "holdout",
+            "cross_holdout",
+            "fpr",
+            "tail",
+            "precision",
+            "seed",
+            "batch_size",
+            "ignore_margin",
+        } & saved.keys()
         hyperparameters: dict[str, Any] = {k: _hashable(value) for k, value in saved["hyperparameters"].items()}
         return cls.of(
             saved["method"],
@@ -197,6 +225,7 @@ class Settings:
             weights=weights,
             image_size=resize and tuple(resize),
             center_crop=crop and tuple(crop),
+            ignore=[base64.b64decode(mask) for mask in saved["ignore"]],
             **{name: saved[name] for name in names},
             **hyperparameters,
         )

@@ -1,5 +1,6 @@
 """Several classes at once, and meshes of 8 virtual devices, give what one class on one device gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,12 +10,13 @@ import pytest
 
 import jaxad
 from jaxad.base import Scores, State
+from jaxad.data.ignore import regions
 from jaxad.driver import mesh as meshes
 from jaxad.driver.execution import Execution
 from jaxad.driver.fit import Group, fit, fit_classes
 from jaxad.driver.programs import class_state
 from jaxad.driver.scoring import score_all, score_classes
-from tests.cases import CASES, SEVERAL_CLASSES, rows_of
+from tests.cases import CASES, IMAGE_SIZE, SEVERAL_CLASSES, rows_of
 from tests.rows import EXECUTION, KEY, B, N, assert_close, auxiliary_for, datasets, row
 
 COUNTS = (N, 7, 9)
@@ -92,3 +94,22 @@ def test_one_class_on_a_mesh(name, monkeypatch):
     state = fit(r.method, r.frozen, TRAIN[1], KEY, execution, auxiliary=auxiliary_for(r.method)).state
     scores = score_all(r.method, state, r.frozen, TEST[1], execution)
     assert_same_scores(name, scores, expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["padim", "cfa", "mahalanobis_ad"])
+def test_classes_with_masks_of_their_own_on_a_mesh(name):
+    """The first class ignores its corner, the second a side of one of its images, the third nothing."""
+    corner, side = np.zeros((2, *IMAGE_SIZE), bool)
+    corner[:20, :30], side[:, 40:] = True, True
+    half = [record._replace(ignore=(side,) if i else ()) for i, record in enumerate(TEST[1].records)]
+    train = [TRAIN[0].ignoring(regions(corner)), *TRAIN[1:]]
+    test = [TEST[0].ignoring(regions(corner)), dataclasses.replace(TEST[1], records=tuple(half)), TEST[2]]
+    r, execution = row(name), EXECUTION._replace(mesh=jaxad.make_mesh(shape=(2, 4)))
+    state = fit_classes(r.method, r.frozen, train, KEY, execution).state
+    scores = by_class(score_classes(r.method, state, r.frozen, test, execution), len(train))
+    for c, data in enumerate(train):
+        expected = score_all(
+            r.method, fit(r.method, r.frozen, data, KEY, EXECUTION).state, r.frozen, test[c], EXECUTION
+        )
+        assert_close(scores[c], expected, 1e-4)

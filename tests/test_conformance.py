@@ -1,5 +1,6 @@
 """What every method must do, whatever it computes; one fit a row of `tests/cases.py` serves all tests of that row."""
 
+import dataclasses
 import functools
 import gc
 import math
@@ -207,6 +208,20 @@ def test_scores_are_per_image(name):
     assert_close(r.score(rows(r.test, order)), rows(scores, order), CASES[name].tolerance / 10)
     poisoned = jax.tree.map(lambda leaf: leaf.at[1:].set(nonsense(leaf.dtype)), r.test)
     assert_close(rows(r.score(poisoned), [0]), rows(scores, [0]), 1e-6)
+
+
+@pytest.mark.parametrize("name", rows_of({"padim"}))
+def test_ignored_pixels_enter_no_score(name):
+    """Where the defect is ignored, images have the scores that they have without it; elsewhere it is found."""
+    r, test = row(name), datasets(0, N)[1]
+    mask = np.zeros(IMAGE_SIZE, bool)
+    mask[18:38, 22:42] = True
+    records = tuple(record._replace(ignore=(mask,)) for record in test.records)
+    scores = score_all(r.method, r.state, r.frozen, dataclasses.replace(test, records=records), EXECUTION)
+    assert_equal(rows(scores, [0, 1]), rows(scores, [2, 3]))
+    if scores.pixel is not None:
+        smallest = np.where(mask, np.inf, scores.pixel).min((1, 2))
+        np.testing.assert_array_equal(scores.pixel[:, mask], np.repeat(smallest[:, None], mask.sum(), 1))
 
 
 @pytest.mark.slow

@@ -462,6 +462,21 @@ def test_an_ensemble_of_two_backbones(weights, tmp_path):
     np.testing.assert_array_equal(jaxad.load(tmp_path).predict(DEFECTIVE).pred_score, expected[4:])
 
 
+def test_what_is_ignored_goes_with_the_model(weights, tmp_path):
+    """A clock that no training image has; the model keeps the mask, whose file may be gone."""
+    clock, mask = UNSEEN.copy(), np.zeros((80, 96), np.uint8)
+    clock[:, :10, :20] = np.random.default_rng(0).integers(0, 256, (4, 10, 20, 3))
+    mask[:20, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    fitted = mahalanobis(weights, ignore=tmp_path / "mask.png").fit(NORMAL)
+    expected = fitted.predict(UNSEEN).pred_score
+    (tmp_path / "mask.png").unlink()
+    fitted.save(tmp_path)
+    result = jaxad.load(tmp_path).predict(clock)
+    np.testing.assert_array_equal(result.pred_score, expected)
+    assert result.ignored is not None and result.ignored[:, :8, :13].all() and not result.ignored[:, 10:].any()
+
+
 def test_damaged_models_are_one_clear_error(detector, weights, tmp_path):
     detector.save(tmp_path)
     model, description = (tmp_path / name for name in ("model.safetensors", "model.json"))

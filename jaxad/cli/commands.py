@@ -32,6 +32,7 @@ from jaxad.cli.options import (
 )
 from jaxad.data import open_data
 from jaxad.data.dataset import check_normals
+from jaxad.data.ignore import regions
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
@@ -153,6 +154,7 @@ def score(
     output: Path | None = None,
     overlays: bool = False,
     maps: bool = False,
+    ignore: UseAppendAction[tuple[Path, ...]] = (),
     weights: UseAppendAction[tuple[Path, ...]] = (),
     overwrite: bool = False,
 ) -> None:
@@ -166,6 +168,7 @@ def score(
         overlays: Write PNGs with the heat map over the image to OUTPUT/overlays. The colors begin at the median normal
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
+        ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
         overwrite: Replace scores of other images, or of another model, in the output folder.
     """
@@ -175,7 +178,8 @@ def score(
     split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
     output = output or directory.scores_folder(run, path.resolve().name if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
-    data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
+    data = (split.test or split.train).also_ignoring(regions(ignore))
+    options = {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
     images = {"source": _place(source), "category": data.category}
     with directory.scoring(output, run, model, images, overwrite) as stage:
         anomalous = score_run(detector, data, stage, root=root, **options)
@@ -190,6 +194,7 @@ def evaluate(
     source: str | None = None,
     category: str | None = None,
     mask_threshold: float | None = None,
+    ignore: UseAppendAction[tuple[Path, ...]] = (),
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
     report: Path | None = None,
@@ -201,6 +206,7 @@ def evaluate(
         source: Labeled images; None: those of the data set that the run was fitted on.
         category: Product class of the source; None: the run's.
         mask_threshold: A mask pixel counts where it is above; None: as in fit.
+        ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
         oracle: Choose the thresholds on the test set itself, and mark them so.
         report: Also write an HTML report to this file.
@@ -218,7 +224,11 @@ def evaluate(
         single = Run(detector, fitted or "", run_dir, version=version)
         if recipe.get("unified") and category is None:
             opened = open_data(tested, preprocess=detector.settings.preprocess, **options)
-            opened = {category: split for category, split in opened.items() if split.test is not None}
+            opened = {
+                category: split._replace(test=split.test.also_ignoring(regions(ignore)))
+                for category, split in opened.items()
+                if split.test is not None
+            }
             rows |= evaluate_unified(single, opened, source=tested, oracle=oracle)
             continue
         split = open_split(tested, detector, asked=category, fitted=fitted, **options)
@@ -226,7 +236,8 @@ def evaluate(
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
-        [rows[run_dir]] = evaluate_runs([single], [split.test], source=tested, oracle=oracle)
+        test = split.test.also_ignoring(regions(ignore))
+        [rows[run_dir]] = evaluate_runs([single], [test], source=tested, oracle=oracle)
     lacking = {row.category: shortfall(row.threshold) for row in rows.values() if row.threshold}
     try:
         print_table(metrics_table(list(rows.values())))

@@ -229,8 +229,9 @@ def call(run: Callable[..., Any], *, prog: str, **options: Any) -> Any:
 
 
 def settings_options() -> type:
-    """Options for the fields of `Settings`; several backbones are given one by one."""
-    several = {"backbone": UseAppendAction[tuple[str, ...]], "weights": UseAppendAction[tuple[Path, ...]]}
+    """Options for the fields of `Settings`; several backbones and several masks are given one by one."""
+    several = {"backbone": UseAppendAction[tuple[str, ...]]}
+    several |= dict.fromkeys(("weights", "ignore"), UseAppendAction[tuple[Path, ...]])
     fields = [
         (field.name, several.get(field.name, field.type), field.default)
         for field in dataclasses.fields(Settings)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from jaxad.data import folders, images, repeats
-from jaxad.data.images import MaskThreshold, Preprocess, Size
+from jaxad.data import folders, ignore, images, repeats
+from jaxad.data.images import MaskThreshold, Preprocess, Size, Source
 from jaxad.data.records import GOOD, Record
 
 
@@ -116,10 +116,42 @@ class Dataset:
             image = images.read(record.image, record.path, self.preprocess)
             if image.shape[:2] != self.image_size:
                 raise _mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
-            batch[position] = image
+            batch[position] = ignore.fill(image, *self._to_ignore(record)) if self.ignores else image
 
         images.in_threads(load, range(len(records)))
         return batch
+
+    @functools.cached_property
+    def ignores(self) -> bool:
+        """Whether there are regions to ignore, which `images` fills from what lies around."""
+        return bool(self.preprocess.ignore) or any(record.ignore for record in self.records)
+
+    def ignored(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
+        """Which pixels of the images at `indices` do not count; None if all pixels of all images do.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a mask cannot be decoded, has other proportions than its image, or leaves no pixel.
+        """
+        if not self.ignores:
+            return None
+        found = images.in_threads(lambda i: ignore.ignored(*self._to_ignore(self.records[i])), indices)
+        nothing = np.zeros(self.image_size, np.bool_)
+        return np.array([nothing if one is None else one for one in found], np.bool_).reshape(-1, *self.image_size)
+
+    def ignoring(self, regions: Iterable[bytes]) -> "Dataset":
+        """The same images with more regions of `jaxad.data.ignore.regions` to ignore in all of them."""
+        together = ignore.regions((*self.preprocess.ignore, *regions))
+        same = together == self.preprocess.ignore
+        return self if same else dataclasses.replace(self, preprocess=self.preprocess._replace(ignore=together))
+
+    def also_ignoring(self, regions: Iterable[bytes]) -> "Dataset":
+        """The same images with such regions as masks of their own, which the images of the fit did not have."""
+        masks = tuple(functools.partial(bytes, region) for region in regions)
+        return dataclasses.replace(self, records=tuple(r._replace(ignore=(*r.ignore, *masks)) for r in self.records))
+
+    def _to_ignore(self, record: Record) -> tuple[Preprocess, Size, tuple[Source, ...], str]:
+        return self.preprocess, images.size_of(record.image, record.path), record.ignore, record.path
 
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Decodes the masks at `indices`, preprocessed like the images. The masks of normal images are empty.
@@ -159,8 +191,13 @@ class Dataset:
         return batch
 
     def original(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image at its original resolution, upright."""
+        """The image at its original resolution, upright, with what is ignored."""
         return images.read(self.records[index].image, self.records[index].path)
+
+    def original_ignored(self, index: int) -> Bool[np.ndarray, "h w"] | None:
+        """Which pixels of `original(index)` do not count; None if all do."""
+        whole = dataclasses.replace(self, preprocess=self.preprocess._replace(resize=None, center_crop=None))
+        return ignore.ignored(*whole._to_ignore(self.records[index]))
 
     def original_size(self, index: int) -> Size:
         """(height, width) of `original(index)`, from the file's header."""
@@ -356,6 +393,9 @@ def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
     for record in records:
         if isinstance(record.image, Path) and not record.image.is_file():
             raise FileNotFoundError(f"image file not found: {record.path}")
+        for mask in record.ignore:
+            if isinstance(mask, Path) and not mask.is_file():
+                raise FileNotFoundError(f"ignore mask not found: {mask} of {record.path}")
     with_mask = [record for record in records if record.mask is not None]
     without_mask = [record.path for record in records if record.label == 1 and record.mask is None]
     if with_mask and without_mask:

@@ -146,13 +146,13 @@ def visa(root: Path) -> Iterator[Record]:
 
 
 def table(path: Path) -> Iterator[Record]:
-    """A CSV file with the column image_path, and optionally label, split, mask_path, category and group.
+    """A CSV file with the column image_path, and optionally label, split, mask_path, ignore_path, category and group.
 
     Paths are relative to the file. The separator is a comma, a semicolon or a tab. The label is good, ok, normal or 0
     for a normal image, empty if unknown (test images only), and the kind of defect otherwise. Without the column split
-    all are test images. Images of one group show one part.
+    all are test images. Images of one group show one part. ignore_path is a mask of what to ignore in the image.
     """
-    columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path", "group")}
+    columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path", "group", "ignore_path")}
     return _rows(path, path.parent, columns)
 
 
@@ -331,9 +331,9 @@ def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record
             if column not in header and alike:
                 raise ValueError(f"{path} has the column {alike[0]} but not {column}: is it meant? Rename or remove it")
         for row in reader:
-            fields = ("image_path", "label", "split", "mask_path", "category", "group")
+            fields = ("image_path", "label", "split", "mask_path", "category", "group", "ignore_path")
             cells = ((row.get(columns.get(field, "")) or "").strip() for field in fields)
-            image, label, split, mask, category, group = cells
+            image, label, split, mask, category, group, ignore = cells
             defect = defect_of(label)
             line = f"line {reader.line_num} of {path}"
             if any(row.get(None) or ()):
@@ -346,4 +346,5 @@ def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record
             if split == "train" and not defect:
                 raise ValueError(f"a training image needs a label, got none in {line}: write good or the defect")
             mask_path = root / mask if mask and defect != GOOD else None
-            yield Record(str(root / image), root / image, category or path.stem, split, defect, mask_path, group)
+            record = Record(str(root / image), root / image, category or path.stem, split, defect, mask_path, group)
+            yield record._replace(ignore=(root / ignore,) if ignore else ())

@@ -55,12 +55,18 @@ class Preprocess(NamedTuple):
     """(height, width) to resize to, with antialiased bilinear weights (masks: nearest pixel). None: no resizing."""
     center_crop: Size | None = None
     """(height, width) of the centered window to keep. None: the whole image."""
+    ignore: tuple[bytes, ...] = ()
+    """Masks of `jaxad.data.ignore.regions`, resized and cropped likewise. `Dataset` fills what they mark."""
+    ignore_margin: float = 0.1
+    """Of the shorter side: pixels so near to an image's own mask do not count either (`Record.ignore`)."""
 
     def check(self) -> None:
-        """Raises ValueError for sizes that are not positive or a crop larger than the resized image."""
-        for field, size in zip(self._fields, self, strict=True):
+        """Raises ValueError for sizes that are not positive, a crop larger than the resized image or a wrong margin."""
+        for field, size in (("resize", self.resize), ("center_crop", self.center_crop)):
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise ValueError(f"{field} must be two positive numbers (height, width), got {size}")
+        if not 0 <= self.ignore_margin < 1:
+            raise ValueError(f"ignore_margin must be in [0, 1), got {self.ignore_margin}")
         if self.resize and self.center_crop:
             self.output_size(self.resize)
 

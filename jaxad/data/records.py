@@ -24,6 +24,8 @@ class Record(NamedTuple):
     """Several masks of one image count together."""
     group: str = ""
     """The part that it shows, such as a tile, a workpiece or a lot; empty: a part of its own."""
+    ignore: tuple[Source, ...] = ()
+    """Masks of what to ignore in this image, besides `Preprocess.ignore`."""
 
     @property
     def masks(self) -> tuple[Source, ...]:

@@ -247,9 +247,13 @@ class _Estimate:
         cube = n + padding, 1, next_multiple(self._execution.batch_size, layout.data_shards)
         held = model + _bytes(state) if padding and n > 1 else model
         x = self._embed(f"{EMBED}scoring", cube, 2, held)
-        program = score_program(self._method, layout, self._execution.classes_per_step if n > 1 else None, n > 1)
-        beside: dict[str, Any] = {"batch": _bytes(x), "host": self._decoded(cube, 2)}
-        scores = self._run("score", program, state, self._frozen, x, state=held, learns=False, **beside)
+        ignored = []
+        if any(data.ignores for data in self._datasets):
+            ignored = [self._put((*cube, *self._size), bool, None, layout.rows(cube[2]))]
+        classes_per_step = self._execution.classes_per_step if n > 1 else None
+        program = score_program(self._method, layout, classes_per_step, n > 1, bool(ignored))
+        beside: dict[str, Any] = {"batch": _bytes((x, ignored)), "host": self._decoded(cube, 2)}
+        scores = self._run("score", program, state, self._frozen, x, *ignored, state=held, learns=False, **beside)
         self._needs[-1] = self._needs[-1]._replace(host=self._needs[-1].host + _whole(scores))
 
     def _run(

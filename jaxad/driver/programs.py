@@ -1,6 +1,7 @@
 """The compiled programs of a method: those that fit it, and the one that scores. `fit` and `plan` share them."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,9 @@ def _chunk_of(stage: Stage, layout: Layout) -> Callable:
 
 
 @weak_cache
-def score_program(method: Method, layout: Layout, classes_per_step: int | None, classes: bool) -> Program:
+def score_program(
+    method: Method, layout: Layout, classes_per_step: int | None, classes: bool, ignores: bool = False
+) -> Program:
     """(states, frozen, x) -> scores, leaves c b ...; x has one step, c 1 b ....
 
     Args:
@@ -103,15 +106,23 @@ def score_program(method: Method, layout: Layout, classes_per_step: int | None, 
         layout: Where arrays lie.
         classes_per_step: Classes that are computed at the same time (on each device); None: all.
         classes: Whether the state has a leading axis of classes; without, there is one class.
+        ignores: Whether a last argument, Bool c 1 b h w, says which pixels do not count. In the heat map, they get the
+            smallest score of the others.
     """
+    takes = "ignore" in inspect.signature(method.score).parameters
 
     def shardings(scores: Scores) -> Any:
         return jax.tree.map(lambda leaf: layout.named(layout.rows(leaf.shape[1])), scores)
 
-    def run(state: State, frozen: Frozen, x: PyTree) -> Scores:
-        return method.score(state, frozen, jax.tree.map(lambda leaf: leaf[0], x))
+    def run(state: State, frozen: Frozen, x: PyTree, *ignored: jax.Array) -> Scores:
+        x, ignored = jax.tree.map(lambda leaf: leaf[0], (x, ignored))
+        scores = method.score(state, frozen, x, **({"ignore": ignored[0]} if takes and ignores else {}))
+        if not ignores or scores.pixel is None:
+            return scores
+        smallest = jnp.where(ignored[0], jnp.inf, scores.pixel).min((1, 2), keepdims=True)
+        return scores._replace(pixel=jnp.where(ignored[0], smallest, scores.pixel))
 
-    in_axes = (0 if classes else None, None, 0)
+    in_axes = (0 if classes else None, None, 0, *([0] if ignores else []))
     return Program(layout.over_classes(run, in_axes, classes_per_step), ambient=layout.ambient, shardings=shardings)
 
 

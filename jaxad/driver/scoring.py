@@ -25,11 +25,11 @@ def batch_sizes(execution: Execution) -> list[int]:
     return [*itertools.takewhile(lambda size: size < most, (devices << i for i in itertools.count())), most]
 
 
-def programs(method: Method, execution: Execution) -> set[Program]:
+def programs(method: Method, execution: Execution, ignores: bool = False) -> set[Program]:
     """What scores with a method; as long as something refers to them, they stay compiled."""
     layout = Layout(execution.mesh)
     rows = layout.rows(layout.data_shards)
-    return {embed_program(method.embed, layout, rows), score_program(method, layout, None, False)}
+    return {embed_program(method.embed, layout, rows), score_program(method, layout, None, False, ignores)}
 
 
 def score(
@@ -155,7 +155,8 @@ def _score(
     state = layout.spread(state, classes)
     placed = place(frozen, layout)
     sources = embeddings(method.embed, frozen, padded, layout, execution.batch_size, execution.cache, False)
-    program = score_program(method, layout, execution.classes_per_step if classes else None, classes)
+    ignores = any(data.ignores for data in padded)
+    program = score_program(method, layout, execution.classes_per_step if classes else None, classes, ignores)
     *smaller, batch_size = batch_sizes(execution)
     if not whole_batches:
         batch_size = next((size for size in smaller if size >= n.max()), batch_size)
@@ -164,8 +165,10 @@ def _score(
     if progress:
         progress("score", 0, total)
     reader = Reader(method.embed, placed, sources, layout)
-    for _, (index, valid), x in reader.read(range(0, int(n.max()), batch_size), _in_order(n, batch_size)):
-        outputs = fetch(program(state, placed.everywhere, x))
+    for _, block, x in reader.read(range(0, int(n.max()), batch_size), _in_order(n, batch_size)):
+        index, valid = block
+        ignored = [_ignored(padded, block, layout)] if ignores else []
+        outputs = fetch(program(state, placed.everywhere, x, *ignored))
         for c, data in enumerate(datasets):
             rows = index[c, 0, valid[c, 0]]
             if not rows.size:
@@ -176,6 +179,19 @@ def _score(
             if progress:
                 progress("score", done, total)
             yield c, rows, scores
+
+
+def _ignored(datasets: Sequence[Dataset], block: Block, layout: Layout) -> jax.Array:
+    """Which pixels of a block of images do not count, c s b h w, on the devices."""
+    classes, steps, size = block.index.shape
+    here, rows = layout.block(classes, size)
+    index = block.index[here, :, rows]
+    local = np.zeros((*index.shape, *datasets[0].image_size), bool)
+    for pixels, data, images in zip(local, datasets[here], index, strict=True):
+        ignored = data.ignored(images.ravel())
+        if ignored is not None:
+            pixels[:] = ignored.reshape(pixels.shape)
+    return layout.put(local, layout.named(None, layout.rows(size)), (classes, steps, size, *local.shape[3:]))
 
 
 def _check_scores(scores: Scores, data: Dataset, rows: np.ndarray) -> None:

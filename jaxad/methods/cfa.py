@@ -27,9 +27,9 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage, State
 from jaxad.nn.initial import torch_bias, torch_uniform
-from jaxad.ops.heatmap import patch_features, upsample_blur
+from jaxad.ops.heatmap import counted, patch_features, upsample_blur
 from jaxad.ops.kmeans import kmeans, plus_plus
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.training import gradient_stage
@@ -179,13 +179,13 @@ def cfa(
         del key, frozen
         return model._replace(params={"descriptor": model.params["descriptor"]})
 
-    def score(state: CfaModel, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: CfaModel, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         descriptors = describe(state.params["descriptor"], x)
         distance, _ = search(state.memory, descriptors, num_neighbors)
         weighted = jax.nn.softmax(-distance, -1)[:, 0] * distance[:, 0]
         pixel = upsample_blur(weighted.reshape(descriptors.shape[:3]), image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     optimizer = torch_amsgrad_w(learning_rate, weight_decay)
     stages = (

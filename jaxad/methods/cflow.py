@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage, State
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage, State
 from jaxad.bijectors import (
     BlockParams,
     Invertible1x1,
@@ -43,7 +43,7 @@ from jaxad.bijectors import (
     random_orthogonal,
 )
 from jaxad.nn.initial import torch_bias, torch_uniform
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.training import Descent, cosine, gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import torch_adam
@@ -214,13 +214,13 @@ def cflow(
         largest = jax.tree.map(lambda a, b: jnp.maximum(a, jnp.where(valid, b, -jnp.inf).max()), state.largest, log_p)
         return state._replace(largest=largest), {}
 
-    def score(state: CflowState, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: CflowState, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         total = jnp.zeros(())
         for layer, log_p in log_likelihoods(state.flows, x).items():
             total = total + upsample_blur(jnp.exp(log_p - state.largest[layer]), image_size, sigma)
         pixel = len(layers) - total
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     descents = [descent(layer) for layer in layers]
     stages = (

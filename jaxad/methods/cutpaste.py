@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from jaxad.backbones import Backbone, residual_blocks, student
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.collect import collect
 from jaxad.ops.cosine import unit
@@ -249,7 +249,7 @@ def cutpaste(
         mean, covariance = ledoit_wolf(state.features.reshape(-1, d), jnp.repeat(state.seen, p))
         return CutpasteGaussian(state.params, mean, jnp.linalg.cholesky(covariance))
 
-    def score(state: CutpasteGaussian, frozen: Frozen, x: UInt8[Array, "b h w 3"]) -> Scores:
+    def score(state: CutpasteGaussian, frozen: Frozen, x: UInt8[Array, "b h w 3"], ignore: Ignored = None) -> Scores:
         maps = feature_map(state.params, frozen, patches(x))
         distance = lambda maps: mahalanobis(unit(maps.mean((1, 2))), state.mean, state.factor)  # noqa: E731
         if patch_size is None:
@@ -262,6 +262,10 @@ def cutpaste(
             for n, side in zip(grid, image_size, strict=True)
         )
         pixel = jnp.einsum("Hh,bhw,Ww->bHW", rows, patch_scores, columns, precision=jax.lax.Precision.HIGHEST)
+        if ignore is not None:
+            window, steps = (1, patch_size, patch_size), (1, stride, stride)
+            counts = jax.lax.reduce_window(~ignore, False, jax.lax.bitwise_or, window, steps, "VALID")
+            patch_scores = jnp.where(counts, patch_scores, -jnp.inf)
         return Scores(patch_scores.max((1, 2)), pixel)
 
     optimizer = torch_sgd(learning_rate, momentum, weight_decay)

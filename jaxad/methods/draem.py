@@ -28,11 +28,11 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
-from jaxad.base import Auxiliary, Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Auxiliary, Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.nn.initial import torch_bias
 from jaxad.nn.sspcab import Sspcab
 from jaxad.nn.unet import NORMAL, Blocks, halved, stretched
-from jaxad.ops.heatmap import neighborhood_mean
+from jaxad.ops.heatmap import counted, neighborhood_mean
 from jaxad.ops.image import pixels
 from jaxad.ops.losses import focal_loss
 from jaxad.ops.ssim import ssim
@@ -185,11 +185,12 @@ def draem(
         value = value + focal_loss(jax.nn.softmax(logits)[..., 1], mask).mean() + sspcab_weight * error.mean()
         return value, {"stats": stats}
 
-    def score(state: DraemNetworks, frozen: Frozen, x: UInt8[Array, "b h w 3"]) -> Scores:
+    def score(state: DraemNetworks, frozen: Frozen, x: UInt8[Array, "b h w 3"], ignore: Ignored = None) -> Scores:
         del frozen
         _, _, logits, _ = apply(state.params, state.stats, x.astype(jnp.float32) / 255, train=False)
         pixel = jax.nn.softmax(logits)[..., 1]
-        return Scores(neighborhood_mean(pixel[..., None], 2 * round(REACH * min(image_size)) + 1).max((1, 2, 3)), pixel)
+        means = neighborhood_mean(pixel[..., None], 2 * round(REACH * min(image_size)) + 1)[..., 0]
+        return Scores(counted(means, ignore).max((1, 2)), pixel)
 
     optimizer = optax.adam(learning_rate)
     stage = gradient_stage(

@@ -35,11 +35,11 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features, normalize, stride, student
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Auxiliary, Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Auxiliary, Batch, EmbedFn, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.ops.collect import collect
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.ops.image import levels
 from jaxad.synthesis.color import gray_of, scale_difference
 from jaxad.training import gradient_stage
@@ -303,11 +303,11 @@ def efficientad(
         low, high = jnp.nanquantile(state.errors, jnp.asarray([LOW, HIGH]), (0, 1, 2))
         return EfficientadStudent(state.params, state.mean, state.deviation, low, high)
 
-    def score(state: EfficientadStudent, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: EfficientadStudent, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         scaled = (0.1 * (errors(state, frozen, x) - state.low) / (state.high - state.low)).mean(-1)
         pads = [((size // step - grid) // 2,) * 2 for size, grid in zip(image_size, scaled.shape[1:], strict=True)]
         pixel = upsample_blur(jnp.pad(scaled, ((0, 0), *pads)), image_size, 0.0)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     stages = (
         Stage("measure", init_moments, measure, mean_and_deviation, rows=training_rows),

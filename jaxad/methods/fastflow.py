@@ -25,10 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, State
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores, State
 from jaxad.bijectors import Permutation, Scan, affine_block, block_params
 from jaxad.nn.initial import torch_bias, torch_uniform
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import torch_adam
@@ -161,14 +161,14 @@ def fastflow(
             total = total + 0.5 * jnp.sum(z**2, (1, 2, 3)) - log_det
         return total.mean(), {}
 
-    def score(state: FastflowFlows, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: FastflowFlows, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         likelihoods = []
         for layer in layers:
             z, _ = latent(state.params[layer], state.permutations[layer], x[layer])
             likelihoods.append(upsample_blur(jnp.exp(-0.5 * jnp.mean(z**2, -1)), image_size, 0.0))
         pixel = 1 - sum(likelihoods[1:], likelihoods[0]) / len(layers)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     optimizer = torch_adam(learning_rate, weight_decay)
     stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size)

@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Auxiliary, Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Auxiliary, Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn.patches import Discriminator
 from jaxad.ops.collect import collect
-from jaxad.ops.heatmap import patch_features, upsample_blur
+from jaxad.ops.heatmap import counted, patch_features, upsample_blur
 from jaxad.ops.knn import squared_distances
 from jaxad.ops.losses import focal_loss
 from jaxad.synthesis.anomaly import blend, foreground
@@ -323,12 +323,12 @@ def glass(
         del key, frozen
         return GlassDiscriminator(model.params, model.stats)
 
-    def score(state: GlassDiscriminator, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: GlassDiscriminator, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         variables = {"params": state.params["discriminator"], "batch_stats": state.stats}
         output: Any = discriminator.apply(variables, patches(x) @ state.params["adaptor"], train=False)
         probability = jax.nn.sigmoid(output)
-        return Scores(probability.max((1, 2)), upsample_blur(probability, image_size, sigma))
+        return Scores(counted(probability, ignore).max((1, 2)), upsample_blur(probability, image_size, sigma))
 
     descent = Descent(loss, optimizer, parts=None if rows_per_step is None else shuffled_samples)
     stages = (

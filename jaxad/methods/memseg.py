@@ -34,12 +34,13 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxad.backbones import Backbone, features, normalize, residual_blocks
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Auxiliary, Batch, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Auxiliary, Batch, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.nn import ConvNorm
 from jaxad.nn.attention import CoordinateAttention
 from jaxad.nn.initial import torch_bias, torch_uniform
 from jaxad.nn.residual import Residual
 from jaxad.nn.unet import stretched
+from jaxad.ops.heatmap import counted
 from jaxad.ops.knn import squared_distances
 from jaxad.ops.losses import SMOOTH
 from jaxad.synthesis.anomaly import Anomalous, add_texture, foreground, shuffled_tiles
@@ -283,11 +284,12 @@ def memseg(
         probability, stats = segment(params, model, frozen, image, maps, train=True)
         return errors(probability, mask).mean(), {"stats": stats}
 
-    def score(state: MemsegNetwork, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: MemsegNetwork, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         probability, _ = segment(state.params, state, frozen, x["image"], pooled(x), train=False)
         pixel = probability[..., 1]
-        largest, _ = jax.lax.top_k(pixel.reshape(len(pixel), -1), max(1, round(SCORED_SHARE * pixel[0].size)))
-        return Scores(largest.mean(1), pixel)
+        scored = counted(pixel, ignore).reshape(len(pixel), -1)
+        largest, _ = jax.lax.top_k(scored, max(1, round(SCORED_SHARE * pixel[0].size)))
+        return Scores(largest.mean(1, where=largest > -jnp.inf), pixel)
 
     optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
     stages = (

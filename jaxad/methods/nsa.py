@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from jaxad.backbones import Backbone, residual_blocks, student
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.nn.norm import Convolution
 from jaxad.nn.residual import Residual
 from jaxad.nn.unet import stretched
@@ -173,12 +173,12 @@ def nsa(
             value = optax.sigmoid_binary_cross_entropy(logits, label).mean()
         return value, {"stats": {"encoder": encoder_stats, "decoder": changes["batch_stats"]}}
 
-    def score(state: NsaNetwork, frozen: Frozen, x: UInt8[Array, "b h w 3"]) -> Scores:
+    def score(state: NsaNetwork, frozen: Frozen, x: UInt8[Array, "b h w 3"], ignore: Ignored = None) -> Scores:
         maps, _ = encoder.apply(state.params["encoder"], state.stats["encoder"], frozen, x, train=False)
         variables = {"params": state.params["decoder"], "batch_stats": state.stats["decoder"]}
         logits: Any = decoder.apply(variables, maps[LAYER], train=False)
         pixel = jax.nn.relu(logits) if labels == "intensity" else jax.nn.sigmoid(logits)
-        return Scores(pixel.mean((1, 2)), pixel)
+        return Scores(pixel.mean((1, 2), where=None if ignore is None else ~ignore), pixel)
 
     def schedule(progress: Float[Array, ""]) -> Float[Array, ""]:
         epoch = jnp.floor(progress * epochs + 1e-3)  # a share of the steps is rounded

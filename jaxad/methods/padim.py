@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores, Stage
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, mahalanobis, moments_init, moments_update
-from jaxad.ops.heatmap import stack_maps, upsample_blur
+from jaxad.ops.heatmap import counted, stack_maps, upsample_blur
 
 
 class PadimMoments(NamedTuple):
@@ -105,11 +105,11 @@ def padim(
         covariance = covariance + ridge * jnp.eye(mean.shape[-1])
         return PadimGaussian(state.channels, mean, jnp.linalg.cholesky(covariance, symmetrize_input=False))
 
-    def score(state: PadimGaussian, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: PadimGaussian, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         h, w = x[layers[0]].shape[1:3]
         distance = mahalanobis(select(state.channels, x), state.mean, state.factor)
         pixel = upsample_blur(distance.reshape(-1, h, w), image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     return Method(features(backbone, layers), (Stage("collect", init, update, factorize),), score)

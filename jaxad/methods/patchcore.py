@@ -33,10 +33,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, MonotoneMethod, PyTree, Scores, Stage, State, VaryFn
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, MonotoneMethod, PyTree, Scores, Stage, State, VaryFn
 from jaxad.ops.collect import all_patches, collect, collect_positions, valid_first
 from jaxad.ops.coreset import CoresetStream, coreset_centers, stream_finish, stream_init, stream_update
-from jaxad.ops.heatmap import patch_features, upsample_blur
+from jaxad.ops.heatmap import counted, patch_features, upsample_blur
 from jaxad.ops.knn import Sketch, knn, sketch
 from jaxad.training.checks import at_least_one
 
@@ -207,7 +207,7 @@ def _one_backbone(
         first = jax.random.randint(first_key, (), 0, jnp.maximum(state.count.sum(), 1))
         return _bank(*stream_finish(state, first), jnp.int32(0), jnp.int32(num_neighbors))
 
-    def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: PatchcoreBank, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         query = describe(x)
         b, h, w, c = query.shape
@@ -217,7 +217,7 @@ def _one_backbone(
         averaged = jnp.isfinite(distance) & (jnp.arange(neighbors) < state.neighbors)
         patch = jnp.where(averaged, distance, 0).sum(1) / averaged.sum(1).astype(jnp.float32)
         patch, nearest = patch.reshape(b, h * w), index[:, 0].reshape(b, h * w)
-        worst = jnp.argmax(patch, 1)
+        worst = jnp.argmax(counted(patch.reshape(b, h, w), ignore).reshape(b, h * w), 1)
         image = jnp.take_along_axis(patch, worst[:, None], 1)[:, 0]
         if reweight:
             feature = jnp.take_along_axis(query.reshape(b, h * w, c), worst[:, None, None], 1)[:, 0]
@@ -309,8 +309,8 @@ def _ensemble(members: tuple[Method, ...]) -> Method:
         keys = jax.random.split(key, len(members))
         return tuple(stage.finalize(k, s, f) for stage, k, s, f in zip(stages, keys, state, frozen, strict=True))
 
-    def score(state: tuple, frozen: tuple, x: tuple) -> Scores:
-        scores: list[Any] = [m.score(s, f, v) for m, s, f, v in zip(members, state, frozen, x, strict=True)]
+    def score(state: tuple, frozen: tuple, x: tuple, ignore: Ignored = None) -> Scores:
+        scores: list[Any] = [m.score(s, f, v, ignore) for m, s, f, v in zip(members, state, frozen, x, strict=True)]
         scale = [1 / (_spread(s) * len(members)) for s in state]
         return jax.tree.map(lambda *v: sum(a * b for a, b in zip(v, scale, strict=True)), *scores)
 

@@ -24,11 +24,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features, residual_blocks
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.nn import ConvNorm
 from jaxad.nn.residual import Residual
 from jaxad.ops.cosine import cosine_distance
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
 
@@ -125,14 +125,14 @@ def rd4ad(
             value = value + cosine_distance(student, teacher).mean()
         return value, {"stats": changes["batch_stats"]}
 
-    def score(state: Rd4adStudent, frozen: Frozen, x: Maps) -> Scores:
+    def score(state: Rd4adStudent, frozen: Frozen, x: Maps, ignore: Ignored = None) -> Scores:
         del frozen
         variables = {"params": state.params, "batch_stats": state.stats}
         maps: Any = network(x).apply(variables, x, train=False)
         pixel = jnp.zeros(())
         for layer in LAYERS:
             pixel = pixel + upsample_blur(cosine_distance(x[layer], maps[layer]), image_size, sigma)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     optimizer = optax.adam(learning_rate, b1=0.5)
     stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size)

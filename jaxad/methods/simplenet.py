@@ -25,9 +25,9 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.nn.patches import Discriminator
-from jaxad.ops.heatmap import patch_features, upsample_blur
+from jaxad.ops.heatmap import counted, patch_features, upsample_blur
 from jaxad.training import Descent, gradient_stage, shuffled_parts, statistics_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import of_parts, torch_adam
@@ -126,12 +126,12 @@ def simplenet(
         value = jnp.maximum(margin - of_normal, 0).mean() + jnp.maximum(margin + of_noisy, 0).mean()
         return value, {"stats": changes["batch_stats"]}
 
-    def score(state: SimplenetNetworks, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: SimplenetNetworks, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         del frozen
         adapted = patches(x) @ state.params["adaptor"]
         variables = {"params": state.params["discriminator"], "batch_stats": state.stats}
         outputs: Any = discriminator.apply(variables, adapted, train=False)
-        return Scores((-outputs).max((1, 2)), upsample_blur(-outputs, image_size, sigma))
+        return Scores(counted(-outputs, ignore).max((1, 2)), upsample_blur(-outputs, image_size, sigma))
 
     optimizer = of_parts(
         adaptor=optax.adamw(adaptor_learning_rate, weight_decay=0.01),

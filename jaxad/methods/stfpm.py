@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features, residual_blocks, student
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, Frozen, Key, Method, PyTree, Scores
+from jaxad.base import Batch, Frozen, Ignored, Key, Method, PyTree, Scores
 from jaxad.ops.cosine import unit
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, zero_or_more
 from jaxad.training.optimizers import torch_sgd
@@ -96,12 +96,12 @@ def stfpm(
         del key, frozen
         return StfpmStudent(learner.freeze(model.params, model.stats))
 
-    def score(state: StfpmStudent, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: StfpmStudent, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         maps = network.apply(frozen | {"params": state.params}, x["image"], layers)
         pixel = jnp.ones(())
         for distance in distances(maps, x).values():
             pixel = pixel * upsample_blur(distance / 2, image_size, 0.0)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     optimizer = torch_sgd(learning_rate, momentum, weight_decay)
     stage = gradient_stage("train", init, loss, optimizer, epochs=epochs, batch_size=train_batch_size, finish=freeze)

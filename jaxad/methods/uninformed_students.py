@@ -27,9 +27,9 @@ from jaxtyping import Array, Float
 
 from jaxad.backbones import Backbone, features, student
 from jaxad.backbones import backbone as architecture
-from jaxad.base import Batch, EmbedFn, Frozen, Key, Method, Metrics, PyTree, Scores, Stage
+from jaxad.base import Batch, EmbedFn, Frozen, Ignored, Key, Method, Metrics, PyTree, Scores, Stage
 from jaxad.ops.gaussian import Moments, channels, channels_update, moments_init
-from jaxad.ops.heatmap import upsample_blur
+from jaxad.ops.heatmap import counted, upsample_blur
 from jaxad.training import gradient_stage
 from jaxad.training.checks import above_zero, at_least_one, multiples_of, zero_or_more
 from jaxad.training.holdout import holdout_rows, training_rows
@@ -193,13 +193,13 @@ def uninformed_students(
     def finish(key: Key, state: Calibrating, frozen: Frozen) -> UninformedStudents:
         return UninformedStudents(state.params, state.teacher, scales(key, state.moments, frozen))
 
-    def score(state: UninformedStudents, frozen: Frozen, x: dict[str, Array]) -> Scores:
+    def score(state: UninformedStudents, frozen: Frozen, x: dict[str, Array], ignore: Ignored = None) -> Scores:
         pixel = jnp.zeros(())
         for name, scores in both_scores(state, frozen, x).items():
             scale = state.scores[name]
             scores = ((scores - scale.mean) / scale.deviation).sum(-1)
             pixel = pixel + upsample_blur(scores, image_size, 0.0) / len(names)
-        return Scores(pixel.max((1, 2)), pixel)
+        return Scores(counted(pixel, ignore).max((1, 2)), pixel)
 
     optimizer = torch_adam(learning_rate, weight_decay)
     stages = (

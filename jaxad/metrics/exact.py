@@ -183,13 +183,14 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
     return math.nan if undefined_reason(points, "sample") else float(f1(points).max())
 
 
-def region_weights(masks: ArrayLike) -> Float[np.ndarray, "n h w"]:
+def region_weights(masks: ArrayLike, ignored: Bool[np.ndarray, "n h w"] | None = None) -> Float[np.ndarray, "n h w"]:
     """The share of its region that each pixel covers: 1 / area inside a region, 0 outside.
 
     Regions are the 8-connected components of a mask, as in the official MVTec AD evaluation.
 
     Args:
         masks: (n, h, w), 0 normal, 1 anomalous.
+        ignored: pixels that do not count; they are no part of the area of their region.
 
     Returns:
         Weights in float64, which sum to one over each region.
@@ -207,13 +208,17 @@ def region_weights(masks: ArrayLike) -> Float[np.ndarray, "n h w"]:
     within_image[1] = 1
     regions = np.empty((len(anomalous), *masks.shape[1:]), np.int32)
     ndimage.label(masks[anomalous], within_image, regions)
+    if ignored is not None:
+        regions[ignored[anomalous]] = 0
     area = np.bincount(regions.ravel()).astype(np.float64)
-    area[:1] = np.inf
+    area[area == 0] = area[:1] = np.inf
     weights[anomalous] = (1 / area)[regions]
     return weights
 
 
-def aupro(scores: ArrayLike, masks: ArrayLike, fpr_limit: float = 0.3) -> float:
+def aupro(
+    scores: ArrayLike, masks: ArrayLike, fpr_limit: float = 0.3, ignored: Bool[np.ndarray, "n h w"] | None = None
+) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate, divided by that rate.
 
     The overlap is the detected fraction of a region, averaged over the regions of all images. The false-positive rate
@@ -226,6 +231,7 @@ def aupro(scores: ArrayLike, masks: ArrayLike, fpr_limit: float = 0.3) -> float:
         scores: (n, h, w), higher is more anomalous.
         masks: (n, h, w), 0 normal, 1 anomalous.
         fpr_limit: in (0, 1].
+        ignored: pixels that do not count.
 
     Returns:
         A fraction in [0, 1]; NaN without anomalous or without normal pixels.
@@ -234,8 +240,15 @@ def aupro(scores: ArrayLike, masks: ArrayLike, fpr_limit: float = 0.3) -> float:
         ValueError: non-finite scores, shapes that differ, or a limit outside (0, 1].
     """
     check_limit(fpr_limit)
-    points = curve(scores, masks, region_weights(masks))
+    points = _pixel_curve(scores, masks, ignored)
     return math.nan if undefined_reason(points, "pixel") else _aupro(points, fpr_limit)
+
+
+def _pixel_curve(scores: ArrayLike, masks: ArrayLike, ignored: Bool[np.ndarray, "n h w"] | None) -> Curve:
+    weights = region_weights(masks, ignored)
+    if ignored is None:
+        return curve(scores, masks, weights)
+    return curve(np.asarray(scores)[~ignored], np.asarray(masks)[~ignored], weights[~ignored])
 
 
 def check_limit(fpr_limit: float) -> None:
@@ -265,6 +278,7 @@ def evaluate(
     pixel_scores: ArrayLike | None = None,
     masks: ArrayLike | None = None,
     fpr_limit: float = 0.3,
+    ignored: Bool[np.ndarray, "n h w"] | None = None,
 ) -> Report:
     """Computes all metrics of a test set.
 
@@ -275,6 +289,7 @@ def evaluate(
         masks: (n, h, w), 0 normal, 1 anomalous, including the empty masks of normal images. None if the data set has no
             masks.
         fpr_limit: integration limit of pixel_AUPRO, in (0, 1].
+        ignored: pixels that do not count.
 
     Returns:
         A value for every name in `METRICS`; NaN with a reason if it is undefined.
@@ -295,6 +310,6 @@ def evaluate(
             raise ValueError(
                 f"pixel_scores must be (n, h, w) for {np.size(image_scores)} images, got {np.shape(pixel_scores)}"
             )
-        points = curve(pixel_scores, masks, region_weights(masks))
+        points = _pixel_curve(pixel_scores, masks, ignored)
         pixel = summarize(points, "pixel", fpr_limit)
     return Report(image.values | pixel.values, image.reasons | pixel.reasons)

@@ -70,7 +70,7 @@ def update(
     state: Histogram,
     scores: Float[Array, "b *s"],
     weights: Shaped[Array, "b *s"],
-    valid: Bool[Array, "b"] | None = None,
+    valid: Bool[Array, "b *valid"] | None = None,
 ) -> Histogram:
     """Adds a batch of samples: images or pixels.
 
@@ -79,7 +79,7 @@ def update(
         scores: higher is more anomalous; converted to float32.
         weights: 0 for normal samples. For anomalous samples the `jaxad.metrics.region_weights` of the batch, or 1 (so
             labels or masks will do) if AUPRO is not needed.
-        valid: False marks padding.
+        valid: False marks padding, of images or, in the shape of the scores, of pixels that are ignored.
 
     Returns:
         The new state.
@@ -88,7 +88,7 @@ def update(
     scores = scores.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
     valid = jnp.ones(len(scores), bool) if valid is None else valid
-    valid = jnp.broadcast_to(valid.reshape(-1, *[1] * (scores.ndim - 1)), scores.shape)
+    valid = jnp.broadcast_to(valid.reshape(*valid.shape, *[1] * (scores.ndim - valid.ndim)), scores.shape)
     finite = jnp.isfinite(scores)
     code = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), jnp.uint32)  # -0.0 ties with 0.0
     code = jnp.where(code >> 31, ~code, code | jnp.uint32(1 << 31))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxad.base import Ignored
 from jaxad.ops.sharding import split
 
 
@@ -80,3 +81,18 @@ def upsample_blur(scores: Float[Array, "b h w"], size: tuple[int, int], sigma: f
     )
     scores = split(scores, 0)
     return jnp.einsum("Hh,bhw,Ww->bHW", rows, scores, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def counted(scores: Float[Array, "b h w"], ignore: Ignored) -> Float[Array, "b h w"]:
+    """The scores of positions, but -inf where all pixels of a position are ignored; None ignores none.
+
+    A position has the pixels of its cell of the image.
+    """
+    if ignore is None:
+        return scores
+    rows, columns = (
+        np.arange(n)[:, None] == (2 * np.arange(size) + 1) * n // (2 * size)
+        for n, size in zip(scores.shape[1:], ignore.shape[1:], strict=True)
+    )
+    pixels = jnp.einsum("hH,bHW,wW->bhw", *(jnp.asarray(v, jnp.float32) for v in (rows, ~ignore, columns)))
+    return jnp.where(pixels > 0, scores, -jnp.inf)

@@ -5,6 +5,7 @@
     image   uint8   (n, h, w, 3)  RGB after preprocessing, before normalization
     mask    bool    (n, h, w)     defect pixels; absent if the data set has no masks
     map     float32 (n, h, w)     raw pixel scores; absent if the method gives none
+    ignored bool    (n, h, w)     pixels that do not count; absent if all do
     limits  float32 (2,)          pixel scores at both ends of the color scale; if absent, computed from the n maps
     path    str     (n,)
     label   int32   (n,)          0 normal, 1 anomalous, -1 unknown
@@ -37,6 +38,7 @@ class Examples(NamedTuple):
     map: Float[np.ndarray, "n h w"] | None = None
     limits: tuple[float, float] | None = None
     """Pixel scores at both ends of the color scale. Recommended: median over normal maps, maximum over all."""
+    ignored: Bool[np.ndarray, "n h w"] | None = None
 
 
 def choose_examples(
@@ -101,6 +103,8 @@ def save_examples(run_dir: Path, examples: Examples) -> Path:
     }
     if examples.mask is not None:
         arrays["mask"] = np.asarray(examples.mask, np.bool_)
+    if examples.ignored is not None:
+        arrays["ignored"] = np.asarray(examples.ignored, np.bool_)
     if examples.map is not None:
         arrays["map"] = np.asarray(examples.map, np.float32)
     if examples.limits is not None:
@@ -131,7 +135,10 @@ def load_examples(run_dir: Path) -> Examples | None:
     return Examples(path=paths, limits=None if limits is None else (float(limits[0]), float(limits[1])), **arrays)
 
 
-KINDS = {"image": "u1", "path": "U", "label": "i4", "score": "f8", "mask": "b1", "map": "f4", "limits": "f4"}
+KINDS = {
+    **{"image": "u1", "path": "U", "label": "i4", "score": "f8", "mask": "b1", "ignored": "b1"},
+    **{"map": "f4", "limits": "f4"},
+}
 
 
 def _check(arrays: Mapping[str, np.ndarray]) -> None:
@@ -142,7 +149,7 @@ def _check(arrays: Mapping[str, np.ndarray]) -> None:
     if image.ndim != 4 or image.shape[3] != 3 or 0 in image.shape[1:]:
         raise ValueError(f"image must have the shape (n, h, w, 3); got {image.shape}")
     for name, array in arrays.items():
-        shape = {"image": image.shape, "mask": image.shape[:3], "map": image.shape[:3], "limits": (2,)}
+        shape = {"image": image.shape, **dict.fromkeys(("mask", "map", "ignored"), image.shape[:3]), "limits": (2,)}
         wanted = shape.get(name, image.shape[:1])
         if array.shape != wanted:
             raise ValueError(f"{name} must have the shape {wanted} to match the images; got {array.shape}")

@@ -20,7 +20,7 @@ from jaxad.metrics.guarantees import percent, shortfall, statement
 from jaxad.metrics.threshold import ORACLE, Threshold
 from jaxad.report.charts import Series, histogram_svg, loss_svg, roc, roc_svg
 from jaxad.report.examples import Examples, is_anomalous
-from jaxad.report.pictures import contour, overlay
+from jaxad.report.pictures import contour, hatch, overlay
 from jaxad.report.runs import Run, load_run
 from jaxad.report.tables import ABSENT, Row, fraction, metric_names, with_means
 
@@ -259,9 +259,12 @@ def _examples(run: Run, examples: Examples) -> Iterator[str]:
         yield f'<span class="key prediction">predicted, above <i>{run.pixel_threshold.value:.4g}</i></span> '
         if masks is not None:
             yield '<span class="key truth">ground truth</span>'
+    if examples.ignored is not None:
+        yield "<span>hatched: ignored</span>"
     yield f'</p><div class="examples" style="--columns:{len(columns)}"><div class="heads" aria-hidden="true">'
     yield "<span></span>" + "".join(f"<span>{column}</span>" for column in columns) + "</div>"
     for i, image in enumerate(examples.image):
+        image = hatch(image, None if examples.ignored is None else examples.ignored[i])
         kind, style = _kind(int(examples.label[i]), float(examples.score[i]), value)
         yield f'<figure class="example"><figcaption><span class="kind {style}">{kind}</span>'
         yield f'<span class="score">{examples.score[i]:.4g}</span>'
@@ -276,6 +279,8 @@ def _examples(run: Run, examples: Examples) -> Iterator[str]:
         if heat is not None and run.pixel_threshold is not None:
             outlined = image if masks is None else contour(image, masks[i], TRUTH_COLOR)
             predicted = is_anomalous(heat[i], run.pixel_threshold.value)
+            if examples.ignored is not None:
+                predicted &= ~examples.ignored[i]
             pictures["contour"] = contour(outlined, predicted, PREDICTION_COLOR)
         for name, picture in pictures.items():
             yield f'<span class="cell" data-name="{name}">{_picture(picture, name)}</span>'

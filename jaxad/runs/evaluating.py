@@ -20,7 +20,7 @@ from jaxad.driver.scoring import score_classes
 from jaxad.learning import Learned, configured
 from jaxad.metrics import decisions, evaluate, oracle_threshold
 from jaxad.metrics.threshold import Thresholds, pair_to_json
-from jaxad.progress import Bars
+from jaxad.progress import Bars, say
 from jaxad.report.examples import Examples, choose_examples, save_examples
 from jaxad.report.runs import read_recipe, write_metrics, write_recipe
 from jaxad.report.tables import Row
@@ -153,15 +153,22 @@ def _evaluate(
     """Measures one category and writes the results."""
     detector: Detector = run.detector
     labels, labeled = test.labels, test.labels >= 0
-    masks = None if maps is None else test.masks(range(len(test)))
-    labeled_maps, truth = (None if pixel is None else pixel[labeled] for pixel in (maps, masks))
-    report = evaluate(scores[labeled], labels[labeled], labeled_maps, truth)
+    masks, ignored = None if maps is None else test.masks(range(len(test))), test.ignored(range(len(test)))
+    labeled_maps, truth, left_out = (None if pixel is None else pixel[labeled] for pixel in (maps, masks, ignored))
+    report = evaluate(scores[labeled], labels[labeled], labeled_maps, truth, ignored=left_out)
+    if masks is not None and ignored is not None:
+        hidden = masks.any((1, 2)) & ~(masks & ~ignored).any((1, 2))
+        if hidden.any():
+            say(f"{test.category}: {hidden.sum()} defects lie where pixels are ignored; their images stay anomalous")
 
     image_threshold, pixel_threshold = detector.image_threshold, detector.pixel_threshold
     oracle_thresholds = None
     if oracle:
         image_threshold = oracle_threshold(scores[labeled], labels[labeled])
-        pixel_threshold = None if labeled_maps is None or truth is None else oracle_threshold(labeled_maps, truth)
+        pixel_threshold = None
+        if labeled_maps is not None and truth is not None:
+            counted = ... if left_out is None else ~left_out
+            pixel_threshold = oracle_threshold(labeled_maps[counted], truth[counted])
         oracle_thresholds = pair_to_json(Thresholds(image_threshold, pixel_threshold))
     decided = image_threshold and decisions.decide(scores, labels, image_threshold.value, test.defects)
     at_threshold: dict[str, Any] = {"image": None, "pixel": None}
@@ -186,6 +193,7 @@ def _evaluate(
         "reasons": report.reasons,
         "n_test": int(labeled.sum()),
         "n_anomalous": int((labels == 1).sum()),
+        "ignored": 0.0 if ignored is None else float(ignored.mean()),
         "oracle": oracle,
         "thresholds": oracle_thresholds,
         "at_threshold": at_threshold,
@@ -195,7 +203,9 @@ def _evaluate(
         with score_files(stage, image_threshold) as write:
             for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
                 write(*row)
-        examples = _examples(run, test, scores, maps, masks, image_threshold.value if image_threshold else None)
+        examples = _examples(
+            run, test, scores, maps, masks, ignored, image_threshold.value if image_threshold else None
+        )
         save_examples(stage, examples)
         write_recipe(stage, recipe, run.directory)
         write_metrics(stage, metrics)
@@ -210,6 +220,7 @@ def _examples(
     scores: np.ndarray,
     maps: np.ndarray | None,
     masks: np.ndarray | None,
+    ignored: np.ndarray | None,
     threshold: float | None,
 ) -> Examples:
     """The images that the report shows."""
@@ -224,5 +235,6 @@ def _examples(
         score=scores[chosen],
         mask=None if masks is None else masks[chosen],
         map=None if maps is None else maps[chosen],
+        ignored=None if ignored is None else ignored[chosen],
         limits=limits,
     )

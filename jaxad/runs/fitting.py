@@ -259,6 +259,12 @@ def fit_runs(
                 signs = {job.category: warning for job in jobs if (warning := leakage(job.settings, job.data))}
                 if signs:
                     say(f"{name}: warning: {', '.join(signs)}: {next(iter(signs.values()))}")
+                if any(data.ignores for data in datasets):
+                    shares = [
+                        0.0 if (pixels := data.ignored(range(len(data)))) is None else pixels.mean()
+                        for data in datasets
+                    ]
+                    say(f"{name}: {sum(shares) / len(shares):.1%} of the pixels are ignored")
             wait_for_all("resume")
             with Bars(name) as bars:
                 photographs = load_photographs(settings[0], settings[0].build(size), size)

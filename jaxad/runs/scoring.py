@@ -17,7 +17,7 @@ from jaxad.detector import Detector
 from jaxad.driver.execution import Execution
 from jaxad.metrics import Threshold
 from jaxad.progress import Bars
-from jaxad.report.pictures import overlay, save_png, save_tiff
+from jaxad.report.pictures import hatch, overlay, save_png, save_tiff
 from jaxad.runs.fitting import title
 from jaxad.text import to_cell
 
@@ -59,7 +59,8 @@ def score_run(
         if maps:
             save_tiff(output / "maps" / f"{names[i]}.tiff", heat_map)
         if overlays and limits is not None:
-            save_png(output / "overlays" / f"{names[i]}.png", overlay(data.original(i), heat_map, *limits))
+            image = hatch(data.original(i), data.original_ignored(i))
+            save_png(output / "overlays" / f"{names[i]}.png", overlay(image, heat_map, *limits))
 
     anomalous = 0
     with (

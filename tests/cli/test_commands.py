@@ -80,6 +80,30 @@ def test_score_writes_rows_and_pictures_in_the_folders_of_the_images(flat_run: P
             assert overlay.size == image.size
 
 
+def test_masks_of_what_to_ignore(flat_run: Path, mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A defect that is ignored changes no score and is no pixel of any metric; overlays show what is ignored."""
+    run, mask, normal = tmp_path / "run", tmp_path / "mask.png", mvtec / "bolt" / "test" / "good" / "0.png"
+    shutil.copytree(flat_run, run)
+    pixels = np.zeros((48, 40), np.uint8)
+    pixels[10:20, 5:30] = 255
+    Image.fromarray(pixels).save(mask)
+    save_image(tmp_path / "pair" / "with.png", 10, scratch=True)
+    shutil.copy(normal, tmp_path / "pair" / "without.png")
+    options = ["--ignore", str(mask), "--overlays", "--output", str(tmp_path / "out")]
+    assert main(["score", str(run), str(tmp_path / "pair"), *options]) == 0
+    scores = [float(row["score"]) for row in read_csv(tmp_path / "out" / "scores.csv")]
+    assert scores[0] == scores[1]
+    with Image.open(tmp_path / "out" / "overlays" / "without.png") as overlay, Image.open(normal) as image:
+        changed = (np.asarray(overlay) != np.asarray(image)).any(-1)
+    assert changed[pixels > 0].mean() > 0.9
+    assert main(["evaluate", str(run), "--source", str(mvtec / "bolt"), "--ignore", str(mask)]) == 0
+    metrics = files.read_json(run / "metrics.json")
+    assert 0.13 < metrics["ignored"] < 0.5
+    assert "none of the" in metrics["reasons"]["pixel_AUROC"]
+    assert "3 defects lie where pixels are ignored" in capsys.readouterr().err
+    assert load_run(run).examples is not None and load_run(run).examples.ignored.any()
+
+
 def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: Path, mvtec: Path):
     source = mvtec / "bolt" / "test"  # good beside scratch: no folder to learn from, but one to score
     assert main(["score", str(flat_run), str(source)]) == 0

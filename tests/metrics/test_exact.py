@@ -133,6 +133,21 @@ def test_evaluate_equals_the_single_metrics():
     assert report.values["pixel_AUPRO"] == metrics.aupro(scores, masks, 0.1) != metrics.aupro(scores, masks)
 
 
+def test_ignored_pixels_leave_all_counts():
+    scores, masks = random_maps(6)
+    masks[1], ignored = False, np.zeros(masks.shape, bool)
+    masks[1, 1, 1:5] = masks[1, 5:, :2] = True  # two regions
+    ignored[1, 1, 2:4] = ignored[1, 4:, :3] = ignored[0, :3] = True  # cuts one in two, hides the other
+    kept, arguments = ~ignored, ([0, 1, 1, 1], [0, 1, 1, 1])
+    report = metrics.evaluate(*arguments, scores, masks, ignored=ignored)
+    assert report == metrics.evaluate(*arguments, np.where(ignored, 99, scores), masks, ignored=ignored)
+    assert report.values["pixel_AUROC"] == metrics.auroc(scores[kept], masks[kept])
+    assert report.values["pixel_F1max"] == metrics.f1_max(scores[kept], masks[kept])
+    assert report.values["pixel_AUPRO"] == metrics.aupro(scores, masks, ignored=ignored) != metrics.aupro(scores, masks)
+    weights = metrics.region_weights(masks, ignored)
+    assert weights[1, 1, [1, 4]].tolist() == [0.5, 0.5] and weights[1].sum() == 1 and not weights[ignored].any()
+
+
 @pytest.mark.parametrize(
     ("labels", "maps", "masks", "nans", "reason"),
     [

@@ -213,3 +213,17 @@ def test_psum_over_eight_devices_equals_one_pass():
     process = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == {"is_equal": True, "count": 480}
+
+
+def test_ignored_pixels_are_not_counted():
+    rng = np.random.default_rng(3)
+    scores, masks, ignored = (
+        rng.normal(size=(6, 8, 7)).astype(np.float32),
+        np.zeros((6, 8, 7), bool),
+        rng.random((6, 8, 7)) < 0.3,
+    )
+    masks[3:, 2:5, 1:4] = True
+    weights, pixels = metrics.region_weights(masks, ignored), np.where(ignored, 99, scores)
+    bounds = streaming.compute(histogram_of(pixels, weights, 16, valid=~ignored))
+    exact = metrics.evaluate(np.arange(6), masks.any((1, 2)), scores, masks, ignored=ignored)
+    assert_contains(bounds, exact, "pixel")

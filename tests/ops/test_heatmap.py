@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxad.ops.heatmap import neighborhood_mean, stack_maps, upsample_blur
+from jaxad.ops.heatmap import counted, neighborhood_mean, stack_maps, upsample_blur
 
 
 def maps(seed, *shape):
@@ -75,3 +75,12 @@ def test_stack_maps_nearest_repeats():
     result = stack_maps([jnp.asarray(m) for m in (fine, middle, coarse)], "nearest")
     expected = np.concatenate([fine, middle.repeat(2, 1).repeat(2, 2), coarse.repeat(4, 1).repeat(4, 2)], -1)
     np.testing.assert_array_equal(result, expected)
+
+
+def test_a_position_counts_unless_all_of_its_pixels_are_ignored():
+    scores, ignore = maps(0, 1, 3, 2), np.zeros((1, 9, 8), bool)
+    ignore[0, :5, :4] = True  # the first cell, and most of the second row of the first column
+    expected = scores.copy()
+    expected[0, 0, 0] = -np.inf
+    np.testing.assert_array_equal(counted(jnp.asarray(scores), jnp.asarray(ignore)), expected)
+    np.testing.assert_array_equal(counted(jnp.asarray(scores), None), scores)

@@ -58,13 +58,13 @@ def make_examples(n=3, **changes) -> Examples:
 def test_examples_survive_a_round_trip(tmp_path):
     rng = np.random.default_rng(1)
     mask, heat_map = rng.random((3, 6, 5)) > 0.5, rng.random((3, 6, 5), np.float32)
-    complete = make_examples(mask=mask, map=heat_map, limits=(0.25, 4.0))
+    complete = make_examples(mask=mask, map=heat_map, limits=(0.25, 4.0), ignored=~mask)
     for examples in (make_examples(), complete):
         path = save_examples(tmp_path, examples)
         loaded = load_examples(tmp_path)
         assert loaded is not None
         assert loaded.path == list(examples.path) and loaded.limits == examples.limits
-        for name in ("image", "label", "score", "mask", "map"):
+        for name in ("image", "label", "score", "mask", "map", "ignored"):
             np.testing.assert_array_equal(getattr(loaded, name), getattr(examples, name))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 

@@ -69,6 +69,16 @@ def test_the_contour_of_a_full_mask_is_the_border_and_an_empty_mask_has_none(ima
         pictures.contour(image, np.zeros((3, 3), bool), RED)
 
 
+def test_what_is_ignored_is_dimmed_and_striped_and_the_rest_is_not_touched(image):
+    mask = np.zeros((12, 16), bool)
+    mask[:6] = True
+    result = pictures.hatch(image, mask)
+    np.testing.assert_array_equal(result[6:], image[6:])
+    stripes = (result[:6] != image[:6] // 2).any(-1)
+    assert result.dtype == np.uint8 and 0.1 < stripes.mean() < 0.5
+    assert pictures.hatch(image, None) is image
+
+
 def test_files_store_pixels_exactly(tmp_path, image):
     heat = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32) * 1e4
     pictures.save_png(tmp_path / "a" / "b.png", image)
