@@ -203,10 +203,8 @@ def _evaluate(
         with score_files(stage, image_threshold) as write:
             for row in zip(test.paths, labels.tolist(), test.defects, scores.tolist(), strict=True):
                 write(*row)
-        examples = _examples(
-            run, test, scores, maps, masks, ignored, image_threshold.value if image_threshold else None
-        )
-        save_examples(stage, examples)
+        limit = image_threshold.value if image_threshold else None
+        save_examples(stage, _examples(run, test, scores, maps, masks, ignored, limit))
         write_recipe(stage, recipe, run.directory)
         write_metrics(stage, metrics)
     name = f"{detector.settings.method} {run.variant}".rstrip()
