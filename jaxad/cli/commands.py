@@ -125,8 +125,7 @@ def estimate(argv: list[str]) -> None:
     data, options, hyperparameters = parse("estimate", COMMANDS["estimate"], argv, groups)
     settings = settings_of(name, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
-    for split in opened.values():
-        check_normals(split.train)
+    check_normals(*(split.train for split in opened.values()))
     try:
         frozen = load_frozen(settings)
     except FileNotFoundError:
@@ -285,8 +284,7 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
     options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
-    for split in opened.values():
-        check_normals(split.train)
+    check_normals(*(split.train for split in opened.values()))
     return opened
 
 
