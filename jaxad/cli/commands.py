@@ -128,8 +128,7 @@ def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyper
     """Print how much memory a fit needs, without fitting."""
     settings = settings_of(data.method, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
-    for split in opened.values():
-        check_normals(split.train)
+    check_normals(*(split.train for split in opened.values()))
     try:
         frozen = load_frozen(settings)
     except FileNotFoundError:
@@ -314,8 +313,7 @@ def _place(source: str) -> str:
 def _open(data: Data, settings: Settings) -> dict[str, Any]:
     options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
-    for split in opened.values():
-        check_normals(split.train)
+    check_normals(*(split.train for split in opened.values()))
     return opened
 
 

@@ -292,10 +292,11 @@ def open_data(
     return splits
 
 
-def check_normals(train: Dataset) -> None:
+def check_normals(*trains: Dataset) -> None:
     """Raises ValueError if a training set has no normal images, as that of a source that can be evaluated only."""
-    if not (train.labels == 0).any():
-        raise _no_normals(train.name, train.category)
+    for train in trains:
+        if not (train.labels == 0).any():
+            raise _no_normals(train.name, train.category)
 
 
 def _no_normals(name: str, category: str) -> ValueError:
