@@ -1,15 +1,14 @@
 """Decodes image files and arrays to RGB uint8, resizes and crops them, and maps heat maps back to the original image.
 
-Formats: gray images are repeated to three channels; 16-bit images are scaled by the full range (65535 becomes 255),
-regardless of their content; floats must lie in [0, 1]; alpha is composited over black; palettes and CMYK are converted
-to RGB; EXIF rotation is applied; multi-frame files are read up to the first frame.
+Formats: gray images are repeated to three channels; 16-bit images are scaled by the full range (65535 becomes 255), or
+by that of `Preprocess.bits`; floats must lie in [0, 1]; alpha is composited over black; palettes and CMYK are converted
+to RGB; EXIF rotation is applied. An image is the same whether it comes as a file, as its bytes or as its pixels.
 """
 
 import contextlib
+import importlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,13 +18,37 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxad.data import deep, tiff
+from jaxad.host_memory import reserved
+
 Size = tuple[int, int]
 """(height, width)."""
-Source = Path | np.ndarray | Callable[[], bytes | np.ndarray]
-"""Where an image comes from: a file, an array, or a function that returns an encoded file or an array."""
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2"})
+
+class Page(NamedTuple):
+    """One page or frame of a file."""
+
+    path: Path
+    number: int
+    """Counted from 0."""
+
+
+Content = bytes | np.ndarray | Image.Image
+"""An encoded file, pixels, or an image of Pillow."""
+Source = Path | Page | Content | Callable[[], Content]
+"""Where an image comes from: a file or a page of one, its content, or a function that returns the content."""
+
+EXTENSIONS = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .tif .tiff .bmp .dib .webp .avif .avifs .gif .jp2 .j2k .j2c .jpc .jpf .jpx .ppm "
+    ".pgm .pbm .pnm .pfm .tga .icb .vda .vst .qoi .dds .pcx .dcx .psd .sgi .rgb .rgba .bw .ras .im .msp .xbm .xpm .ico "
+    ".cur .icns .fli .flc".split()
+)
 """Suffixes of image files, in lower case."""
+with contextlib.suppress(ImportError):  # where the package pillow-heif is installed
+    importlib.import_module("pillow_heif").register_heif_opener()
+    EXTENSIONS |= {".heic", ".heif"}
+PAGED = frozenset({".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".avifs", ".gif", ".fli", ".flc", ".dcx"})
+"""Suffixes of files that may have several pages or frames."""
 
 _ORIENTATION = 0x0112
 
@@ -41,10 +64,14 @@ class Preprocess(NamedTuple):
     """(height, width) to resize to, with antialiased bilinear weights (masks: nearest pixel). None: no resizing."""
     center_crop: Size | None = None
     """(height, width) of the centered window to keep. None: the whole image."""
+    bits: int | None = None
+    """How many bits of integers in more than 8 bits are used: 10 if white is 1023. None: 16, or as the file says."""
 
     def check(self) -> None:
-        """Raises ValueError for sizes that are not positive or a crop larger than the resized image."""
-        for field, size in zip(self._fields, self, strict=True):
+        """Raises ValueError for sizes that are not positive, a crop larger than the resized image, or a wrong depth."""
+        if self.bits is not None and (not isinstance(self.bits, int) or not 8 <= self.bits <= 16):
+            raise ValueError(f"bits must be an integer from 8 to 16, got {self.bits}")
+        for field, size in (("resize", self.resize), ("center_crop", self.center_crop)):
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise ValueError(f"{field} must be two positive numbers (height, width), got {size}")
         if self.resize and self.center_crop:
@@ -76,22 +103,29 @@ PAPER = Preprocess((256, 256), (224, 224))
 """The preset of most papers: resize to 256, crop the central 224."""
 
 
-def to_uint8(array: Shaped[np.ndarray, "..."], name: str) -> UInt8[np.ndarray, "..."]:
+def to_uint8(array: Shaped[np.ndarray, "..."], name: str, bits: int | None = None) -> UInt8[np.ndarray, "..."]:
     """Converts pixel values to 8 bits.
 
     Args:
-        array: bool, uint8, uint16 (full scale: 65535 becomes 255) or float in [0, 1].
+        array: bool, uint8, uint16 or float in [0, 1].
         name: the name of the array in error messages.
+        bits: depth of uint16: 2 ** bits - 1 becomes 255; None: 65535 does.
 
     Raises:
-        ImageError: the type is not supported, or floats lie outside [0, 1].
+        ImageError: the type is not supported, or values lie outside their range.
     """
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return np.where(array, np.uint8(255), np.uint8(0))
     if array.dtype == np.uint16:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        white, highest = (1 << (bits or 16)) - 1, int(array.max())
+        if highest > white:
+            raise ImageError(
+                f"pixels of {bits} bits must lie in 0..{white}, got {highest} in {name}: set bits (--bits) to the depth "
+                "of the camera, and fit again"
+            )
+        return ((array.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):
@@ -108,19 +142,15 @@ def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[
     Args:
         source: the file, array or function.
         name: the name of the image in error messages.
-        preprocess: resize and crop; by default the image keeps its original size.
+        preprocess: resize, crop and depth; by default the image keeps its original size.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: the file cannot be decoded, or its pixel values are invalid.
         ValueError: the crop is larger than the image.
     """
-    with _open(source, name) as image:
-        if preprocess.resize and image.format == "JPEG":
-            height, width = preprocess.resize if not _is_sideways(image) else preprocess.resize[::-1]
-            image.draft(image.mode, (2 * width, 2 * height))  # decodes at 1/2, 1/4 or 1/8, at least this large
-        ImageOps.exif_transpose(image, in_place=True)
-        image = _to_gray_or_rgb(image, name)
+    with _decode(source, name, preprocess.bits) as image:
+        image = _to_gray_or_rgb(image, name, preprocess.bits)
         if preprocess.resize:
             image = image.resize((preprocess.resize[1], preprocess.resize[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
@@ -137,9 +167,8 @@ def read_mask(
     Bool masks ignore the threshold. The mask is resized by nearest neighbor and cropped like its image. Raises the
     errors of `read`.
     """
-    with _open(source, name) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+    with _decode(source, name) as image:
+        if image.mode not in ("1", "L") and not deep.is_gray(image):
             image = _to_gray_or_rgb(image, name)
         pixels = np.asarray(image)
     pixels = pixels.max(axis=2) if pixels.ndim == 3 else pixels
@@ -196,14 +225,40 @@ def to_original(
 
 
 @contextlib.contextmanager
-def _open(source: Source, name: str) -> Iterator[Image.Image]:
+def _decode(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image]:
+    """Opens an image, decodes it in memory that is there for it, and turns it upright."""
+    with _open(source, name, bits) as image:
+        tiff.check(image)
+        pixels = image.width * image.height
+        with reserved(pixels * (24 if image.format == "JPEG2000" else 16)):
+            if bits and deep.is_color(image):
+                with _open(source, name) as lower:
+                    deep.read_lower_bytes(lower)
+                    ImageOps.exif_transpose(lower, in_place=True)
+                    ImageOps.exif_transpose(image, in_place=True)
+                    yield Image.fromarray(to_uint8(deep.joined(image, lower), name, bits))
+            else:
+                ImageOps.exif_transpose(image, in_place=True)
+                yield image
+
+
+@contextlib.contextmanager
+def _open(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image]:
     """Opens an image, and turns any decoder error inside the block into one line that names the file."""
     try:
         content = source() if callable(source) else source
         if isinstance(content, np.ndarray):
-            yield _from_array(content, name)
+            yield _from_array(content, name, bits)
+        elif isinstance(content, Image.Image):
+            image = content.copy()  # not the caller's
+            image.format = content.format
+            image.info[tiff.TAGS] = getattr(content, tiff.TAGS, {})
+            yield image
         else:
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            file, page = content if isinstance(content, Page) else (content, 0)
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                if page:
+                    image.seek(page)
                 yield image
     except ImageError:
         raise
@@ -213,17 +268,22 @@ def _open(source: Source, name: str) -> Iterator[Image.Image]:
         raise PermissionError(f"no permission to read {name}: change its permissions or remove it") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is too large to decode ({error}): cut it into tiles") from error
-    except (OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, zlib.error) as error:
+    except MemoryError as error:
+        reason = str(error) or "out of memory"
+        raise ImageError(
+            f"image {name} is too large for the memory at hand ({reason}): cut it into tiles or make it smaller"
+        ) from error
+    except Exception as error:  # decoders raise all kinds where a file is damaged
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a known image format" if is_unknown else str(error).partition("\n")[0]
         raise ImageError(f"cannot decode {name} ({reason or type(error).__name__}): repair or remove it") from error
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str, bits: int | None) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
         raise ImageError(f"an image must have shape (h, w) or (h, w, 1|3|4), got {array.shape} for {name}")
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name))
+    return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name, bits))
 
 
 def _is_sideways(image: Image.Image) -> bool:
@@ -231,18 +291,19 @@ def _is_sideways(image: Image.Image) -> bool:
     return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 
-def _to_gray_or_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image, name: str, bits: int | None = None) -> Image.Image:
     mode = image.mode
     if mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if mode == "F" or mode.startswith("I"):
+    if deep.is_gray(image):
         pixels = np.asarray(image)
         if mode != "F":
             low, high = int(pixels.min()), int(pixels.max())
             if low < 0 or high > 65535:
                 raise ImageError(f"integer pixels must lie in 0..65535, got {low} to {high} in {name}: rescale them")
             pixels = pixels.astype(np.uint16)
-        return Image.fromarray(to_uint8(pixels, name))
+        pixels = to_uint8(pixels, name, deep.bits_of(image) or bits)
+        return Image.fromarray(255 - pixels if deep.is_inverted(image) else pixels)
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")

@@ -197,8 +197,8 @@ def test_memory_of_a_container_is_its_limit_less_what_it_uses(version, tmp_path)
         (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 200\n")
     membership = tmp_path / "cgroup"
     membership.write_text("5:cpu:/c\n4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
-    assert sorted(memory._free_in_cgroups(tmp_path, membership)) == [500, 4500]
-    assert list(memory._free_in_cgroups(tmp_path, tmp_path / "nothing")) == []
+    assert sorted(host_memory._free_in_cgroups(tmp_path, membership)) == [500, 4500]
+    assert list(host_memory._free_in_cgroups(tmp_path, tmp_path / "nothing")) == []
 
 
 def test_sizes_are_short():
