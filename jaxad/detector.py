@@ -1,5 +1,6 @@
 """The facade: any method, a folder of photographs in, scores and heat maps out."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxtyping import Bool, Float
 from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, open_data
+from jaxad.data.arrays import with_batch_axis
+from jaxad.data.depth import usual_bits
 from jaxad.data.folders import recognize
 from jaxad.driver.execution import Execution
 from jaxad.driver.programs import abstract_state, embedded_spec
@@ -41,9 +44,9 @@ class Detector:
 
     Args:
         method: A name in `jaxad list`.
-        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, holdout,
-            cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of the
-            method.
+        options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, bits,
+            holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and hyperparameters of
+            the method.
 
     Raises:
         ValueError: An unknown method, backbone or hyperparameter, or a value out of its range.
@@ -51,6 +54,7 @@ class Detector:
 
     def __init__(self, method: str = "patchcore", **options: Any) -> None:
         self.settings = Settings.of(method, **options)
+        self._bits = self.settings.bits
         self.model: Model | None = None
         self._frozen: Frozen = None
         self._photographs: tuple[tuple[int, int], Any] | None = None
@@ -59,7 +63,7 @@ class Detector:
     def from_settings(cls, settings: Settings, model: Model | None = None, frozen: Frozen = None) -> "Detector":
         """A detector of these settings, with a model that `learn` fitted and pretrained weights that are read."""
         detector = cls.__new__(cls)
-        detector.settings, detector.model = settings, model
+        detector.settings, detector.model, detector._bits = settings, model, settings.bits
         detector._frozen, detector._photographs = frozen, None
         return detector
 
@@ -90,11 +94,14 @@ class Detector:
         category: str | None = None,
         mask_threshold: int = 0,
         group_by: str | None = None,
+        pages: bool = False,
+        skip_broken: bool = False,
         execution: Execution = Execution(),
     ) -> "Detector":
         """Learns from the normal images of a source.
 
-        Warns if the images look like several shots of the same parts and have no groups.
+        Warns if the images look like several shots of the same parts and have no groups, and if 16-bit images use a
+        sixteenth of their range: then these are read as images of 8, 10 or 12 bits, also when they are scored.
 
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
@@ -102,14 +109,21 @@ class Detector:
             mask_threshold: A mask pixel counts where it is above.
             group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
                 "(tile[0-9]+)_". Images of one part are held out together.
+            pages: As for `jaxad.open_data`: read all pages or frames of a file, not only the first.
+            skip_broken: Leave out images that cannot be read, with a warning that names them.
             execution: Devices, checkpoint and progress; a cache that several detectors share needs the same weights
                 (`load_frozen`). The batch size is that of the settings.
 
         Returns:
             The detector itself.
         """
-        options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
+        options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by, pages=pages)
+        options["broken"] = "skip" if skip_broken else "refuse"
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        bits, warning = (self._bits, "") if self._bits else usual_bits([data])
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        self.settings, data = dataclasses.replace(self.settings, bits=bits), data.with_bits(bits)
         if signs := leakage(self.settings, data):
             warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
@@ -130,6 +144,7 @@ class Detector:
                 f"images must be {self.model.image_size} (height, width) as in fit, got {data.image_size}: set "
                 "image_size"
             )
+        data = data.with_bits(self.settings.bits)
         return score(self.method, self.state, self.load_frozen(), data, configured(execution, self.settings))
 
     def color_limits(self) -> tuple[float, float] | None:
@@ -145,16 +160,28 @@ class Detector:
         low, threshold = self.model.normal_level, self.model.pixel_threshold.value
         return low, low + 2 * max(0.0, threshold - low)
 
-    def predict(self, source: Any, *, category: str | None = None, execution: Execution = Execution()) -> Prediction:
+    def predict(
+        self,
+        source: Any,
+        *,
+        category: str | None = None,
+        pages: bool = False,
+        skip_broken: bool = False,
+        execution: Execution = Execution(),
+    ) -> Prediction:
         """Scores images and compares them with the thresholds.
 
         Args:
-            source: A path, a list of paths, a folder, an array (h w, h w c or n h w c), or a `Dataset`. Of a folder in
-                a layout with a test split, the test images.
+            source: A path, a list of paths, a folder, an array (h w, h w c or n h w c) of numpy or JAX, an image of
+                Pillow, an encoded file as bytes, a list of such, or a `Dataset`. Of a folder in a layout with a test
+                split, the test images.
             category: Which product class, where the source has several.
+            pages: As for `fit`.
+            skip_broken: As for `fit`; `Prediction.paths` has those that are scored.
             execution: As for `fit`.
         """
-        data = source if isinstance(source, Dataset) else self._open(source, category, "test")
+        options: dict[str, Any] = dict(pages=pages, broken="skip" if skip_broken else "refuse")
+        data = source if isinstance(source, Dataset) else self._open(source, category, "test", **options)
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
         maps = [s.pixel for s in parts if s.pixel is not None]
@@ -198,10 +225,7 @@ class Detector:
 
     def _open(self, source: Any, category: str | None, split: str, **options: Any) -> Dataset:
         """The only category of a source, or the one asked for."""
-        if isinstance(source, np.ndarray) and (
-            source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
-        ):
-            source = source[None]
+        source = with_batch_axis(source)
         flat = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         opened = open_data(
             source,

@@ -40,6 +40,8 @@ class Settings:
             draem, glass and memseg draw anomalies with them, and otherwise with generated textures.
         image_size: Height and width that images are resized to; one number for both, None to leave them as they are.
         center_crop: Height and width cut out of the middle afterwards.
+        bits: How many bits 16-bit images use: 10 or 12 where a camera's white is 1023 or 4095, 16 for the whole range.
+            None: 16, or with a warning what the training images use, if that is a sixteenth of the range or less.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
             whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
         cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
@@ -62,6 +64,7 @@ class Settings:
     auxiliary: Path | None = None
     image_size: Size = 224
     center_crop: Size = None
+    bits: int | None = None
     holdout: float | None = None
     cross_holdout: int | None = None
     fpr: float = 0.05
@@ -129,7 +132,7 @@ class Settings:
     @property
     def preprocess(self) -> Preprocess:
         """What is done to every image before it is embedded."""
-        return Preprocess(_pair(self.image_size), _pair(self.center_crop))
+        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.bits)
 
     @property
     def storage(self) -> Storage:
@@ -183,6 +186,7 @@ class Settings:
             weights=weights,
             image_size=resize and tuple(resize),
             center_crop=crop and tuple(crop),
+            bits=saved["preprocess"].get("bits"),
             **{name: saved[name] for name in names},
             **hyperparameters,
         )

@@ -1,10 +1,12 @@
 """The commands."""
 
+import dataclasses
 import inspect
 import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +35,8 @@ from jaxad.cli.options import (
     settings_options,
     sweep_of,
 )
-from jaxad.data import open_data
+from jaxad.data import ImageError, Split, open_data
+from jaxad.data.depth import usual_bits
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
@@ -54,12 +57,16 @@ PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "hos
 """What `jaxad estimate` prints of every program."""
 
 
-def run(name: str, argv: list[str]) -> None:
-    """Runs the command of that name."""
-    if name in ("score", "evaluate", "report"):
-        call(globals()[name], prog=f"jaxad {name}", args=argv)
-    else:
-        globals()[name](argv)
+def run(name: str, argv: list[str]) -> int:
+    """Runs the command of that name; the exit code. Warnings are lines."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {' '.join(str(message).split())}")
+        try:
+            if name in ("score", "evaluate", "report"):
+                return call(globals()[name], prog=f"jaxad {name}", args=argv) or 0
+            return globals()[name](argv) or 0
+        except ImageError as error:
+            raise ImageError(f"{error}, or add --skip-broken to go on without such images") from error
 
 
 def fit(argv: list[str]) -> None:
@@ -69,7 +76,8 @@ def fit(argv: list[str]) -> None:
     data, options, hyperparameters = parse("fit", COMMANDS["fit"], argv, groups)
     _join(data)
     settings = settings_of(name, data.preset, options | hyperparameters)
-    opened = _open(data, settings)
+    bits, opened = _open(data, settings)
+    settings = dataclasses.replace(settings, bits=bits)
     fitted = _fit(settings, opened, data, ["fit", *argv], load_frozen(settings))
     run_dirs = [run.directory for group in fitted for run in group.runs]
     saved = shlex.quote(str(run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent))
@@ -100,7 +108,8 @@ def benchmark(argv: list[str]) -> None:
         raise next(iter(refusals.values()))
     for name, error in refusals.items():
         say(f"without {name}: {error}")
-    opened = _open(data, candidates[0])
+    bits, opened = _open(data, candidates[0])
+    candidates = [dataclasses.replace(settings, bits=bits) for settings in candidates]
     untested = [category for category, split in opened.items() if split.test is None]
     if untested:
         raise ValueError(f"a benchmark needs test images, got none for {', '.join(untested)} of {data.source}")
@@ -148,9 +157,12 @@ def score(
     output: Path | None = None,
     overlays: bool = False,
     maps: bool = False,
+    pages: bool = False,
     weights: UseAppendAction[tuple[Path, ...]] = (),
-) -> None:
+) -> int:
     """Score images with a fitted run; heat maps on request.
+
+    Images that cannot be read are listed with their errors, and the exit code is 1.
 
     Args:
         run: A run directory, or what `Detector.save` wrote.
@@ -160,20 +172,26 @@ def score(
         overlays: Write PNGs with the heat map over the image to OUTPUT/overlays. The colors begin at the median normal
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
+        pages: Read all pages or frames of a file, not only the first.
         weights: Where the backbone's weights are now, if not where they were.
     """
     path = Path(source)
     detector = jaxad.load(run, weights=weights or None)
     fitted = directory.read_recipe(run).get("category")
-    split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
+    reading: dict[str, Any] = {"any_folder": True, "pages": pages, "broken": "keep"}
+    split = open_split(source, detector, asked=category, fitted=fitted, **reading)
     output = output or run / "scores" / directory.segment(path.resolve().stem if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
     data, options = split.test or split.train, {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
-    anomalous = score_run(detector, data, output, root=root, **options)
+    anomalous, errors = score_run(detector, data, output, root=root, **options)
     threshold = detector.image_threshold
     result = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
     folders = [f", {name}/" for name in ("overlays", "maps") if options[name]]
-    say(f"{len(data)} images scored, {result}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+    n = len(data) - len(errors)
+    say(f"{n} images scored, {result}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+    if errors:
+        say(f"{len(errors)} of {len(data)} images cannot be read, as scores.csv says, the first is: {errors[0]}")
+    return int(bool(errors))
 
 
 def evaluate(
@@ -183,6 +201,7 @@ def evaluate(
     mask_threshold: int | None = None,
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
+    skip_broken: bool = False,
     report: Path | None = None,
 ) -> None:
     """Score the test images of fitted runs, print the metrics and keep them for the report.
@@ -194,6 +213,7 @@ def evaluate(
         mask_threshold: A mask pixel counts where it is above; None: as in fit.
         weights: Where the backbone's weights are now, if not where they were.
         oracle: Choose the thresholds on the test set itself, and mark them so.
+        skip_broken: Leave out images that cannot be read, and name them; also where fit did so.
         report: Also write an HTML report to this file.
     """
     rows: dict[Path, Row] = {}
@@ -204,6 +224,8 @@ def evaluate(
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
         threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
         options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
+        options["pages"] = bool(recipe.get("pages"))
+        options["broken"] = "skip" if skip_broken or recipe.get("skip_broken") else "refuse"
         fitted = recipe.get("category")
         single = Run(detector, fitted or "", run_dir)
         if recipe.get("unified") and category is None:
@@ -279,9 +301,18 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
     say(f"imported as {import_file(file, name)}")
 
 
-def _open(data: Data, settings: Settings) -> dict[str, Any]:
-    options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
-    return open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
+def _open(data: Data, settings: Settings) -> tuple[int | None, dict[str, Split]]:
+    """The depth of 16-bit images, and the data."""
+    options: dict[str, Any] = {"mask_threshold": data.mask_threshold, "group_by": data.group_by, "pages": data.pages}
+    options["broken"] = "skip" if data.skip_broken else "refuse"
+    opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
+    bits, warning = usual_bits([split.train for split in opened.values()])
+    if warning:
+        say(f"warning: {warning}")
+    return bits, {
+        category: Split(train.with_bits(bits), test and test.with_bits(bits))
+        for category, (train, test) in opened.items()
+    }
 
 
 def _join(data: Data) -> None:
@@ -308,7 +339,8 @@ def _fit(
 ) -> list[FittedGroup]:
     """Fits all categories and seeds."""
     source = str(Path(data.source).absolute()) if Path(data.source).exists() else data.source
-    read = {"source": source, "mask_threshold": data.mask_threshold, "group_by": data.group_by}
+    read = {"source": source, "mask_threshold": data.mask_threshold, "group_by": data.group_by, "pages": data.pages}
+    read |= {"skip_broken": data.skip_broken}
     recipe = read | {"command": shlex.join(["jaxad", *argv])}
     checkpoint = Checkpoint(data.output, data.checkpoint_seconds)
     return fit_all(

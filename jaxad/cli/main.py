@@ -37,9 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
+    except MemoryError as error:
+        return refuse(_too_large(error))
     except RuntimeError as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
             distributed.exit_after_lost_process()
+        if any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")):
+            return refuse(_too_large(error))
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,6 +62,12 @@ def refuse(error: ValueError | OSError) -> int:
     return _fail(f"error: {' '.join(message.split())}", 2)
 
 
+def _too_large(error: MemoryError | RuntimeError) -> ValueError:
+    reason = str(error).partition("\n")[0] or "out of memory"
+    line = f"not enough memory ({reason}): set a smaller --batch-size or --image-size, or use fewer images at once"
+    return ValueError(line).with_traceback(error.__traceback__)
+
+
 def _dispatch(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
@@ -73,7 +83,7 @@ def _dispatch(argv: list[str]) -> int:
     elif name in COMMANDS:
         with uninterrupted():
             commands = importlib.import_module("jaxad.cli.commands")
-        commands.run(name, rest)
+        return commands.run(name, rest)
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped, UInt16
+from jaxtyping import UInt16
 from PIL import Image, ImageFile
 
 from jaxad.data.tiff import BITS, PHOTOMETRIC, tag
@@ -40,7 +40,7 @@ def read_lower_bytes(image: Image.Image) -> None:
     for tile in image.tile:
         mode = _raw_mode(tile)
         mode = mode[:-1] + _OTHER_BYTE[mode[-1]]
-        tiles.append(tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:])))
+        tiles.append(tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode))
     image.tile = tiles
 
 
@@ -49,13 +49,8 @@ def joined(upper: Image.Image, lower: Image.Image) -> UInt16[np.ndarray, "h w c"
     return np.asarray(upper, np.uint16) << 8 | np.asarray(lower)
 
 
-def depth(pixels: Shaped[np.ndarray, "..."]) -> int | None:
-    """The least of 8, 10 and 12 bits that hold the integers of a 16-bit image; None if these need more."""
-    return next((bits for bits in (8, 10, 12) if pixels.max() < 1 << bits), None)
-
-
 def _raw_mode(tile: Any) -> str:
-    mode = tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]
+    mode = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
     return mode if isinstance(mode, str) else ""
 
 

@@ -38,13 +38,14 @@ Content = bytes | np.ndarray | Image.Image
 Source = Path | Page | Content | Callable[[], Content]
 """Where an image comes from: a file or a page of one, its content, or a function that returns the content."""
 
-EXTENSIONS = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .tif .tiff .bmp .dib .webp .avif .avifs .gif .jp2 .j2k .j2c .jpc .jpf .jpx .ppm "
-    ".pgm .pbm .pnm .pfm .tga .icb .vda .vst .qoi .dds .pcx .dcx .psd .sgi .rgb .rgba .bw .ras .im .msp .xbm .xpm .ico "
-    ".cur .icns .fli .flc".split()
+FORMATS = (
+    "apng avif avifs bmp bw dcx dds dib fit fits flc fli gif icb im j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx msp pbm "
+    "pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm"
 )
+"""What Pillow reads of photographs: no icons, drawings, videos."""
+EXTENSIONS = frozenset(f".{name}" for name in FORMATS.split())
 """Suffixes of image files, in lower case."""
-with contextlib.suppress(ImportError):  # where the package pillow-heif is installed
+with contextlib.suppress(ImportError):  # where this package is installed
     importlib.import_module("pillow_heif").register_heif_opener()
     EXTENSIONS |= {".heic", ".heif"}
 PAGED = frozenset({".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".avifs", ".gif", ".fli", ".flc", ".dcx"})
@@ -122,8 +123,8 @@ def to_uint8(array: Shaped[np.ndarray, "..."], name: str, bits: int | None = Non
         white, highest = (1 << (bits or 16)) - 1, int(array.max())
         if highest > white:
             raise ImageError(
-                f"pixels of {bits} bits must lie in 0..{white}, got {highest} in {name}: set bits (--bits) to the depth "
-                "of the camera, and fit again"
+                f"pixels of {bits} bits must lie in 0..{white}, got {highest} in {name}: set bits (--bits) to the "
+                "depth of the camera, and fit again"
             )
         return ((array.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
@@ -168,6 +169,7 @@ def read_mask(
     errors of `read`.
     """
     with _decode(source, name) as image:
+        assert isinstance(image, Image.Image)
         if image.mode not in ("1", "L") and not deep.is_gray(image):
             image = _to_gray_or_rgb(image, name)
         pixels = np.asarray(image)
@@ -186,8 +188,32 @@ def size_of(source: Source, name: str) -> Size:
     """The original (height, width), upright. Reads only the header of a file. Raises the errors of `read`."""
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    with _open(source, name) as image:
+    with contextlib.nullcontext(source) if isinstance(source, Image.Image) else _open(source, name) as image:
         return (image.width, image.height) if _is_sideways(image) else (image.height, image.width)
+
+
+def load(image: Image.Image, name: str) -> None:
+    """Decodes an image of Pillow while its file is open. Raises the errors of `read`."""
+    with _open(image, name):
+        pass
+
+
+def brightest(source: Source, name: str) -> int | None:
+    """The largest integer of an image in 16 bits; None of any other. Raises the errors of `read`."""
+    if isinstance(source, np.ndarray):
+        return int(source.max()) if source.dtype == np.uint16 else None
+    with _decode(source, name, 16) as image:
+        if isinstance(image, Image.Image) and (not deep.is_gray(image) or image.mode == "F" or deep.bits_of(image)):
+            return None
+        return int(np.asarray(image).max())
+
+
+def page_count(source: Source, name: str) -> int:
+    """The number of pages or frames of a file; 1 where it cannot be told."""
+    if isinstance(source, Path) and source.suffix.lower() in PAGED:
+        with contextlib.suppress(ValueError, OSError), _open(source, name) as image:
+            return getattr(image, "n_frames", 1)
+    return 1
 
 
 def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
@@ -225,18 +251,20 @@ def to_original(
 
 
 @contextlib.contextmanager
-def _decode(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image]:
-    """Opens an image, decodes it in memory that is there for it, and turns it upright."""
+def _decode(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image | np.ndarray]:
+    """Opens an image, decodes it in memory that is there for it, and turns it upright.
+
+    With `bits`, colors of 16 bits are uint16 (h w 3|4).
+    """
     with _open(source, name, bits) as image:
         tiff.check(image)
-        pixels = image.width * image.height
-        with reserved(pixels * (24 if image.format == "JPEG2000" else 16)):
+        with reserved(_decoding_bytes(image)):
             if bits and deep.is_color(image):
                 with _open(source, name) as lower:
                     deep.read_lower_bytes(lower)
                     ImageOps.exif_transpose(lower, in_place=True)
                     ImageOps.exif_transpose(image, in_place=True)
-                    yield Image.fromarray(to_uint8(deep.joined(image, lower), name, bits))
+                    yield deep.joined(image, lower)
             else:
                 ImageOps.exif_transpose(image, in_place=True)
                 yield image
@@ -250,6 +278,9 @@ def _open(source: Source, name: str, bits: int | None = None) -> Iterator[Image.
         if isinstance(content, np.ndarray):
             yield _from_array(content, name, bits)
         elif isinstance(content, Image.Image):
+            tiff.check(content)
+            with reserved(_decoding_bytes(content)):
+                content.load()
             image = content.copy()  # not the caller's
             image.format = content.format
             image.info[tiff.TAGS] = getattr(content, tiff.TAGS, {})
@@ -286,12 +317,19 @@ def _from_array(array: np.ndarray, name: str, bits: int | None) -> Image.Image:
     return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name, bits))
 
 
+def _decoding_bytes(image: Image.Image) -> int:
+    """What it takes to decode and convert an image, at most."""
+    return image.width * image.height * (24 if image.format == "JPEG2000" else 16)
+
+
 def _is_sideways(image: Image.Image) -> bool:
     """Whether EXIF rotates the image by 90 degrees. PIL already reports the upright size of a TIFF."""
     return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 
-def _to_gray_or_rgb(image: Image.Image, name: str, bits: int | None = None) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image | np.ndarray, name: str, bits: int | None = None) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name, bits)
     mode = image.mode
     if mode in ("L", "RGB") and "transparency" not in image.info:
         return image

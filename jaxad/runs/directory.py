@@ -131,5 +131,6 @@ def recipe(settings: Settings, model: Model, data: Dataset) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "n_train": model.n_train,
         "n_heldout": model.n_heldout,
+        "left_out": list(data.left_out),
         "loss": list(model.loss),
     }

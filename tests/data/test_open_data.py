@@ -176,6 +176,7 @@ def test_magnetic_tile_layout(tmp_path):
     dtype=st.sampled_from(["uint8", "uint16", "float32", "float64"]),
 )
 def test_arrays_of_every_type(n, h, w, channels, dtype):
+    n = min(n, 2) if channels is None else n  # of (3, h, w) and (4, h, w) nobody knows what they are
     random = np.random.default_rng(0)
     bytes_ = random.integers(0, 256, (n, h, w) if channels is None else (n, h, w, channels), np.uint8)
     scale = {"uint8": 1, "uint16": 257, "float32": 1 / 255, "float64": 1 / 255}[dtype]
@@ -317,7 +318,7 @@ def mixed_sizes(tmp_path):
 
 FAULTS = {
     "missing folder": (lambda t: t / "gone", {}, "no such file or folder: .*gone"),
-    "no images": (lambda t: t, {}, r"no images found in .*: expected files ending in \.bmp"),
+    "no images": (lambda t: t, {}, r"no images found in .*: give a folder of images such as \.png"),
     "no normals": (no_normal_images, {}, "category 'a' of a has no normal training images: expected train/good"),
     "unknown category": (lambda t: category(t / "a"), {"category": "b"}, "no category 'b' in a: choose one of a"),
     "unknown layout": (lambda t: t, {"layout": "coco"}, "no layout 'coco': choose auto or one of visa, mtd"),

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import jaxad
+from jaxad import host_memory
 from jaxad.cli import main
 from jaxad.data import Preprocess, open_data
-from jaxad.driver import memory, plan
 from jaxad.driver import mesh as meshes
+from jaxad.driver import plan
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.fit import fit, fit_classes
 from jaxad.driver.memory import Memory, available
