@@ -119,16 +119,17 @@ class Detector:
         """
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by, pages=pages)
         options["broken"] = "skip" if skip_broken else "refuse"
-        data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        data = source if isinstance(source, Dataset) else self._open(source, category, "train", self._bits, **options)
         bits, warning = (self._bits, "") if self._bits else usual_bits([data])
         if warning:
             warnings.warn(warning, stacklevel=2)
-        self.settings, data = dataclasses.replace(self.settings, bits=bits), data.with_bits(bits)
-        if signs := leakage(self.settings, data):
+        settings, data = dataclasses.replace(self.settings, bits=bits), data.with_bits(bits)
+        if signs := leakage(settings, data):
             warnings.warn(signs, stacklevel=2)
         photographs = self.load_photographs(data.image_size)
         frozen = self.load_frozen()
-        self.model = learn([self.settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
+        self.model = learn([settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
+        self.settings = settings
         return self
 
     def score(self, data: Dataset, execution: Execution = Execution()) -> Iterator[tuple[np.ndarray, Scores]]:
@@ -181,7 +182,8 @@ class Detector:
             execution: As for `fit`.
         """
         options: dict[str, Any] = dict(pages=pages, broken="skip" if skip_broken else "refuse")
-        data = source if isinstance(source, Dataset) else self._open(source, category, "test", **options)
+        bits = self.settings.bits
+        data = source if isinstance(source, Dataset) else self._open(source, category, "test", bits, **options)
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
         maps = [s.pixel for s in parts if s.pixel is not None]
@@ -223,14 +225,14 @@ class Detector:
             self._photographs = image_size, load_photographs(self.settings, method, image_size)
         return self._photographs[1]
 
-    def _open(self, source: Any, category: str | None, split: str, **options: Any) -> Dataset:
+    def _open(self, source: Any, category: str | None, split: str, bits: int | None, **options: Any) -> Dataset:
         """The only category of a source, or the one asked for."""
         source = with_batch_axis(source)
         flat = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         opened = open_data(
             source,
             category=category,
-            preprocess=self.settings.preprocess,
+            preprocess=self.settings.preprocess._replace(bits=bits),
             layout="flat" if flat and split == "test" else "auto",
             **options,
         )

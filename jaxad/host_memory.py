@@ -43,7 +43,7 @@ def reserved(n_bytes: int) -> Iterator[None]:
     with _condition:
         while (free := free_bytes()) is not None and sum(_reserved) + n_bytes > free / 2:
             if not _reserved:
-                raise MemoryError(f"it takes {n_bytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free")
+                raise MemoryError(f"it takes {n_bytes / 1e9:.2g} GB, more than half of the free {free / 1e9:.2g} GB")
             _condition.wait()
         _reserved.append(n_bytes)
     try:

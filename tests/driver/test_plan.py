@@ -1,6 +1,7 @@
 """Memory is known before a fit: the numbers are those of the programs that the fit then runs."""
 
 import json
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +179,13 @@ def test_memory_of_accelerators_is_that_of_the_fullest():
     devices = [SimpleNamespace(platform="gpu", device_kind="A", memory_stats=lambda s=s: s) for s in stats]
     assert available(devices) == Memory(70, "A")
     assert available(devices[2:]) is None
+
+
+def test_a_limit_of_the_address_space_counts_as_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 62, 1 << 62))
+    unlimited = host_memory.free_bytes()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert unlimited and host_memory.free_bytes() == 0
 
 
 def test_memory_of_this_machine():
