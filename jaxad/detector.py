@@ -14,8 +14,9 @@ from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, open_data
 from jaxad.data.arrays import with_batch_axis
+from jaxad.data.dataset import check_normals
 from jaxad.data.depth import usual_bits
-from jaxad.data.folders import recognize
+from jaxad.data.images import MaskThreshold
 from jaxad.driver.execution import Execution
 from jaxad.driver.programs import abstract_state, embedded_spec
 from jaxad.driver.scoring import score
@@ -92,7 +93,7 @@ class Detector:
         source: Any,
         *,
         category: str | None = None,
-        mask_threshold: int = 0,
+        mask_threshold: MaskThreshold = None,
         group_by: str | None = None,
         pages: bool = False,
         skip_broken: bool = False,
@@ -106,7 +107,7 @@ class Detector:
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
             category: Which product class, where the source has several.
-            mask_threshold: A mask pixel counts where it is above.
+            mask_threshold: A mask pixel counts where it is above; None: as for `jaxad.open_data`.
             group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
                 "(tile[0-9]+)_". Images of one part are held out together.
             pages: As for `jaxad.open_data`: read all pages or frames of a file, not only the first.
@@ -120,6 +121,7 @@ class Detector:
         options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by, pages=pages)
         options["broken"] = "skip" if skip_broken else "refuse"
         data = source if isinstance(source, Dataset) else self._open(source, category, "train", self._bits, **options)
+        check_normals(data)
         bits, warning = (self._bits, "") if self._bits else usual_bits([data])
         if warning:
             warnings.warn(warning, stacklevel=2)
@@ -227,13 +229,11 @@ class Detector:
 
     def _open(self, source: Any, category: str | None, split: str, bits: int | None, **options: Any) -> Dataset:
         """The only category of a source, or the one asked for."""
-        source = with_batch_axis(source)
-        flat = isinstance(source, (str, Path)) and Path(source).is_dir() and recognize(Path(source)) == "flat"
         opened = open_data(
-            source,
+            with_batch_axis(source),
             category=category,
             preprocess=self.settings.preprocess._replace(bits=bits),
-            layout="flat" if flat and split == "test" else "auto",
+            layout="any" if split == "test" else "auto",
             **options,
         )
         if len(opened) > 1:

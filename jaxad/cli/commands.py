@@ -36,6 +36,7 @@ from jaxad.cli.options import (
     sweep_of,
 )
 from jaxad.data import ImageError, Split, open_data
+from jaxad.data.dataset import check_normals
 from jaxad.data.depth import usual_bits
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
@@ -133,6 +134,8 @@ def estimate(argv: list[str]) -> None:
     data, options, hyperparameters = parse("estimate", COMMANDS["estimate"], argv, groups)
     settings = settings_of(name, data.preset, options | hyperparameters)
     opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
+    for split in opened.values():
+        check_normals(split.train)
     try:
         frozen = load_frozen(settings)
     except FileNotFoundError:
@@ -198,7 +201,7 @@ def evaluate(
     run: Runs,
     source: str | None = None,
     category: str | None = None,
-    mask_threshold: int | None = None,
+    mask_threshold: float | None = None,
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
     skip_broken: bool = False,
@@ -222,7 +225,7 @@ def evaluate(
         tested = source or recipe.get("source")
         if tested is None:
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
-        threshold = recipe.get("mask_threshold", 0) if mask_threshold is None else mask_threshold
+        threshold = recipe.get("mask_threshold") if mask_threshold is None else mask_threshold
         options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
         options["pages"] = bool(recipe.get("pages"))
         options["broken"] = "skip" if skip_broken or recipe.get("skip_broken") else "refuse"
@@ -306,13 +309,12 @@ def _open(data: Data, settings: Settings) -> tuple[int | None, dict[str, Split]]
     options: dict[str, Any] = {"mask_threshold": data.mask_threshold, "group_by": data.group_by, "pages": data.pages}
     options["broken"] = "skip" if data.skip_broken else "refuse"
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
+    for split in opened.values():
+        check_normals(split.train)
     bits, warning = usual_bits([split.train for split in opened.values()])
     if warning:
         say(f"warning: {warning}")
-    return bits, {
-        category: Split(train.with_bits(bits), test and test.with_bits(bits))
-        for category, (train, test) in opened.items()
-    }
+    return bits, {key: Split(a.with_bits(bits), b and b.with_bits(bits)) for key, (a, b) in opened.items()}
 
 
 def _join(data: Data) -> None:

@@ -8,11 +8,12 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 import jaxad
 from jaxad.driver import distributed
-from jaxad.progress import interrupt, uninterrupted
+from jaxad.progress import interrupt, say, uninterrupted
 
 COMMANDS = {
     "fit": "Learn from normal images.",
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, interrupt)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except MemoryError as error:
@@ -87,6 +90,10 @@ def _dispatch(argv: list[str]) -> int:
     else:
         return _fail(f"error: no command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     return 0
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    say(f"jaxad: warning: {message}")
 
 
 def _fail(message: str, code: int) -> int:

@@ -29,7 +29,8 @@ class Data:
     Args:
         source: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
         category: One product class, or all of them: those of similar numbers of images, of one size, in one program.
-        mask_threshold: A mask pixel counts where it is above.
+        mask_threshold: A mask pixel counts where it is above; None: half of the mask's maximum, but 0 where that is a
+            number of a class (below 64).
         group_by: A regular expression for the part (tile, workpiece, lot) in the path of a file below SOURCE, such as
             "(tile[0-9]+)_": what the parentheses match names it. Images of one part are held out together.
         pages: Read all pages or frames of a file (TIFF, GIF ...), not only the first.
@@ -49,7 +50,7 @@ class Data:
 
     source: Source
     category: str = "all"
-    mask_threshold: int = 0
+    mask_threshold: float | None = None
     group_by: str | None = None
     pages: bool = False
     skip_broken: bool = False

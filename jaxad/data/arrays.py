@@ -1,15 +1,31 @@
 """Images in memory: arrays of any library that numpy understands, images of Pillow, and encoded files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from jaxad.data import images
+from jaxad.data.images import MaskThreshold
+from jaxad.data.records import GOOD, Record
 
 CHANNELS = (1, 3, 4)
+
+
+class Arrays(NamedTuple):
+    """Images in memory: (n, h, w) or (n, h, w, 1|3|4), uint8, uint16 or float in [0, 1]."""
+
+    train: Any = None
+    """Normal images."""
+    test: Any = None
+    labels: Any = None
+    """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
+    masks: Any = None
+    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
+    groups: Any = None
+    """(n,) of the training images: the part that each one shows, as `Record.group`."""
 
 
 def with_batch_axis(source: Any) -> Any:
@@ -76,3 +92,35 @@ def _is_image(shape: tuple[int, ...]) -> bool:
 def _channels_first(shape: tuple[int, ...]) -> str:
     is_so = len(shape) == 3 and shape[0] in CHANNELS
     return f" with {shape[0]} channels first: move them last, as np.moveaxis(image, -3, -1) does" if is_so else ""
+
+
+def array_records(category: str, value: Any, mask_threshold: MaskThreshold) -> Iterator[Record]:
+    """The records of arrays, or of an `Arrays`."""
+    arrays = value if isinstance(value, Arrays) else Arrays(value)
+    train = [] if arrays.train is None and arrays.test is not None else image_list(arrays.train, "train")
+    groups = [""] * len(train) if arrays.groups is None else [str(group) for group in arrays.groups]
+    if len(groups) != len(train):
+        raise ValueError(f"groups must have one entry per training image ({len(train)}), got {len(groups)}")
+    for i, (image, group) in enumerate(zip(train, groups, strict=True)):
+        yield Record(f"array[{i}]", image, category, "train", group=group)
+    if arrays.test is None:
+        if arrays.labels is not None or arrays.masks is not None:
+            raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")
+        return
+    test = image_list(arrays.test, "test")
+    masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
+    if arrays.labels is not None:
+        labels = np.asarray(arrays.labels).tolist()
+    elif masks is not None:
+        labels = [int(images.read_mask(m, f"mask {i}", threshold=mask_threshold).any()) for i, m in enumerate(masks)]
+    else:
+        labels = [-1] * len(test)
+    for kind, values in (("labels", labels), ("masks", masks)):
+        if values is not None and len(values) != len(test):
+            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(values)}")
+    defects = {0: GOOD, 1: "anomalous", -1: ""}
+    for i, (image, label) in enumerate(zip(test, labels, strict=True)):
+        if label not in defects:
+            raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
+        mask = masks[i] if masks is not None and label else None
+        yield Record(f"array[{i}]", image, category, "test", defects[label], mask)

@@ -15,8 +15,8 @@ def skip_broken(records: Sequence[Record], preprocess: Preprocess) -> tuple[list
     def error_of(record: Record) -> str:
         try:
             images.read(record.image, record.path, preprocess)
-            if record.mask is not None:
-                images.read_mask(record.mask, f"the mask of {record.path}")
+            for mask in record.masks:
+                images.read_mask(mask, f"the mask of {record.path}")
         except (ValueError, OSError) as error:
             return str(error)
         return ""
@@ -54,15 +54,15 @@ def check(records: Sequence[Record], preprocess: Preprocess) -> None:
 
 
 def check_mask_size(record: Record) -> None:
-    """Raises ValueError where a mask and its image differ in size."""
-    assert record.mask is not None
-    size = images.size_of(record.image, record.path)
-    mask_size = images.size_of(record.mask, f"the mask of {record.path}")
-    if mask_size != size:
-        raise ValueError(
-            f"a mask must have the size of its image, got {mask_size[0]} x {mask_size[1]} for the "
-            f"{size[0]} x {size[1]} image {record.path}: recreate the mask"
-        )
+    """Raises ValueError if a mask and its image differ in size."""
+    size = images.size_of(record.image, record.path) if record.masks else None
+    for source in record.masks:
+        mask_size = images.size_of(source, f"the mask of {record.path}")
+        if size and mask_size != size:
+            raise ValueError(
+                f"a mask must have the size of its image, got {mask_size[0]} x {mask_size[1]} for the "
+                f"{size[0]} x {size[1]} image {record.path}: recreate the mask"
+            )
 
 
 def mixed_sizes(path: str, size: Size, first_path: str, first: Size) -> ValueError:

@@ -7,6 +7,7 @@ To add a folder layout, write a reader and add it to `jaxad.data.folders.LAYOUTS
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import warnings
@@ -18,30 +19,17 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from jaxad.data import checks, folders, images, multipage, repeats
-from jaxad.data.arrays import image_list
-from jaxad.data.images import Preprocess, Size
-from jaxad.data.records import GOOD, Record
+from jaxad.data.arrays import array_records
+from jaxad.data.images import MaskThreshold, Preprocess, Size
+from jaxad.data.records import Record
 
 
 class Split(NamedTuple):
     """The training and the test set of one category."""
 
     train: "Dataset"
+    """Empty of a source that has test images only."""
     test: "Dataset | None"
-
-
-class Arrays(NamedTuple):
-    """Images in memory: (n, h, w) or (n, h, w, 1|3|4), uint8, uint16 or float in [0, 1]."""
-
-    train: Any
-    """Normal images."""
-    test: Any = None
-    labels: Any = None
-    """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
-    masks: Any = None
-    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
-    groups: Any = None
-    """(n,) of the training images: the part that each one shows, as `Record.group`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +41,7 @@ class Dataset:
     split: str
     records: tuple[Record, ...]
     preprocess: Preprocess
-    mask_threshold: int
+    mask_threshold: MaskThreshold
     has_masks: bool
     left_out: tuple[str, ...] = ()
     """The names of images that cannot be read, where `open_data` skips these."""
@@ -139,6 +127,8 @@ class Dataset:
     def masks(self, indices: Iterable[SupportsIndex]) -> Bool[np.ndarray, "b h w"] | None:
         """Decodes the masks at `indices`, preprocessed like the images. The masks of normal images are empty.
 
+        Warns if masks of a test set have gray levels and there is no `mask_threshold`.
+
         Returns:
             The masks, or None if the data set has none.
 
@@ -151,15 +141,24 @@ class Dataset:
         records = [self.records[i] for i in indices]
         batch = np.zeros((len(records), *self.image_size), np.bool_)
 
-        def load(position: int) -> None:
-            record = records[position]
-            if record.mask is not None:
-                checks.check_mask_size(record)
-                batch[position] = images.read_mask(
-                    record.mask, f"the mask of {record.path}", self.preprocess, self.mask_threshold
-                )
+        def load(position: int) -> int:
+            record, gray = records[position], 0
+            checks.check_mask_size(record)
+            for source in record.masks:
+                options = (f"the mask of {record.path}", self.preprocess, self.mask_threshold)
+                mask, left_out = images.mask_and_gray(source, *options)
+                batch[position] |= mask
+                gray += left_out
+            return gray
 
-        images.in_threads(load, range(len(records)))
+        gray = np.array(images.in_threads(load, range(len(records))))
+        if gray.any() and self.split == "test":  # those of a training set are read batch by batch
+            warnings.warn(
+                f"{np.count_nonzero(gray)} of {len(gray)} masks of {self.name} have gray levels, most that of "
+                f"{records[int(gray.argmax())].path}: {gray.sum()} pixels that are not black, but below half of the "
+                "maximum, count as normal; a mask threshold of 0 counts them, too",
+                stacklevel=2,
+            )
         return batch
 
     def original(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -203,7 +202,7 @@ def open_data(
     *,
     category: str | None = None,
     preprocess: Preprocess = images.DEFAULT,
-    mask_threshold: int = 0,
+    mask_threshold: MaskThreshold = None,
     layout: str = "auto",
     train_anomalies: bool = False,
     group_by: str | None = None,
@@ -218,8 +217,11 @@ def open_data(
             arrays, of images of Pillow or of encoded files as bytes, an `Arrays`, or a mapping from categories to such.
         category: the only category to open; None or "all" opens all of them.
         preprocess: resize, crop and depth.
-        mask_threshold: a mask pixel is anomalous if its value is above this threshold.
-        layout: one of `folders.LAYOUTS`, or "auto" to detect it. "flat" reads any folder as one set of images.
+        mask_threshold: a mask pixel is anomalous if its value is above this threshold. None: above half of the mask's
+            maximum (right for two levels, JPEG and soft edges), or above 0 if that is less than 64 (numbers of
+            classes).
+        layout: one of `folders.LAYOUTS`, or "auto" to detect it. "flat" reads any folder as one set of images; "any"
+            does so with a folder in no layout, whether or not it looks as if all images were normal.
         train_anomalies: keep anomalous images in the training split instead of dropping them.
         group_by: a regular expression, searched in every path below the data set's folder (of a list of files: in the
             path as given; of TFDS: in NAME/ID). What its parentheses match is the image's group; several are joined.
@@ -230,25 +232,31 @@ def open_data(
             read; "skip" decodes all images at once and leaves those out, with a warning that names them; "keep" neither
             looks for them nor raises: they are black, and listed in `Dataset.errors` once they have been read.
 
+    Warns with one line if a folder holds files that are not read, and says why.
+
     Returns:
-        The training and test set of each category, in alphabetical order.
+        The training and test set of each category, in alphabetical order. A source may lack training images.
 
     Raises:
         FileNotFoundError: the source or one of its files does not exist.
-        ValueError: the source is invalid: no images, no normal training images, an unknown category or layout, a broken
-            CSV file, floats outside [0, 1], a mask that differs from its image in size, masks for only some of the
-            anomalous images, images of different sizes without `resize`, or a training image that `group_by` does not
-            match.
+        ValueError: the source is invalid: no images, training images of which none is normal, an unknown category or
+            layout, a broken CSV file, floats outside [0, 1], a folder in no known layout that holds defects or masks,
+            masks that fit no image, a mask that differs from its image in size, masks for only some of the anomalous
+            images, images of different sizes without `resize`, or a training image that `group_by` does not match.
     """
     preprocess.check()
-    name, read = _read(source, layout)
+    if mask_threshold is not None and not 0 <= mask_threshold < np.inf:
+        raise ValueError(f"mask_threshold must be 0 or more, or None, got {mask_threshold}")
+    name, read = _read(source, layout, mask_threshold)
+    records = list(read)
     categories: dict[str, list[Record]] = {}
-    for record in read:
+    for record in records:
         members = categories.setdefault(record.category, [])
         if category in (None, "all", record.category):
             members.append(record)
     if not categories:
-        raise ValueError(f"no images found in {source}: give a folder of images such as .png, .jpg or .tif")
+        note = folders.unread(Path(source), layout, []) if isinstance(source, str | Path) else ""
+        raise ValueError(f"no images found in {source}: {note or 'give a folder of images such as .png, .jpg or .tif'}")
     if category not in (None, "all", *categories):
         raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(categories))}")
     splits = {}
@@ -261,11 +269,8 @@ def open_data(
             warnings.warn(note, stacklevel=2)
         members, unread = checks.skip_broken(members, preprocess) if broken == "skip" else (members, ())
         parts = {split: tuple(r for r in members if r.split == split) for split in ("train", "test")}
-        if not any(record.label == 0 for record in parts["train"]):
-            raise ValueError(
-                f"category {key!r} of {name} has no normal training images: expected train/good, or rows with split "
-                "train and label good"
-            )
+        if not any(record.label == 0 for record in parts["train"]) and not parts["test"]:
+            raise _no_normals(name, key)
         if broken != "keep":
             checks.check(members, preprocess)
         has_masks = any(record.mask is not None for record in members)
@@ -277,10 +282,25 @@ def open_data(
         if broken == "keep":
             train, test = (dataclasses.replace(data, errors={}) for data in (train, test))
         splits[key] = Split(train, test if len(test) else None)
+    if isinstance(source, str | Path) and (note := folders.unread(Path(source), layout, records)):
+        warnings.warn(note, stacklevel=2)
     return splits
 
 
-def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
+def check_normals(train: Dataset) -> None:
+    """Raises ValueError if a training set has no normal images, as that of a source that can be evaluated only."""
+    if not (train.labels == 0).any():
+        raise _no_normals(train.name, train.category)
+
+
+def _no_normals(name: str, category: str) -> ValueError:
+    return ValueError(
+        f"category {category!r} of {name} has no normal training images: expected train/good, or rows with split train "
+        "and label good"
+    )
+
+
+def _read(source: Any, layout: str, mask_threshold: MaskThreshold) -> tuple[str, Iterable[Record]]:
     """Returns the name of the data set and its records."""
     if isinstance(source, str) and source.startswith("tfds:"):
         from jaxad.data import tfds
@@ -291,12 +311,13 @@ def _read(source: Any, layout: str) -> tuple[str, Iterator[Record]]:
 
         return "demo", demo.records()
     if isinstance(source, str | Path):
-        return folders.read(Path(source), layout)
+        return folders.read(Path(source), layout, mask_threshold)
     if isinstance(source, Mapping):
-        return "arrays", (record for key, value in source.items() for record in _array_records(str(key), value))
+        parts = (array_records(str(key), value, mask_threshold) for key, value in source.items())
+        return "arrays", itertools.chain.from_iterable(parts)
     if isinstance(source, Sequence) and all(isinstance(item, str | Path) for item in source):
         return "files", folders.files([Path(item) for item in source])
-    return "arrays", _array_records("arrays", source)
+    return "arrays", array_records("arrays", source, mask_threshold)
 
 
 def _grouped(records: Iterable[Record], group_by: str, source: Any) -> Iterator[Record]:
@@ -316,34 +337,3 @@ def _grouped(records: Iterable[Record], group_by: str, source: Any) -> Iterator[
         if not group and record.split == "train":
             raise ValueError(f"group_by {group_by!r} finds no group in {path}: it must match every training image")
         yield record._replace(group=group)
-
-
-def _array_records(category: str, value: Any) -> Iterator[Record]:
-    arrays = value if isinstance(value, Arrays) else Arrays(value)
-    train = image_list(arrays.train, "train")
-    groups = [""] * len(train) if arrays.groups is None else [str(group) for group in arrays.groups]
-    if len(groups) != len(train):
-        raise ValueError(f"groups must have one entry per training image ({len(train)}), got {len(groups)}")
-    for i, (image, group) in enumerate(zip(train, groups, strict=True)):
-        yield Record(f"array[{i}]", image, category, "train", group=group)
-    if arrays.test is None:
-        if arrays.labels is not None or arrays.masks is not None:
-            raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")
-        return
-    test = image_list(arrays.test, "test")
-    masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
-    if arrays.labels is not None:
-        labels = np.asarray(arrays.labels).tolist()
-    elif masks is not None:
-        labels = [int(mask.any()) for mask in masks]
-    else:
-        labels = [-1] * len(test)
-    for kind, values in (("labels", labels), ("masks", masks)):
-        if values is not None and len(values) != len(test):
-            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(values)}")
-    defects = {0: GOOD, 1: "anomalous", -1: ""}
-    for i, (image, label) in enumerate(zip(test, labels, strict=True)):
-        if label not in defects:
-            raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
-        mask = masks[i] if masks is not None and label else None
-        yield Record(f"array[{i}]", image, category, "test", defects[label], mask)

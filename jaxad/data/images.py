@@ -6,7 +6,6 @@ to RGB; EXIF rotation is applied. An image is the same whether it comes as a fil
 """
 
 import contextlib
-import importlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxad.data import deep, tiff
+from jaxad.data import deep, masks, tiff
 from jaxad.host_memory import reserved
 
 Size = tuple[int, int]
@@ -37,17 +36,19 @@ Content = bytes | np.ndarray | Image.Image
 """An encoded file, pixels, or an image of Pillow."""
 Source = Path | Page | Content | Callable[[], Content]
 """Where an image comes from: a file or a page of one, its content, or a function that returns the content."""
+MaskThreshold = float | None
+"""A mask pixel is anomalous above it; None decides by the mask: see `jaxad.data.masks.anomalous`."""
 
-FORMATS = (
-    "apng avif avifs bmp bw dcx dds dib fit fits flc fli gif icb im j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx msp pbm "
-    "pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm"
+EXTENSIONS = frozenset(
+    {
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp"),
+        *(".avif", ".avifs", ".jp2", ".jpc", ".jpf", ".jpx", ".j2c", ".j2k", ".tga", ".icb", ".vda", ".vst", ".qoi"),
+        *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".ras", ".pcx", ".dcx", ".dds"),
+        *(".psd", ".fits", ".fit", ".ico", ".icns", ".cur", ".im", ".msp", ".xbm", ".xpm", ".blp", ".ftc", ".ftu"),
+        *(".fli", ".flc", ".pcd", ".pxr"),
+    }
 )
-"""What Pillow reads of photographs: no icons, drawings, videos."""
-EXTENSIONS = frozenset(f".{name}" for name in FORMATS.split())
-"""Suffixes of image files, in lower case."""
-with contextlib.suppress(ImportError):  # where this package is installed
-    importlib.import_module("pillow_heif").register_heif_opener()
-    EXTENSIONS |= {".heic", ".heif"}
+"""Suffixes of image files that Pillow reads, in lower case."""
 PAGED = frozenset({".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".avifs", ".gif", ".fli", ".flc", ".dcx"})
 """Suffixes of files that may have several pages or frames."""
 
@@ -161,27 +162,48 @@ def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[
 
 
 def read_mask(
-    source: Source, name: str, preprocess: Preprocess = ORIGINAL, threshold: int = 0
+    source: Source, name: str, preprocess: Preprocess = ORIGINAL, threshold: MaskThreshold = None
 ) -> Bool[np.ndarray, "h w"]:
-    """Decodes one mask: True where any channel is above `threshold`, in the units of the file.
+    """The mask of `mask_and_gray`."""
+    return mask_and_gray(source, name, preprocess, threshold)[0]
 
-    Bool masks ignore the threshold. The mask is resized by nearest neighbor and cropped like its image. Raises the
-    errors of `read`.
+
+def mask_and_gray(
+    source: Source, name: str, preprocess: Preprocess = ORIGINAL, threshold: MaskThreshold = None
+) -> tuple[Bool[np.ndarray, "h w"], int]:
+    """Decodes one mask, resizes it by nearest neighbor and crops it like its image.
+
+    Args:
+        source: the file, array or function.
+        name: the name of the mask in error messages.
+        preprocess: resize and crop.
+        threshold: a pixel is anomalous if its value (`masks.values`) is above, in the units of the file or array. None:
+            as in `masks.anomalous`.
+
+    Returns:
+        The mask, and how many pixels of the file are gray and not counted by the choice of None.
+
+    Raises the errors of `read`.
     """
-    with _decode(source, name) as image:
-        assert isinstance(image, Image.Image)
-        if image.mode not in ("1", "L") and not deep.is_gray(image):
-            image = _to_gray_or_rgb(image, name)
-        pixels = np.asarray(image)
-    pixels = pixels.max(axis=2) if pixels.ndim == 3 else pixels
-    mask = pixels if pixels.dtype == np.bool_ else np.greater(pixels, threshold)
+    if isinstance(source, np.ndarray):
+        if source.ndim not in (2, 3) or source.size == 0 or source.dtype.kind not in "biuf":
+            raise ImageError(
+                f"a mask must have shape (h, w) and hold numbers or bool, got {source.shape} of {source.dtype} for "
+                f"{name}"
+            )
+        levels = masks.brightest(source)
+    else:
+        with _decode(source, name) as image:
+            assert isinstance(image, Image.Image)
+            levels = masks.values(image)
+    mask, gray = masks.anomalous(levels, threshold)
     height, width = mask.shape
     resized = preprocess.resize or (height, width)
     rows, columns = (
         ((2 * np.arange(new) + 1) * old // (2 * new))[window]
         for new, old, window in zip(resized, (height, width), preprocess.window(resized), strict=True)
     )
-    return mask[rows[:, None], columns]
+    return mask[rows[:, None], columns], gray
 
 
 def size_of(source: Source, name: str) -> Size:

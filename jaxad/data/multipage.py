@@ -14,7 +14,7 @@ def split(records: Sequence[Record]) -> Iterator[Record]:
         if n == 1:
             yield record
         for number in range(n if n > 1 else 0):
-            mask = record.mask and _page(record.mask, number)
+            mask = tuple(_page(mask, number) for mask in record.masks) or None
             yield record._replace(path=f"{record.path}[{number}]", image=_page(record.image, number), mask=mask)
 
 

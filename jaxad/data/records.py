@@ -1,5 +1,6 @@
 """`Record`: what a reader yields for each image."""
 
+import re
 from typing import NamedTuple
 
 from jaxad.data.images import Source
@@ -19,9 +20,15 @@ class Record(NamedTuple):
     """"train" or "test"."""
     defect: str = GOOD
     """The kind of defect, "good" for a normal image, or empty if unknown."""
-    mask: Source | None = None
+    mask: Source | tuple[Source, ...] | None = None
+    """Several masks of one image count together."""
     group: str = ""
     """The part that it shows, such as a tile, a workpiece or a lot; empty: a part of its own."""
+
+    @property
+    def masks(self) -> tuple[Source, ...]:
+        """The masks of the image, none if it has none."""
+        return self.mask if isinstance(self.mask, tuple) else () if self.mask is None else (self.mask,)
 
     @property
     def label(self) -> int:
@@ -30,6 +37,6 @@ class Record(NamedTuple):
 
 
 def defect_of(label: str) -> str:
-    """The defect that a label or folder name denotes: "good" for good, ok, normal and 0."""
+    """The defect that a label or folder name denotes: "good" for good, ok, normal, defect-free and 0."""
     label = label.strip()
-    return GOOD if label.lower() in (GOOD, "ok", "normal", "0") else label
+    return GOOD if re.fullmatch(r"good|ok|normal|0|no[-_ ]?defects?|defect[-_ ]?free", label.lower()) else label

@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxad import files
 from jaxad.data import Dataset, Split, open_data, to_original
-from jaxad.data.folders import recognize
-from jaxad.data.images import in_threads
+from jaxad.data.images import MaskThreshold, in_threads
 from jaxad.detector import Detector
 from jaxad.driver.execution import Execution
 from jaxad.metrics import Threshold
@@ -141,7 +140,7 @@ def open_split(
     *,
     asked: str | None,
     fitted: str | None,
-    mask_threshold: int = 0,
+    mask_threshold: MaskThreshold = None,
     group_by: str | None = None,
     any_folder: bool = False,
     **options: Any,
@@ -153,7 +152,7 @@ def open_split(
         detector: Says how images are preprocessed.
         asked: A category, or None.
         fitted: The category of the run, or None.
-        mask_threshold: A mask pixel counts where it is above.
+        mask_threshold: As for `open_data`.
         group_by: As for `open_data`.
         any_folder: A folder in no known layout may hold normal and anomalous images.
         options: `pages` and `broken` of `open_data`.
@@ -161,9 +160,7 @@ def open_split(
     Raises:
         ValueError: There are several and none of the two names is among them; and all of `open_data`.
     """
-    folder = any_folder and Path(source).is_dir()
-    layout = recognize(Path(source)) if folder else "auto"
-    preprocess = detector.settings.preprocess
+    preprocess, layout = detector.settings.preprocess, "any" if any_folder else "auto"
     options |= {"mask_threshold": mask_threshold, "group_by": group_by, "layout": layout}
     opened = open_data(source, category=asked, preprocess=preprocess, **options)
     if len(opened) == 1:

@@ -102,6 +102,32 @@ def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: P
     assert len(read_csv(flat_run / "scores" / "test" / "scores.csv")) == 6
 
 
+@pytest.mark.filterwarnings("default:.*file not read")
+def test_sources_without_training_images_are_scored_and_evaluated_but_not_fitted(
+    parts_runs: Path, mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, run = tmp_path / "bolt", tmp_path / "run"
+    for part in ("test/good", "test/scratch", "ground_truth"):
+        (source / part).parent.mkdir(parents=True, exist_ok=True)
+        (source / part).symlink_to(mvtec / "bolt" / part)
+    (source / "test/0.heic").touch()
+    shutil.copytree(parts_runs / "padim/parts/bolt", run)
+    paths = tmp_path / "paths.csv"
+    paths.write_text("image_path\n" + "".join(f"{path}\n" for path in sorted((mvtec / "bolt/test").rglob("*.png"))))
+    assert main(["evaluate", str(run), "--source", str(source)]) == 0
+    assert files.read_json(run / "metrics.json")["n_test"] == 6
+    assert main(["score", str(run), str(paths), "--output", str(tmp_path / "scores")]) == 0
+    assert {row["label"] for row in read_csv(tmp_path / "scores/scores.csv")} == {""}
+    capsys.readouterr()
+    for data in (paths, source):
+        assert main(["fit", str(data), "--output", str(tmp_path / "runs")]) == 2
+        warning, _, error = capsys.readouterr().err.rpartition("jaxad: error: category ")
+        assert (
+            error.startswith(f"'{data.stem}' of {data.stem} has no normal training images") and error.count("\n") == 1
+        )
+    assert warning == f"jaxad: warning: 1 file not read in {source}: 1 of no known image format .heic (test/0.heic)\n"
+
+
 def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = parts_runs / "padim" / "parts"
     before = (folder / "bolt" / "threshold.json").read_bytes()

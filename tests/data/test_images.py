@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from jaxad import host_memory
 from jaxad.data import PAPER, ImageError, Preprocess, to_original
-from jaxad.data.images import in_threads, read, read_mask, size_of
+from jaxad.data.images import in_threads, mask_and_gray, read, read_mask, size_of
 
 SIDES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -240,15 +240,73 @@ def test_masks_are_resized_by_nearest_neighbor_like_in_pil(h, w, new_h, new_w, s
 
 def test_mask_pixels_above_the_threshold_are_anomalous(tmp_path):
     values = np.array([[0, 1, 127, 128, 255]], np.uint8)
-    assert read_mask(values, "m").tolist() == [[False, True, True, True, True]]
+    assert read_mask(values, "m", threshold=0).tolist() == [[False, True, True, True, True]]
     assert read_mask(values, "m", threshold=127).tolist() == [[False, False, False, True, True]]
     assert read_mask(values > 0, "m", threshold=127).tolist() == [[False, True, True, True, True]]
     deep = save(tmp_path / "deep.png", np.array([[0, 1, 65535]], np.uint16))
-    assert read_mask(deep, "m").tolist() == [[False, True, True]]
+    assert read_mask(deep, "m", threshold=0).tolist() == [[False, True, True]]
     colored = save(tmp_path / "rgb.png", np.array([[[0, 0, 0], [0, 0, 9]]], np.uint8))
     assert read_mask(colored, "m").tolist() == [[False, True]]
     resized = read_mask(np.eye(8, dtype=np.uint8), "m", Preprocess((16, 16), (8, 8)))
     assert np.array_equal(resized, np.kron(np.eye(8), np.ones((2, 2)))[4:12, 4:12] > 0)
+
+
+def drawn(kind):
+    """A mask of a disk, drawn or saved in one of the ways of annotation tools."""
+    y, x = np.mgrid[:64, :64]
+    disk = np.hypot(y - 30, x - 33) < 13
+    level = Image.fromarray(np.where(disk, np.uint8(255), np.uint8(0)))
+    black, white = Image.new("L", level.size), Image.new("L", level.size, 255)
+    if kind == "palette":
+        image = Image.fromarray(disk.astype(np.uint8) * 9)
+        image.putpalette([0, 0, 0] * 9 + [64, 0, 0])
+    elif kind == "palette without colors":
+        image = Image.fromarray(disk.astype(np.uint8))
+        image.putpalette([0, 0, 0, 0, 0, 0])
+    else:
+        image = {
+            "two levels": level,
+            "0 and 1": Image.fromarray(disk.astype(np.uint8)),
+            "numbers of classes": Image.fromarray(disk * np.where(x > 30, 1, 5).astype(np.uint8)),
+            "one bit": Image.fromarray(disk),
+            "12 bits": Image.fromarray(disk.astype(np.uint16) * 4095),
+            "black on transparent": Image.merge("RGBA", [black, black, black, level]),
+            "red on white that is transparent": Image.merge("RGBA", [white, black, black, level]),
+            "half transparent": Image.merge("LA", [white, level.point(lambda value: value // 2)]),
+            "opaque": Image.merge("RGBA", [level, level, level, white]),
+            "jpeg": level,
+        }[kind]
+    encoded = io.BytesIO()
+    image.save(encoded, "jpeg" if kind == "jpeg" else "png")
+    return encoded.getvalue(), disk
+
+
+KINDS = ["two levels", "0 and 1", "numbers of classes", "one bit", "12 bits", "black on transparent", "opaque", "jpeg"]
+KINDS += ["red on white that is transparent", "half transparent", "palette", "palette without colors"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_default_a_mask_has_the_pixels_that_were_drawn(kind):
+    encoded, disk = drawn(kind)
+    mask, gray = mask_and_gray(lambda: encoded, kind)
+    assert np.array_equal(mask, disk) and (gray > 0) == (kind == "jpeg")
+
+
+def test_masks_in_memory_may_have_any_type_of_numbers():
+    disk = drawn("two levels")[1]
+    for array in (disk, disk * 1, disk * 255.0, disk.astype(np.float32), np.repeat(disk[..., None] * 255, 3, 2)):
+        assert np.array_equal(read_mask(array, "m"), disk)
+    with pytest.raises(ImageError, match=r"a mask must have shape \(h, w\) .*, got \(64,\)"):
+        read_mask(disk[0], "m")
+
+
+def test_black_beside_colors_on_transparent_is_no_mask():
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2, :, 3], pixels[0, :, 0] = 255, 255
+    image = io.BytesIO()
+    Image.fromarray(pixels).save(image, "png")
+    with pytest.raises(ImageError, match="black and other colors on transparent"):
+        read_mask(image.getvalue, "m")
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,6 +1,7 @@
 """Every layout and every kind of invalid source."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxad.data import Arrays, ImageError, Preprocess, open_data
-from jaxad.data.dataset import unite
+from jaxad.data.dataset import check_normals, unite
 from jaxad.data.depth import usual_bits
 
 RED = np.full((12, 16, 3), (200, 30, 30), np.uint8)
@@ -56,10 +57,12 @@ def test_mvtec_layout_with_several_categories(tmp_path):
     category(tmp_path / "set/nut")
     category(tmp_path / "set/bolt", mask_name=None, good="ok")
     save(tmp_path / "set/about/cover.png")
-    data = open_data(str(tmp_path / "set"))
+    with pytest.warns(UserWarning, match=r"1 file not read in .*set: 1 not used by the layout \(about/cover.png\)"):
+        data = open_data(str(tmp_path / "set"))
     assert list(data) == ["bolt", "nut"] and {split.train.name for split in data.values()} == {"set"}
     assert not data["bolt"].test.has_masks and data["bolt"].test.masks([0]) is None
     assert data["bolt"].test.defects[-1] == "good"
+    (tmp_path / "set/about/cover.png").unlink()
     assert list(open_data(tmp_path / "set", category="nut")) == ["nut"]
     assert list(open_data(tmp_path / "set", category="all")) == ["bolt", "nut"]
 
@@ -86,7 +89,8 @@ def test_a_flat_folder_includes_its_subfolders(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(RED).save(path, "png")
-    train, test = open_data(tmp_path)[tmp_path.name]
+    with pytest.warns(UserWarning, match=r"2 files not read in .*: 1 hidden .*, 1 of no known image format .txt"):
+        train, test = open_data(tmp_path)[tmp_path.name]
     assert test is None and not train.has_masks
     assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.jpg", "b.PNG", "deep/er/c.tif"]
     assert train.images(range(3)).shape == (3, 224, 224, 3)
@@ -99,7 +103,8 @@ def test_a_flat_folder_excludes_output_of_jaxad(tmp_path):
     (tmp_path / "runs/patchcore/a/a/model.safetensors").touch()
     (tmp_path / "heat/scores.jsonl").touch()
     (tmp_path / "scores.jsonl").touch()  # in the folder itself, whose images are read
-    (train, _) = open_data(tmp_path)[tmp_path.name]
+    with pytest.warns(UserWarning, match=r"1 file not read in .*\(scores.jsonl\)"):
+        train = open_data(tmp_path)[tmp_path.name].train
     assert [path.removeprefix(f"{tmp_path}/") for path in train.paths] == ["a.png", "mine/b.png"]
 
 
@@ -155,6 +160,33 @@ def test_kolektor_layout(tmp_path):
     assert len(train) == 2 and test.labels.tolist() == [1, 0, 0] and test.masks(range(3)).any((1, 2)).tolist()[0]
 
 
+def test_real_iad_layout(tmp_path):
+    entries = {"OK": "OK/S1/a.jpg", "AK": "NG/AK/S2/b.jpg"}
+    for name in entries.values():
+        save(tmp_path / "realiad_256/toy" / name)
+    save(tmp_path / "realiad_256/toy/NG/AK/S2/b.png", SPOT)
+    keys = ("anomaly_class", "image_path", "mask_path")
+    good, bad = (dict(zip(keys, (*entry, None), strict=True)) for entry in entries.items())
+    jsons = tmp_path / "realiad_jsons/realiad_jsons"
+    jsons.mkdir(parents=True)
+    (jsons / "toy.json").write_text(
+        json.dumps({"train": [good], "test": [good, bad | {"mask_path": "NG/AK/S2/b.png"}]})
+    )
+    (jsons / "usb.json").write_text("{}")  # without images
+    for root in (tmp_path, tmp_path / "realiad_256"):
+        train, test = open_data(root, preprocess=Preprocess(None))["toy"]
+        assert len(train) == 1 and test.defects == ("good", "AK")
+        assert np.array_equal(test.masks([0, 1]), np.stack([SPOT > 255, SPOT > 0]))
+    (jsons / "toy.json").write_text('{"train": [{}]}')
+    with pytest.raises(ValueError, match=r"toy.json is no split of Real-IAD \(KeyError\('image_path'\)\): restore"):
+        open_data(tmp_path)
+    save(tmp_path / "realiad_512/toy/OK/S1/a.jpg")
+    with pytest.raises(
+        ValueError, match=r"images of one size are expected, got .*realiad_256, .*realiad_512: pass one"
+    ):
+        open_data(tmp_path)
+
+
 def test_magnetic_tile_layout(tmp_path):
     for name in ("a", "b"):
         save(tmp_path / f"MT_Free/Imgs/{name}.jpg")
@@ -167,6 +199,115 @@ def test_magnetic_tile_layout(tmp_path):
     train, test = open_data(tmp_path, mask_threshold=127, preprocess=Preprocess(None))["mtd"]
     assert [path[-5:] for path in train.paths] == ["b.jpg"] and test.defects == ("fray", "good")
     assert np.array_equal(test.masks([0])[0], SPOT > 0)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "mask"),
+    [
+        ("training/good", "testing", "ground_truth/crack/000.png"),
+        ("Train/Good", "Test", "Ground Truth/CRACK/000_Mask.PNG"),
+        ("train/ok", "val", "masks/crack/mask_000.png"),
+        ("train/good", "test", "gt/crack/000_GT.bmp"),
+        ("train", "test", "ground_truth/000_gt.png"),
+        ("train", "test", "mask/crack_000.png"),
+        ("train/good", "test", "ground_truth/crack/000.png.png"),
+        ("train/good", "test_public", "test_public/ground_truth/crack/000_mask.png"),
+        ("train/good", "test", "test/crack/000_mask.png"),
+    ],
+)
+def test_folders_and_masks_as_people_name_them(tmp_path, train, test, mask):
+    root = tmp_path / "nut"
+    for name in (f"{train}/000.png", f"{test}/good/000.png", f"{test}/crack/000.png"):
+        save(root / name)
+    save(root / mask, SPOT)
+    split = open_data(root, preprocess=Preprocess(None))["nut"]
+    assert len(split.train) == 1 and split.test.defects == ("crack", "good")
+    assert np.array_equal(split.test.masks([0, 1]), np.stack([SPOT > 0, SPOT > 255]))
+
+
+def test_all_masks_in_the_folder_of_an_image_count(tmp_path):
+    root = tmp_path / "box"
+    for name in ("train/good/000.png", "test/logical/000.png", "test/logical/001.png"):
+        save(root / name)
+    save(root / "ground_truth/logical/000/000.png", SPOT)
+    save(root / "ground_truth/logical/000/001.png", SPOT[::-1])
+    save(root / "ground_truth/logical/001/000.png", SPOT)
+    test = open_data(root, preprocess=Preprocess(None))["box"].test
+    assert np.array_equal(test.masks([0, 1]), np.stack([(SPOT + SPOT[::-1]) > 0, SPOT > 0]))
+
+
+def test_links_are_followed_and_categories_have_the_names_of_the_links(tmp_path):
+    for product in ("nut", "bolt"):
+        category(tmp_path / "store" / product / "v1")
+        (tmp_path / "set" / product).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / product).symlink_to(tmp_path / "store" / product / "v1")
+    lot = tmp_path / "lot"
+    save(lot / "deep/z.png")
+    (tmp_path / "store/nut/v1/train/good/lot").symlink_to(lot)
+    (tmp_path / "set/.ipynb_checkpoints").symlink_to(tmp_path / "store/nut/v1")
+    data = open_data(tmp_path / "set")
+    assert list(data) == ["bolt", "nut"] and (len(data["bolt"].train), len(data["nut"].train)) == (3, 4)
+
+
+def test_what_is_not_read_of_a_folder_is_counted_with_its_reason(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("a.png", "b.JFIF", "c.tga", "__MACOSX/a.png"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(RED).save(root / name, {".JFIF": "jpeg"}.get((root / name).suffix))
+    for name in ("d.heic", "e.heic", "Thumbs.db"):
+        (root / name).touch()
+    (root / "gone.png").symlink_to(tmp_path / "nothing")
+    (root / "self").symlink_to(root / "self")
+    (root / "loop").symlink_to(root)
+    with pytest.warns(UserWarning) as warned:
+        train = open_data(root)["photos"].train
+    assert len(train) == 3 and train.images(range(3)).shape == (3, 224, 224, 3)
+    [line] = [str(warning.message) for warning in warned]
+    linked = "2 behind dangling links (gone.png ...), 1 behind links to folders that are read already (loop)"
+    others = "1 hidden (__MACOSX), 2 of no known image format .heic (d.heic ...)"
+    assert line == f"6 files not read in {root}: {linked}, {others}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "folder without masks", "csv", "paths", "arrays"])
+def test_sources_without_training_images_can_be_evaluated_but_not_fitted(tmp_path, kind):
+    root, expected = tmp_path / "nut", [1, 0]
+    for name in ("test/crack/0.png", "test/good/0.png"):
+        save(root / name)
+    source = root
+    if kind == "folder":
+        save(root / "ground_truth/crack/0_mask.png", SPOT)
+    elif kind == "arrays":
+        source = Arrays(test=[RED, RED], labels=[1, 0])
+    elif kind != "folder without masks":
+        rows = ["image_path,label", "test/crack/0.png,crack", "test/good/0.png,0"]
+        expected = expected if kind == "csv" else [-1, -1]
+        source = csv_file(root, "\n".join(row if kind == "csv" else row.partition(",")[0] for row in rows))
+    [(train, test)] = open_data(source).values()
+    assert len(train) == 0 and test.labels.tolist() == expected and test.images([0]).any()
+    with pytest.raises(ValueError, match="has no normal training images: expected train/good"):
+        check_normals(train)
+
+
+@pytest.mark.parametrize("source", ["arrays", "ksdd2"])
+def test_the_mask_threshold_decides_labels_too(tmp_path, source):
+    for name, level in (("0", 9), ("1", 200)):
+        save(tmp_path / f"a/test/{name}.png")
+        save(tmp_path / f"a/test/{name}_GT.png", SPOT // 255 * level)
+    masks = np.stack([SPOT // 255 * 9, SPOT // 255 * 200])
+    data = tmp_path / "a" if source == "ksdd2" else Arrays([RED], [RED, RED], masks=masks)
+    for threshold, labels in ((None, [1, 1]), (8, [1, 1]), (127, [0, 1])):
+        [split] = open_data(data, mask_threshold=threshold).values()
+        assert split.test.labels.tolist() == labels
+
+
+def test_masks_with_gray_levels_are_said_to_have_them(tmp_path):
+    root = category(tmp_path / "a")
+    Image.fromarray(SPOT).save(root / "ground_truth/dent/001_mask.jpg")
+    (root / "ground_truth/dent/001_mask.png").unlink()
+    test = open_data(root, preprocess=Preprocess(None))["a"].test
+    with pytest.warns(UserWarning, match=r"1 of 6 masks of a have gray levels, most that of .*dent/001.png: \d+ pix"):
+        masks = test.masks(range(len(test)))
+    assert np.array_equal(masks[3], SPOT > 0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -224,7 +365,8 @@ def test_groups_from_paths(tmp_path, of):
     for name in names:
         save(tmp_path / "tile9" / name)
     (tmp_path / "tile9/t.csv").write_text("\n".join(["image_path,label,split", *(f"{n},good,train" for n in names)]))
-    source = tmp_path / "tile9" / ("t.csv" if of == "csv" else "")
+    table = (tmp_path / "tile9/t.csv").rename(tmp_path / "tile9/t.csv" if of == "csv" else tmp_path / "t.csv")
+    source = table if of == "csv" else table.parent / "tile9"
     for pattern, expected in (
         (r"(tile\d+)", ["tile3", "tile3", "tile3", "tile12"]),  # the folder of the data set does not count
         (r"day(\d).*tile(\d+)", ["1 3", "1 3", "2 3", "2 12"]),
@@ -248,7 +390,8 @@ def test_folders_of_the_mvtec_layout_are_groups_and_lose_no_image(tmp_path):
         save(root / name)
     save(root / "train/good/.ipynb_checkpoints/000.png")
     save(root / "ground_truth/dent/t3/000_mask.png", 255 - SPOT)
-    train, test = open_data(root, preprocess=Preprocess((12, 16)))["tile"]
+    with pytest.warns(UserWarning, match=r"1 hidden \(train/good/.ipynb_checkpoints\)"):
+        train, test = open_data(root, preprocess=Preprocess((12, 16)))["tile"]
     assert len(train) == 6 and train.groups[3:] == ("t1", "t1", "t2") and len(set(train.groups)) == 5
     grouped = test.groups.index("t3")
     assert len(test) == 7 and test.defects[grouped] == "dent"
@@ -302,8 +445,28 @@ def missing_mask(tmp_path):
 
 def no_normal_images(tmp_path):
     save(tmp_path / "a/train/crack/1.png")
-    save(tmp_path / "a/test/good/1.png")
     return tmp_path / "a"
+
+
+def folder_of(*names):
+    def make(tmp_path):
+        for name in names:
+            save(tmp_path / "a" / name)
+        return tmp_path / "a"
+
+    return make
+
+
+def mask_array(tmp_path):
+    root = folder_of("train/1.png", "test/crack/1.png")(tmp_path)
+    (root / "masks/crack").mkdir(parents=True)
+    np.save(root / "masks/crack/1.npy", SPOT)
+    return root
+
+
+def empty_category(tmp_path):
+    (tmp_path / "a/bolt/train").mkdir(parents=True)
+    return category(tmp_path / "a/nut").parent
 
 
 def good_next_to_bad(tmp_path):
@@ -325,6 +488,46 @@ FAULTS = {
     "unknown category": (lambda t: category(t / "a"), {"category": "b"}, "no category 'b' in a: choose one of a"),
     "unknown layout": (lambda t: t, {"layout": "coco"}, "no layout 'coco': choose auto or one of visa, mtd"),
     "good next to bad": (good_next_to_bad, {}, "normal images only, got good next to bad in .*: pass .*good, or move"),
+    "test beside images": (folder_of("1.png", "test/2.png"), {}, "no known layout, but has the subfolder test: .*mv"),
+    "defects beside images": (folder_of("1.png", "x/Defects/2.png"), {}, "has the subfolder x/Defects: the nearest"),
+    "masks to score": (folder_of("images/1.png", "Masks/1.png"), {"layout": "any"}, "has the subfolder Masks: the"),
+    "a level too high": (folder_of("x/b/train/good/1.png", "x/b/test/good/1.png"), {}, "a/x has the layout mvtec"),
+    "VisA without its split": (
+        folder_of("pcb1/Data/Images/Normal/1.png", "pcb1/Data/Masks/Anomaly/1.png"),
+        {},
+        "nearest layout is visa, split_csv/1cls.csv",
+    ),
+    "mask beside an image": (folder_of("1.png", "1_GT.png"), {}, "got .*1_GT.png that looks like the mask of 1.png"),
+    "masks among images": (folder_of("train/good/rgb/1.png", "train/good/gt/1.png"), {}, "masks must lie in ground_tr"),
+    "labels among images": (
+        folder_of("train/1.png", "test/b/img/1.png", "test/b/label/1.png"),
+        {},
+        "label/1.png among",
+    ),
+    "two training folders": (folder_of("train/1.png", "Training/1.png"), {}, "one folder of train images is expected"),
+    "mask for nothing": (
+        folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/2_mask.png"),
+        {},
+        "1 masks fit no image, the first is .*2_mask.png, and 1 test images have no mask, the first .*crack/1",
+    ),
+    "mask that is no image": (mask_array, {}, "1 masks fit no image, the first is .*1.npy, and 1 test im"),
+    "mask for two": (
+        folder_of("train/1.png", "test/crack/1.png", "test/dent/1.png", "ground_truth/1.png"),
+        {},
+        "truth/1.png fits several images, .*crack/1.png and .*dent/1.png: name it",
+    ),
+    "two masks": (
+        folder_of("train/1.png", "test/crack/1.png", "ground_truth/crack/1.png", "ground_truth/crack/1_mask.png"),
+        {},
+        "crack/1.png has two masks, .*/1.png and .*1_mask.png: remove",
+    ),
+    "a mask beside and one apart": (
+        folder_of("train/1.png", "test/crack/1.png", "test/crack/1_gt.png", "ground_truth/crack/1.png"),
+        {},
+        "crack/1.png has two masks, .*test/crack/1_gt.png and .*ground_truth/crack/1.png",
+    ),
+    "mask without label": (folder_of("train/1.png", "test/1.png", "masks/1.png"), {}, "with a mask needs a label, got"),
+    "empty category": (empty_category, {}, "a category needs images, got none in .*bolt"),
     "mask of another size": (mask_of_another_size, {}, "got 7 x 16 for the 12 x 16 image .*dent/001.png"),
     "mask missing": (missing_mask, {}, "but 1 of them have none, the first is .*dent/001.png"),
     "mixed sizes": (
@@ -338,14 +541,20 @@ FAULTS = {
         r"got \(10, 10\) for 9 x 16 \(.*2.png\)",
     ),
     "crop above resize": (mixed_sizes, {"preprocess": Preprocess((8, 8), (9, 8))}, "crop must fit .* 8 x 8 .*: shrink"),
+    "mask threshold": (
+        lambda t: RED[None],
+        {"mask_threshold": -1},
+        "mask_threshold must be 0 or more, or None, got -1",
+    ),
     "bad resize": (mixed_sizes, {"preprocess": Preprocess((0, 8))}, r"resize must be two positive numbers .*\(0, 8\)"),
-    "csv columns": (lambda t: csv_file(t, "image_path,kind\n"), {}, "lacks the columns label, split: its first line"),
+    "csv columns": (lambda t: csv_file(t, "path,label\n"), {}, "lacks the column image_path: its first line"),
+    "csv near miss": (lambda t: csv_file(t, "image_path,labels\n"), {}, "has the column labels but not label"),
     "csv encoding": (
         latin1_csv,
         {},
         "t.csv must be UTF-8 text, but .*: save it again as CSV UTF-8",
     ),
-    "csv empty": (lambda t: csv_file(t, ""), {}, "lacks the columns image_path, label, split"),
+    "csv empty": (lambda t: csv_file(t, ""), {}, "lacks the column image_path"),
     "csv split": (
         lambda t: csv_file(t, "image_path,label,split\na.png,good,val\n"),
         {},

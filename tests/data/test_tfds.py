@@ -81,7 +81,7 @@ def test_prepared_data_equal_the_folder(tmp_path, name):
     LAYOUTS[name](root)
     data_dir = prepare(name, root, tmp_path / "tfds")
     assert any(data_dir.glob("*.array_record*")) and "tensorflow" not in sys.modules
-    options = {"preprocess": Preprocess(None), "mask_threshold": 127 if name == "mtd" else 0}
+    options = {"preprocess": Preprocess(None), "mask_threshold": 127 if name == "mtd" else None}
     from_folder = open_data(root, **options)
     prepared = open_data(f"tfds:{name}:{tmp_path / 'tfds'}", preprocess=Preprocess(None))
     assert list(prepared) == list(from_folder)
@@ -100,6 +100,13 @@ def test_the_data_set_may_be_a_subfolder_of_the_manual_directory(tmp_path):
     mpdd(tmp_path / "MPDD")
     prepare("mpdd", tmp_path, tmp_path / "tfds")
     assert len(open_data(f"tfds:mpdd:1.0.0:{tmp_path / 'tfds'}")["tubes"].train) == 3
+
+
+def test_a_defect_without_its_mask_is_not_stored(tmp_path):
+    mvtec_ad(tmp_path)
+    (tmp_path / "grid/ground_truth/dirty/0_mask.png").unlink()
+    with pytest.raises(ValueError, match=r"needs a mask, but 1 have none, the first is .*grid/test/dirty/0.bmp"):
+        prepare("mvtec_ad", tmp_path, tmp_path.parent / "tfds")
 
 
 def test_every_builder_is_tested_and_has_a_card(request):

@@ -6,6 +6,7 @@ cards in the folder `data/` of the repository say where to download each data se
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxad.data import folders, images
+from jaxad.data.checks import check_mask_size
+from jaxad.data.images import MaskThreshold
 from jaxad.data.records import GOOD, Record
 
 
@@ -31,8 +34,8 @@ class InspectionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     """The folder inside TFDS's manual directory. The manual directory may also be this folder."""
     HOMEPAGE: ClassVar[str]
     CHANNELS: ClassVar[int] = 3
-    MASK_THRESHOLD: ClassVar[int] = 0
-    """A mask pixel is anomalous if its value is above this threshold."""
+    MASK_THRESHOLD: ClassVar[MaskThreshold] = None
+    """As `mask_threshold` of `open_data`."""
 
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
@@ -55,10 +58,19 @@ class InspectionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         root = Path(dl_manager.manual_dir)
         root = root / self.FOLDER if (root / self.FOLDER).is_dir() else root
-        _, records = folders.read(root, self.LAYOUT)
-        records = list(records)
+        records = list(folders.read(root, self.LAYOUT, self.MASK_THRESHOLD)[1])
         if not records:
             raise ValueError(f"no images of {self.name} in {root}: expected the {self.LAYOUT} layout")
+        if unlabeled := [record.path for record in records if record.label < 0]:
+            raise ValueError(f"every image of {self.name} needs a label, got none for {unlabeled[0]}")
+        if lacking := [record.path for record in records if record.label and not record.masks]:
+            raise ValueError(
+                f"every anomalous image of {self.name} needs a mask, but {len(lacking)} have none, the first is "
+                f"{lacking[0]}: complete the masks, or open the folder itself"
+            )
+        images.in_threads(check_mask_size, records)
+        if note := folders.unread(root, self.LAYOUT, records):
+            warnings.warn(note, stacklevel=2)
         return {
             split: self._generate_examples(root, [record for record in records if record.split == split])
             for split in ("train", "test")
@@ -66,10 +78,9 @@ class InspectionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _generate_examples(self, root: Path, records: list[Record]) -> Iterator[tuple[str, dict[str, Any]]]:
         for record in records:
-            if record.mask is None:
-                mask = np.zeros(images.size_of(record.image, record.path), np.bool_)
-            else:
-                mask = images.read_mask(record.mask, f"the mask of {record.path}", threshold=self.MASK_THRESHOLD)
+            mask = np.zeros(images.size_of(record.image, record.path), np.bool_)
+            for source in record.masks:
+                mask |= images.read_mask(source, f"the mask of {record.path}", threshold=self.MASK_THRESHOLD)
             encoded = io.BytesIO()
             Image.fromarray(mask).convert("L").save(encoded, "png")
             key = Path(record.path).relative_to(root).as_posix()
@@ -146,7 +157,7 @@ def prepare(name: str, folder: str | Path, data_dir: str | Path | None = None) -
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no such data set, or the folder has no images.
+        ValueError: there is no such data set, the folder has no images, or an anomalous image has no mask.
     """
     classes = {builder.name: builder for builder in InspectionBuilder.__subclasses__()}
     if name not in classes:
