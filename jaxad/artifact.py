@@ -25,7 +25,9 @@ DESCRIPTION = record(
     {
         "method": text(),
         "hyperparameters": mapping(shallow),
-        "preprocess": record({"resize": optional(SIZE), "center_crop": optional(SIZE)}, closed=False),
+        "preprocess": record(
+            {"resize": optional(SIZE), "center_crop": optional(SIZE)}, {"bits": optional(count(8))}, closed=False
+        ),
         "ignore": items(text()),
         "ignore_margin": number(0, 1),
         "holdout": number(0, 1),

@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float
 from jaxad import artifact, files
 from jaxad.base import Frozen, Method, Scores, State
 from jaxad.data import Dataset, Preprocess, open_data
+from jaxad.data.arrays import with_batch_axis
 from jaxad.data.dataset import check_normals
+from jaxad.data.depth import usual_bits
 from jaxad.data.images import MaskThreshold
 from jaxad.driver import fork
 from jaxad.driver.execution import Execution
@@ -61,8 +63,8 @@ class Detector:
     Args:
         method: A name in `jaxad list`.
         options: Fields of `jaxad.settings.Settings` (backbone, weights, auxiliary, image_size, center_crop, ignore,
-            ignore_margin, holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size), and
-            hyperparameters of the method.
+            ignore_margin, bits, holdout, cross_holdout, fpr, tail, precision, cache, cache_dtype, seed, batch_size),
+            and hyperparameters of the method.
 
     Raises:
         ValueError: An unknown method, backbone or hyperparameter, or a value out of its range.
@@ -70,6 +72,7 @@ class Detector:
 
     def __init__(self, method: str = "patchcore", **options: Any) -> None:
         self.settings = Settings.of(method, **options)
+        self._bits = self.settings.bits
         self.model: Model | None = None
         self._frozen: Frozen = None
         self._photographs: tuple[tuple[int, int], Any] | None = None
@@ -80,8 +83,9 @@ class Detector:
     def from_settings(cls, settings: Settings, model: Model | None = None, frozen: Frozen = None) -> "Detector":
         """A detector of these settings, with a model that `learn` fitted and pretrained weights that are read."""
         detector = cls.__new__(cls)
-        detector.settings, detector.model, detector._frozen = settings, model, frozen
-        detector._photographs, detector._programs, detector._substitute = None, set(), None
+        detector.settings, detector.model, detector._bits = settings, model, settings.bits
+        detector._frozen, detector._photographs = frozen, None
+        detector._programs, detector._substitute = set(), None
         return detector
 
     def __repr__(self) -> str:
@@ -148,11 +152,14 @@ class Detector:
         category: str | None = None,
         mask_threshold: MaskThreshold = None,
         group_by: str | None = None,
+        pages: bool = False,
+        skip_broken: bool = False,
         execution: Execution = Execution(),
     ) -> "Detector":
         """Learns from the normal images of a source.
 
-        Warns if the images look like several shots of the same parts and have no groups.
+        Warns if the images look like several shots of the same parts and have no groups, and if 16-bit images use a
+        sixteenth of their range: then these are read as images of 8, 10 or 12 bits, also when they are scored.
 
         Args:
             source: What `jaxad.open_data` opens (a folder, a CSV, "tfds:NAME", "demo", arrays), or a `Dataset`.
@@ -160,6 +167,8 @@ class Detector:
             mask_threshold: A mask pixel counts where it is above; None: as for `jaxad.open_data`.
             group_by: As for `jaxad.open_data`: a regular expression for the part in a file's path, such as
                 "(tile[0-9]+)_". Images of one part are held out together.
+            pages: As for `jaxad.open_data`: read all pages or frames of a file, not only the first.
+            skip_broken: Leave out images that cannot be read, with a warning that names them.
             execution: Devices, checkpoint and progress; a cache that several detectors share needs the same weights
                 (`load_frozen`). The batch size is that of the settings.
 
@@ -167,17 +176,21 @@ class Detector:
             The detector itself.
         """
         fork.check()
-        options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by)
-        data = source if isinstance(source, Dataset) else self._open(source, category, "train", **options)
+        options: dict[str, Any] = dict(mask_threshold=mask_threshold, group_by=group_by, pages=pages)
+        options["broken"] = "skip" if skip_broken else "refuse"
+        data = source if isinstance(source, Dataset) else self._open(source, category, "train", self._bits, **options)
         check_normals(data)
-        data = data.ignoring(self.settings.ignore)
-        self.settings = self.settings.ignoring(data.preprocess.ignore)
-        if signs := leakage(self.settings, data):
+        bits, warning = (self._bits, "") if self._bits else usual_bits([data])
+        if warning:
+            warnings.warn(printable(warning), stacklevel=2)
+        data = data.with_bits(bits).ignoring(self.settings.ignore)
+        settings = dataclasses.replace(self.settings, bits=bits).ignoring(data.preprocess.ignore)
+        if signs := leakage(settings, data):
             warnings.warn(printable(signs), stacklevel=2)
         photographs = self.load_photographs(data.image_size)
         frozen = self.load_frozen()
-        self.model = learn([self.settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
-        self._programs = programs(self.method, execution)
+        self.model = learn([settings], [data], execution, frozen=frozen, auxiliary=photographs).models[0]
+        self.settings, self._programs = settings, programs(self.method, execution)
         return self
 
     def warm_up(self, execution: Execution = Execution()) -> "Detector":
@@ -209,10 +222,10 @@ class Detector:
         size = self._fitted().image_size
         if data.image_size != size:
             raise ValueError(f"images must be {size} (height, width) as in fit, got {data.image_size}: set image_size")
+        data = data.with_bits(self.settings.bits).ignoring(self.settings.ignore)
         if fork.forked():
             return self._score_elsewhere(data, execution)
         execution = configured(execution, self.settings)
-        data = data.ignoring(self.settings.ignore)
         self._programs |= programs(self.method, execution, data.ignores)
         return score(self.method, self.state, self.load_frozen(), data, execution)
 
@@ -222,7 +235,7 @@ class Detector:
         return self.model
 
     def _score_elsewhere(self, data: Dataset, execution: Execution) -> Iterator[tuple[np.ndarray, Scores]]:
-        if execution.mesh is not None or data.ignoring(self.settings.ignore).ignores:
+        if execution.mesh is not None or data.ignores:
             fork.check()
         if self._substitute is None or self._substitute.owner != os.getpid():
             self._substitute = fork.Substitute(self)
@@ -245,16 +258,29 @@ class Detector:
         low, threshold = self.model.normal_level, self.model.pixel_threshold.value
         return low, low + 2 * max(0.0, threshold - low)
 
-    def predict(self, source: Any, *, category: str | None = None, execution: Execution = Execution()) -> Prediction:
+    def predict(
+        self,
+        source: Any,
+        *,
+        category: str | None = None,
+        pages: bool = False,
+        skip_broken: bool = False,
+        execution: Execution = Execution(),
+    ) -> Prediction:
         """Scores images and compares them with the thresholds.
 
         Args:
-            source: A path, a list of paths, a folder, an array (h w, h w c or n h w c), or a `Dataset`. Of a folder in
-                a layout with a test split, the test images.
+            source: A path, a list of paths, a folder, an array (h w, h w c or n h w c) of numpy or JAX, an image of
+                Pillow, an encoded file as bytes, a list of such, or a `Dataset`. Of a folder in a layout with a test
+                split, the test images.
             category: Which product class, where the source has several.
+            pages: As for `fit`.
+            skip_broken: As for `fit`; `Prediction.paths` has those that are scored.
             execution: As for `fit`.
         """
-        data = source if isinstance(source, Dataset) else self._open(source, category, "test")
+        options: dict[str, Any] = dict(pages=pages, broken="skip" if skip_broken else "refuse")
+        bits = self.settings.bits
+        data = source if isinstance(source, Dataset) else self._open(source, category, "test", bits, **options)
         ignored = data.ignoring(self.settings.ignore).ignored(range(len(data)))
         parts = [scores for _, scores in self.score(data, execution)]
         image = np.concatenate([s.image for s in parts])
@@ -298,16 +324,12 @@ class Detector:
             self._photographs = image_size, load_photographs(self.settings, method, image_size)
         return self._photographs[1]
 
-    def _open(self, source: Any, category: str | None, split: str, **options: Any) -> Dataset:
+    def _open(self, source: Any, category: str | None, split: str, bits: int | None, **options: Any) -> Dataset:
         """The only category of a source, or the one asked for."""
-        if isinstance(source, np.ndarray) and (
-            source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4))
-        ):
-            source = source[None]
         opened = open_data(
-            source,
+            with_batch_axis(source),
             category=category,
-            preprocess=self.settings.preprocess,
+            preprocess=self.settings.preprocess._replace(bits=bits),
             layout="any" if split == "test" else "auto",
             **options,
         )

@@ -48,6 +48,8 @@ class Settings:
             Pixels that are set are filled from around them in fit and in score, and count in no score and no metric.
         ignore_margin: Of the shorter side: pixels so near to masks that only some images have, as in a CSV file, do not
             count either; 0 if the training images have such masks, too.
+        bits: How many bits 16-bit images use: 10 or 12 where a camera's white is 1023 or 4095, 16 for the whole range.
+            None: 16, or with a warning what the training images use, if that is a sixteenth of the range or less.
         holdout: Share of the normal images that are held out to set the threshold, or of their groups, which stay
             whole; 0.2 unless there is a cross-holdout; 0 uses all images and gives no threshold.
         cross_holdout: In place of that, hold out every normal image or group once, in so many more fits (2 or more; one
@@ -72,6 +74,7 @@ class Settings:
     center_crop: Size = None
     ignore: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
     ignore_margin: float = 0.1
+    bits: int | None = None
     holdout: float | None = None
     cross_holdout: int | None = None
     fpr: float = 0.05
@@ -150,7 +153,8 @@ class Settings:
         """What is done to every image before it is embedded."""
         from jaxad.data import Preprocess
 
-        return Preprocess(_pair(self.image_size), _pair(self.center_crop), self.ignore, self.ignore_margin)
+        sizes = _pair(self.image_size), _pair(self.center_crop)
+        return Preprocess(*sizes, self.ignore, self.ignore_margin, self.bits)
 
     @property
     def storage(self) -> "Storage":
@@ -191,7 +195,7 @@ class Settings:
             "method": self.method,
             "hyperparameters": dict(self.hyperparameters),
             "auxiliary": None if self.auxiliary is None else str(self.auxiliary.absolute()),
-            "preprocess": {"resize": self.preprocess.resize, "center_crop": self.preprocess.center_crop},
+            "preprocess": {name: getattr(self.preprocess, name) for name in ("resize", "center_crop", "bits")},
             "ignore_margin": self.ignore_margin,
             "ignore": [base64.b64encode(mask).decode() for mask in self.ignore],
             "holdout": self.holdout,
@@ -226,6 +230,7 @@ class Settings:
             image_size=resize and tuple(resize),
             center_crop=crop and tuple(crop),
             ignore=[base64.b64decode(mask) for mask in saved["ignore"]],
+            bits=saved["preprocess"].get("bits"),
             **{name: saved[name] for name in names},
             **hyperparameters,
         )

@@ -104,6 +104,10 @@ def test_all_kinds_of_sources(detector, folder):
         (files[1:3], slice(1, 3)),
         (folder / "test" / "spot", slice(None)),
         (DEFECTIVE[2], slice(2, 3)),
+        (jax.numpy.asarray(DEFECTIVE[2]), slice(2, 3)),
+        (Image.fromarray(DEFECTIVE[2]), slice(2, 3)),
+        (files[2].read_bytes(), slice(2, 3)),
+        ([Image.fromarray(image) for image in DEFECTIVE], slice(None)),
         (list(DEFECTIVE), slice(None)),
         (open_data(DEFECTIVE, preprocess=detector.settings.preprocess)["arrays"].train, slice(None)),
     ):
@@ -112,6 +116,34 @@ def test_all_kinds_of_sources(detector, folder):
 
 def test_a_gray_image(detector):
     assert detector.predict(DEFECTIVE[0, ..., 0]).pred_score.shape == (1,)
+
+
+def test_ten_bits_in_16_are_seen_and_remembered(weights, tmp_path):
+    ten = NORMAL[..., 0].astype(np.uint16) * 4
+    detector = mahalanobis(weights)
+    with pytest.warns(UserWarning, match="read as 10 bits"):
+        detector.fit(ten)
+    stated = mahalanobis(weights, bits=10).fit(ten)
+    np.testing.assert_array_equal(detector.predict(ten).pred_score, stated.predict(ten).pred_score)
+    detector.save(tmp_path)
+    assert jaxad.load(tmp_path).settings.bits == 10
+    np.testing.assert_array_equal(jaxad.load(tmp_path).predict(ten).pred_score, stated.predict(ten).pred_score)
+    with pytest.raises(ValueError, match=r"pixels of 10 bits must lie in 0..1023"):
+        detector.predict(ten * 2)
+    assert detector.fit(NORMAL).settings.bits is None
+
+
+def test_broken_images_are_left_out_on_request(weights, folder, tmp_path):
+    files = sorted((folder / "train" / "good").iterdir())[:4]
+    (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:200])
+    mixed = [*files, tmp_path / "broken.png"]
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        mahalanobis(weights).fit(mixed)
+    with pytest.warns(UserWarning, match=r"1 of 5 images cannot be read and are left out: .*broken\.png"):
+        detector = mahalanobis(weights, holdout=0).fit(mixed, skip_broken=True)
+    assert detector.model.n_train == 4
+    with pytest.warns(UserWarning, match=r"broken\.png"):
+        assert detector.predict(mixed, skip_broken=True).paths == tuple(map(str, files))
 
 
 def test_thresholds_come_from_held_out_normals(detector, folder):

@@ -1,5 +1,6 @@
 """The commands."""
 
+import dataclasses
 import functools
 import os
 import shlex
@@ -30,8 +31,9 @@ from jaxad.cli.options import (
     settings_of,
     sweep_of,
 )
-from jaxad.data import open_data
+from jaxad.data import ImageError, Split, open_data
 from jaxad.data.dataset import check_normals
+from jaxad.data.depth import usual_bits
 from jaxad.data.ignore import regions
 from jaxad.driver import distributed, memory
 from jaxad.driver.embedding import EmbeddingCache
@@ -60,14 +62,18 @@ PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "hos
 def run(name: str, argv: list[str], arguments: dict[str, Any]) -> int:
     """Runs the function of that name and returns the exit code; `argv` is the command line, for the record."""
     recorded = {"argv": argv} if name in DATA else {}
-    return globals()[name](**recorded, **arguments) or 0
+    try:
+        return globals()[name](**recorded, **arguments) or 0
+    except ImageError as error:
+        raise ImageError(f"{error}, or add --skip-broken to go on without such images") from error
 
 
 def fit(argv: list[str], data: FitData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
     """Learn from normal images."""
     _join(data)
     settings = settings_of(data.method, data.preset, options | hyperparameters)
-    opened = _open(data, settings)
+    bits, opened = _open(data, settings)
+    settings = dataclasses.replace(settings, bits=bits)
     assignments = _assign(settings, opened, data)
     fitted = _fit(assignments, data, ["fit", *argv], load_frozen(settings))
     run_dirs = [run.directory for group in fitted for run in group.runs]
@@ -92,7 +98,8 @@ def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> 
             refusals[name] = error
     if not candidates:
         raise next(iter(refusals.values()))
-    opened = _open(data, candidates[0])
+    bits, opened = _open(data, candidates[0])
+    candidates = [dataclasses.replace(settings, bits=bits) for settings in candidates]
     untested = [category for category, split in opened.items() if split.test is None]
     if untested:
         raise ValueError(f"a benchmark needs test images, got none for {', '.join(untested)} of {data.source}")
@@ -154,10 +161,13 @@ def score(
     overlays: bool = False,
     maps: bool = False,
     ignore: UseAppendAction[tuple[Path, ...]] = (),
+    pages: bool = False,
     weights: UseAppendAction[tuple[Path, ...]] = (),
     overwrite: bool = False,
-) -> None:
+) -> int:
     """Score images with a fitted run; heat maps on request.
+
+    Images that cannot be read are listed with their errors, and the exit code is 1.
 
     Args:
         run: A run directory, or what `Detector.save` wrote.
@@ -168,24 +178,30 @@ def score(
             pixel and reach the pixel threshold halfway, so they mean the same in all images.
         maps: Write the raw heat maps at the original resolution as float32 TIFF to OUTPUT/maps.
         ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
+        pages: Read all pages or frames of a file, not only the first.
         weights: Where the backbone's weights are now, if not where they were.
         overwrite: Replace scores of other images, or of another model, in the output folder.
     """
     path, model = Path(source), directory.version(run)
     detector = jaxad.load(run, weights=weights or None)
     fitted = read_recipe(run).get("category")
-    split = open_split(source, detector, asked=category, fitted=fitted, any_folder=True)
+    reading: dict[str, Any] = {"any_folder": True, "pages": pages, "broken": "keep"}
+    split = open_split(source, detector, asked=category, fitted=fitted, **reading)
     output = output or directory.scores_folder(run, path.resolve().name if path.exists() else source)
     root = (path if path.is_dir() else path.parent) if path.exists() else None
     data = (split.test or split.train).also_ignoring(regions(ignore))
     options = {"labeled": split.test is not None, "overlays": overlays, "maps": maps}
     images = {"source": _place(source), "category": data.category}
     with directory.scoring(output, run, model, images, overwrite) as stage:
-        anomalous = score_run(detector, data, stage, root=root, **options)
+        anomalous, errors = score_run(detector, data, stage, root=root, **options)
     threshold = detector.image_threshold
     result = "without a threshold" if threshold is None else f"{anomalous} above the threshold {threshold.value:.4g}"
     folders = [f", {name}/" for name in ("overlays", "maps") if options[name]]
-    say(f"{len(data)} images scored, {result}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+    n = len(data) - len(errors)
+    say(f"{n} images scored, {result}; written to {output}: scores.csv, scores.jsonl{''.join(folders)}")
+    if errors:
+        say(f"{len(errors)} of {len(data)} images cannot be read, as scores.csv says, the first is: {errors[0]}")
+    return int(bool(errors))
 
 
 def evaluate(
@@ -196,6 +212,7 @@ def evaluate(
     ignore: UseAppendAction[tuple[Path, ...]] = (),
     weights: UseAppendAction[tuple[Path, ...]] = (),
     oracle: bool = False,
+    skip_broken: bool = False,
     report: Path | None = None,
 ) -> None:
     """Score the test images of fitted runs, print the metrics and keep them for the report.
@@ -208,6 +225,7 @@ def evaluate(
         ignore: Masks of what to ignore in every image, with a margin around it, besides what was ignored in fit.
         weights: Where the backbone's weights are now, if not where they were.
         oracle: Choose the thresholds on the test set itself, and mark them so.
+        skip_broken: Leave out images that cannot be read, and name them; also where fit did so.
         report: Also write an HTML report to this file.
     """
     rows: dict[Path, Row] = {}
@@ -219,6 +237,8 @@ def evaluate(
             raise ValueError(f"{run_dir} does not say what it was fitted on: give the labeled images with --source")
         threshold = recipe.get("mask_threshold") if mask_threshold is None else mask_threshold
         options: dict[str, Any] = {"mask_threshold": threshold, "group_by": None if source else recipe.get("group_by")}
+        options["pages"] = bool(recipe.get("pages"))
+        options["broken"] = "skip" if skip_broken or recipe.get("skip_broken") else "refuse"
         fitted = recipe.get("category")
         single = Run(detector, fitted or "", run_dir, version=version)
         if recipe.get("unified") and category is None:
@@ -310,11 +330,16 @@ def _place(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def _open(data: Data, settings: Settings) -> dict[str, Any]:
-    options = {"mask_threshold": data.mask_threshold, "group_by": data.group_by}
+def _open(data: Data, settings: Settings) -> tuple[int | None, dict[str, Split]]:
+    """The depth of 16-bit images, and the data."""
+    options: dict[str, Any] = {"mask_threshold": data.mask_threshold, "group_by": data.group_by, "pages": data.pages}
+    options["broken"] = "skip" if data.skip_broken else "refuse"
     opened = open_data(data.source, category=data.category, preprocess=settings.preprocess, **options)
     check_normals(*(split.train for split in opened.values()))
-    return opened
+    bits, warning = usual_bits([split.train for split in opened.values()])
+    if warning:
+        say(f"warning: {warning}")
+    return bits, {key: Split(a.with_bits(bits), b and b.with_bits(bits)) for key, (a, b) in opened.items()}
 
 
 def _join(data: Data) -> None:
@@ -345,7 +370,9 @@ def _fit(
     cache: EmbeddingCache | None = None,
     sweep: Sweep | None = None,
 ) -> list[FittedGroup]:
+    """Fits all categories and seeds."""
     read = {"source": _place(data.source), "mask_threshold": data.mask_threshold, "group_by": data.group_by}
+    read |= {"pages": data.pages, "skip_broken": data.skip_broken}
     checkpoint = Checkpoint(data.output, data.checkpoint_seconds)
     return fit_all(
         assignments,

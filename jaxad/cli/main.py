@@ -51,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interruption.end_if_received()
         return _fail("interrupted", 128 + signal.SIGINT)
+    except MemoryError as error:
+        return refuse(_too_large(error))
     except (RuntimeError, AssertionError) as error:
         if distributed.joined() and type(error).__name__ == "JaxRuntimeError":  # a collective operation broke off
             distributed.exit_after_lost_process()
+        if any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")):
+            return refuse(_too_large(error))
         if missing := _missing_device():
             return refuse(ValueError(missing))
         raise
@@ -82,6 +86,12 @@ def one_line(error: Exception) -> str:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     line = " ".join(message.split())
     return line if len(line) < LONGEST_LINE else f"{line[:200]} ... {line[-200:]}"
+
+
+def _too_large(error: MemoryError | RuntimeError) -> ValueError:
+    reason = str(error).partition("\n")[0] or "out of memory"
+    line = f"not enough memory ({reason}): set a smaller --batch-size or --image-size, or use fewer images at once"
+    return ValueError(line).with_traceback(error.__traceback__)
 
 
 def _dispatch(argv: list[str]) -> int:

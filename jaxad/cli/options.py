@@ -38,6 +38,8 @@ class Data:
             number of a class (below 64).
         group_by: A regular expression for the part (tile, workpiece, lot) in the path of a file below SOURCE, such as
             "(tile[0-9]+)_": what the parentheses match names it. Images of one part are held out together.
+        pages: Read all pages or frames of a file (TIFF, GIF ...), not only the first.
+        skip_broken: Leave out images that cannot be read, and name them.
         unified: One model for all classes: OUTPUT/METHOD/DATASET/unified.
         classes_per_step: Classes in memory at the same time; None: as many as fit.
         output: Folder of the runs: OUTPUT/METHOD/DATASET/CATEGORY.
@@ -56,6 +58,8 @@ class Data:
     category: str = "all"
     mask_threshold: float | None = None
     group_by: str | None = None
+    pages: bool = False
+    skip_broken: bool = False
     unified: bool = False
     classes_per_step: int | None = None
     output: Path = Path("runs")

@@ -4,6 +4,7 @@ A reader is a small function that yields one `Record` per image. Checks, groupin
 To add a folder layout, write a reader and add it to `jaxad.data.folders.LAYOUTS`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,14 +13,15 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from jaxad.data import folders, ignore, images, repeats
+from jaxad.data import checks, folders, ignore, images, multipage, repeats
+from jaxad.data.arrays import array_records
 from jaxad.data.images import MaskThreshold, Preprocess, Size, Source
-from jaxad.data.records import GOOD, Record
+from jaxad.data.records import Record
 
 
 class Split(NamedTuple):
@@ -28,20 +30,6 @@ class Split(NamedTuple):
     train: "Dataset"
     """Empty of a source that has test images only."""
     test: "Dataset | None"
-
-
-class Arrays(NamedTuple):
-    """Images in memory: (n, h, w) or (n, h, w, 1|3|4), uint8, uint16 or float in [0, 1]."""
-
-    train: Any = None
-    """Normal images."""
-    test: Any = None
-    labels: Any = None
-    """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
-    masks: Any = None
-    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
-    groups: Any = None
-    """(n,) of the training images: the part that each one shows, as `Record.group`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +43,10 @@ class Dataset:
     preprocess: Preprocess
     mask_threshold: MaskThreshold
     has_masks: bool
+    left_out: tuple[str, ...] = ()
+    """The names of images that cannot be read, where `open_data` skips these."""
+    errors: dict[int, str] | None = None
+    """Where they are kept: why the images at these positions cannot be read, which are black. None: raises."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -98,8 +90,14 @@ class Dataset:
 
     @functools.cached_property
     def image_size(self) -> Size:
-        """(height, width) after preprocessing."""
-        return self.preprocess.output_size(self.preprocess.resize or self.original_size(0))
+        """(height, width) after preprocessing, of the first image that can be read."""
+        first = 0
+        while self.errors is not None and self.preprocess.resize is None and first < len(self) - 1:
+            with contextlib.suppress(ValueError, OSError):
+                self.original_size(first)
+                break
+            first += 1
+        return self.preprocess.output_size(self.preprocess.resize or self.original_size(first))
 
     def images(self, indices: Iterable[SupportsIndex]) -> UInt8[np.ndarray, "b h w 3"]:
         """Decodes and preprocesses the images at `indices` in parallel.
@@ -108,17 +106,22 @@ class Dataset:
             FileNotFoundError: a file is missing.
             ValueError: a file cannot be decoded, or the images differ in size and there is no `resize`.
         """
-        records = [self.records[i] for i in indices]
-        batch = np.empty((len(records), *self.image_size, 3), np.uint8)
+        rows = [int(i) for i in indices]
+        batch = np.zeros((len(rows), *self.image_size, 3), np.uint8)
 
         def load(position: int) -> None:
-            record = records[position]
-            image = images.read(record.image, record.path, self.preprocess)
-            if image.shape[:2] != self.image_size:
-                raise _mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
-            batch[position] = ignore.fill(image, *self._to_ignore(record)) if self.ignores else image
+            record = self.records[rows[position]]
+            try:
+                image = images.read(record.image, record.path, self.preprocess)
+                if image.shape[:2] != self.image_size:
+                    raise checks.mixed_sizes(record.path, image.shape[:2], self.records[0].path, self.image_size)
+                batch[position] = ignore.fill(image, *self._to_ignore(record)) if self.ignores else image
+            except (ValueError, OSError) as error:
+                if self.errors is None:
+                    raise
+                self.errors[rows[position]] = str(error)
 
-        images.in_threads(load, range(len(records)))
+        images.in_threads(load, range(len(rows)))
         return batch
 
     @functools.cached_property
@@ -135,9 +138,17 @@ class Dataset:
         """
         if not self.ignores:
             return None
-        found = images.in_threads(lambda i: ignore.ignored(*self._to_ignore(self.records[i])), indices)
+        found = images.in_threads(self._ignored, indices)
         nothing = np.zeros(self.image_size, np.bool_)
         return np.array([nothing if one is None else one for one in found], np.bool_).reshape(-1, *self.image_size)
+
+    def _ignored(self, index: SupportsIndex) -> Bool[np.ndarray, "h w"] | None:
+        try:
+            return ignore.ignored(*self._to_ignore(self.records[index]))
+        except (ValueError, OSError):
+            if self.errors is None:
+                raise
+            return None  # of an image that cannot be read
 
     def ignoring(self, regions: Iterable[bytes]) -> "Dataset":
         """The same images with more regions of `jaxad.data.ignore.regions` to ignore in all of them."""
@@ -172,7 +183,7 @@ class Dataset:
 
         def load(position: int) -> int:
             record, gray = records[position], 0
-            check_mask_size(record)
+            checks.check_mask_size(record)
             for source in record.masks:
                 options = (f"the mask of {record.path}", self.preprocess, self.mask_threshold)
                 mask, left_out = images.mask_and_gray(source, *options)
@@ -206,7 +217,18 @@ class Dataset:
     def subset(self, indices: Any) -> "Dataset":
         """The images at `indices`: integers, a boolean mask or a slice."""
         positions = np.arange(len(self))[indices if isinstance(indices, slice) or len(indices) else slice(0)]
-        return dataclasses.replace(self, records=tuple(self.records[i] for i in positions))
+        errors = None if self.errors is None else {}
+        return dataclasses.replace(self, records=tuple(self.records[i] for i in positions), errors=errors)
+
+    def with_bits(self, bits: int | None) -> "Dataset":
+        """The same images, whose integers have this depth.
+
+        Raises:
+            ValueError: the data set says another depth.
+        """
+        if self.preprocess.bits not in (None, bits):
+            raise ValueError(f"images must have the bits of the model, {bits}, got {self.preprocess.bits}: omit bits")
+        return dataclasses.replace(self, preprocess=self.preprocess._replace(bits=bits))
 
 
 def unite(datasets: Sequence[Dataset], category: str) -> Dataset:
@@ -216,7 +238,8 @@ def unite(datasets: Sequence[Dataset], category: str) -> Dataset:
         for data in datasets
         for record in data.records
     )
-    return dataclasses.replace(datasets[0], category=category, records=records)
+    left_out = tuple(name for data in datasets for name in data.left_out)
+    return dataclasses.replace(datasets[0], category=category, records=records, left_out=left_out)
 
 
 def open_data(
@@ -228,15 +251,17 @@ def open_data(
     layout: str = "auto",
     train_anomalies: bool = False,
     group_by: str | None = None,
+    pages: bool = False,
+    broken: Literal["refuse", "skip", "keep"] = "refuse",
 ) -> dict[str, Split]:
     """Opens a data set from any supported source.
 
     Args:
         source: a folder (of normal images, or in one of the layouts of `folders.LAYOUTS`), a CSV file, one image file,
             a list of image files, "tfds:NAME" or "tfds:NAME:DATA_DIR", "demo", an array of normal images, a list of
-            arrays, an `Arrays`, or a mapping from categories to arrays or `Arrays`.
+            arrays, of images of Pillow or of encoded files as bytes, an `Arrays`, or a mapping from categories to such.
         category: the only category to open; None or "all" opens all of them.
-        preprocess: resize and crop.
+        preprocess: resize, crop and depth.
         mask_threshold: a mask pixel is anomalous if its value is above this threshold. None: above half of the mask's
             maximum (right for two levels, JPEG and soft edges), or above 0 if that is less than 64 (numbers of
             classes).
@@ -246,6 +271,11 @@ def open_data(
         group_by: a regular expression, searched in every path below the data set's folder (of a list of files: in the
             path as given; of TFDS: in NAME/ID). What its parentheses match is the image's group; several are joined.
             It replaces the groups of the source.
+        pages: read all pages or frames of a file, each as an image: "scan.tif[0]", "scan.tif[1]" ... Otherwise only the
+            first is read, with a warning.
+        broken: what to do with images that cannot be read. "refuse" raises the error, of most of them when they are
+            read; "skip" decodes all images at once and leaves those out, with a warning that names them; "keep" neither
+            looks for them nor raises: they are black, and listed in `Dataset.errors` once they have been read.
 
     Warns with one line if a folder holds files that are not read, and says why.
 
@@ -278,14 +308,24 @@ def open_data(
     for key in sorted(key for key, members in categories.items() if members):
         members = [r for r in categories[key] if train_anomalies or r.split != "train" or r.label == 0]
         members = members if group_by is None else list(_grouped(members, group_by, source))
+        if pages:
+            members = list(multipage.split(members))
+        elif note := multipage.note(members):
+            warnings.warn(note, stacklevel=2)
+        members, unread = checks.skip_broken(members, preprocess) if broken == "skip" else (members, ())
         parts = {split: tuple(r for r in members if r.split == split) for split in ("train", "test")}
         if not any(record.label == 0 for record in parts["train"]) and not parts["test"]:
             raise _no_normals(name, key)
-        _check(members, preprocess)
+        if broken != "keep":
+            checks.check(members, preprocess)
         has_masks = any(record.mask is not None for record in members)
+        options = (preprocess, mask_threshold, has_masks)
         train, test = (
-            Dataset(name, key, split, part, preprocess, mask_threshold, has_masks) for split, part in parts.items()
+            Dataset(name, key, split, part, *options, tuple(record.path for record in unread if record.split == split))
+            for split, part in parts.items()
         )
+        if broken == "keep":
+            train, test = (dataclasses.replace(data, errors={}) for data in (train, test))
         splits[key] = Split(train, test if len(test) else None)
     if isinstance(source, str | Path) and (note := folders.unread(Path(source), layout, records)):
         warnings.warn(note, stacklevel=2)
@@ -319,11 +359,11 @@ def _read(source: Any, layout: str, mask_threshold: MaskThreshold) -> tuple[str,
     if isinstance(source, str | Path):
         return folders.read(Path(source), layout, mask_threshold)
     if isinstance(source, Mapping):
-        parts = (_array_records(str(key), value, mask_threshold) for key, value in source.items())
+        parts = (array_records(str(key), value, mask_threshold) for key, value in source.items())
         return "arrays", itertools.chain.from_iterable(parts)
     if isinstance(source, Sequence) and all(isinstance(item, str | Path) for item in source):
         return "files", folders.files([Path(item) for item in source])
-    return "arrays", _array_records("arrays", source, mask_threshold)
+    return "arrays", array_records("arrays", source, mask_threshold)
 
 
 def _grouped(records: Iterable[Record], group_by: str, source: Any) -> Iterator[Record]:
@@ -343,90 +383,3 @@ def _grouped(records: Iterable[Record], group_by: str, source: Any) -> Iterator[
         if not group and record.split == "train":
             raise ValueError(f"group_by {group_by!r} finds no group in {path}: it must match every training image")
         yield record._replace(group=group)
-
-
-def _array_records(category: str, value: Any, mask_threshold: MaskThreshold) -> Iterator[Record]:
-    arrays = value if isinstance(value, Arrays) else Arrays(value)
-    train = [] if arrays.train is None and arrays.test is not None else _image_list(arrays.train, "train")
-    groups = [""] * len(train) if arrays.groups is None else [str(group) for group in arrays.groups]
-    if len(groups) != len(train):
-        raise ValueError(f"groups must have one entry per training image ({len(train)}), got {len(groups)}")
-    for i, (image, group) in enumerate(zip(train, groups, strict=True)):
-        yield Record(f"array[{i}]", image, category, "train", group=group)
-    if arrays.test is None:
-        if arrays.labels is not None or arrays.masks is not None:
-            raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")
-        return
-    test = _image_list(arrays.test, "test")
-    masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
-    if arrays.labels is not None:
-        labels = np.asarray(arrays.labels).tolist()
-    elif masks is not None:
-        labels = [int(images.read_mask(m, f"mask {i}", threshold=mask_threshold).any()) for i, m in enumerate(masks)]
-    else:
-        labels = [-1] * len(test)
-    for kind, values in (("labels", labels), ("masks", masks)):
-        if values is not None and len(values) != len(test):
-            raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(values)}")
-    defects = {0: GOOD, 1: "anomalous", -1: ""}
-    for i, (image, label) in enumerate(zip(test, labels, strict=True)):
-        if label not in defects:
-            raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
-        mask = masks[i] if masks is not None and label else None
-        yield Record(f"array[{i}]", image, category, "test", defects[label], mask)
-
-
-def _image_list(stack: Any, kind: str) -> list[np.ndarray]:
-    """Checks an array of images or a list of arrays, and returns the images one by one."""
-    if isinstance(stack, list | tuple):
-        return [_image_list(np.asarray(item)[None], f"{kind}[{i}]")[0] for i, item in enumerate(stack)]
-    array = np.asarray(stack)
-    if array.ndim == 3 and array.shape[2] in (1, 3, 4):
-        raise ValueError(f"images must have a batch axis, got one image of shape {array.shape}: pass image[None]")
-    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
-        raise ValueError(f"{kind} must have shape (n, h, w) or (n, h, w, 1|3|4), got {array.shape} of {array.dtype}")
-    images.to_uint8(array if np.issubdtype(array.dtype, np.floating) else array[:1], kind)
-    return list(array)
-
-
-def _check(records: Sequence[Record], preprocess: Preprocess) -> None:
-    """Reports the faults that show without decoding: missing files and masks, and sizes that do not match."""
-    for record in records:
-        if isinstance(record.image, Path) and not record.image.is_file():
-            raise FileNotFoundError(f"image file not found: {record.path}")
-        for mask in record.ignore:
-            if isinstance(mask, Path) and not mask.is_file():
-                raise FileNotFoundError(f"ignore mask not found: {mask} of {record.path}")
-    with_mask = [record for record in records if record.mask is not None]
-    without_mask = [record.path for record in records if record.label == 1 and record.mask is None]
-    if with_mask and without_mask:
-        raise ValueError(
-            "either all anomalous images need a mask or none, but "
-            f"{len(without_mask)} of them have none, the first is {without_mask[0]}"
-        )
-    images.in_threads(check_mask_size, [record for record in with_mask if not callable(record.mask)])
-    if preprocess.resize is None:
-        files_and_arrays = [record for record in records if not callable(record.image)]
-        sizes = images.in_threads(lambda record: images.size_of(record.image, record.path), files_and_arrays)
-        for record, size in zip(files_and_arrays, sizes, strict=True):
-            if preprocess.output_size(size, record.path) != preprocess.output_size(sizes[0]):
-                raise _mixed_sizes(record.path, size, files_and_arrays[0].path, sizes[0])
-
-
-def check_mask_size(record: Record) -> None:
-    """Raises ValueError if a mask and its image differ in size."""
-    size = images.size_of(record.image, record.path) if record.masks else None
-    for source in record.masks:
-        mask_size = images.size_of(source, f"the mask of {record.path}")
-        if size and mask_size != size:
-            raise ValueError(
-                f"a mask must have the size of its image, got {mask_size[0]} x {mask_size[1]} for the "
-                f"{size[0]} x {size[1]} image {record.path}: recreate the mask"
-            )
-
-
-def _mixed_sizes(path: str, size: Size, first_path: str, first: Size) -> ValueError:
-    return ValueError(
-        f"without resize all images must have the same size, got {size[0]} x {size[1]} in {path} but "
-        f"{first[0]} x {first[1]} in {first_path}: set resize (--image-size)"
-    )

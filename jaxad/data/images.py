@@ -1,15 +1,13 @@
 """Decodes image files and arrays to RGB uint8, resizes and crops them, and maps heat maps back to the original image.
 
-Formats: gray images are repeated to three channels; 16-bit images are scaled by the full range (65535 becomes 255),
-regardless of their content; floats must lie in [0, 1]; alpha is composited over black; palettes and CMYK are converted
-to RGB; EXIF rotation is applied; multi-frame files are read up to the first frame.
+Formats: gray images are repeated to three channels; 16-bit images are scaled by the full range (65535 becomes 255), or
+by that of `Preprocess.bits`; floats must lie in [0, 1]; alpha is composited over black; palettes and CMYK are converted
+to RGB; EXIF rotation is applied. An image is the same whether it comes as a file, as its bytes or as its pixels.
 """
 
 import contextlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +17,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxad.data import masks
+from jaxad.data import deep, masks, tiff
 from jaxad.data.decoders import libtiff_errors
+from jaxad.host_memory import reserved
 
 Size = tuple[int, int]
 """(height, width)."""
-Source = Path | np.ndarray | Callable[[], bytes | np.ndarray]
-"""Where an image comes from: a file, an array, or a function that returns an encoded file or an array."""
 
+
+class Page(NamedTuple):
+    """One page or frame of a file."""
+
+    path: Path
+    number: int
+    """Counted from 0."""
+
+
+Content = bytes | np.ndarray | Image.Image
+"""An encoded file, pixels, or an image of Pillow."""
+Source = Path | Page | Content | Callable[[], Content]
+"""Where an image comes from: a file or a page of one, its content, or a function that returns the content."""
 MaskThreshold = float | None
 """A mask pixel is anomalous above it; None decides by the mask: see `jaxad.data.masks.anomalous`."""
 
@@ -40,6 +50,8 @@ EXTENSIONS = frozenset(
     }
 )
 """Suffixes of image files that Pillow reads, in lower case."""
+PAGED = frozenset({".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".avifs", ".gif", ".fli", ".flc", ".dcx"})
+"""Suffixes of files that may have several pages or frames."""
 
 _ORIENTATION = 0x0112
 
@@ -59,9 +71,13 @@ class Preprocess(NamedTuple):
     """Masks of `jaxad.data.ignore.regions`, resized and cropped likewise. `Dataset` fills what they mark."""
     ignore_margin: float = 0.1
     """Of the shorter side: pixels so near to an image's own mask do not count either (`Record.ignore`)."""
+    bits: int | None = None
+    """How many bits of integers in more than 8 bits are used: 10 if white is 1023. None: 16, or as the file says."""
 
     def check(self) -> None:
-        """Raises ValueError for sizes that are not positive, a crop larger than the resized image or a wrong margin."""
+        """Raises ValueError for a size, margin or depth out of range, or a crop larger than the resized image."""
+        if self.bits is not None and (not isinstance(self.bits, int) or not 8 <= self.bits <= 16):
+            raise ValueError(f"bits must be an integer from 8 to 16, got {self.bits}")
         for field, size in (("resize", self.resize), ("center_crop", self.center_crop)):
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise ValueError(f"{field} must be two positive numbers (height, width), got {size}")
@@ -96,22 +112,29 @@ PAPER = Preprocess((256, 256), (224, 224))
 """The preset of most papers: resize to 256, crop the central 224."""
 
 
-def to_uint8(array: Shaped[np.ndarray, "..."], name: str) -> UInt8[np.ndarray, "..."]:
+def to_uint8(array: Shaped[np.ndarray, "..."], name: str, bits: int | None = None) -> UInt8[np.ndarray, "..."]:
     """Converts pixel values to 8 bits.
 
     Args:
-        array: bool, uint8, uint16 (full scale: 65535 becomes 255) or float in [0, 1].
+        array: bool, uint8, uint16 or float in [0, 1].
         name: the name of the array in error messages.
+        bits: depth of uint16: 2 ** bits - 1 becomes 255; None: 65535 does.
 
     Raises:
-        ImageError: the type is not supported, or floats lie outside [0, 1].
+        ImageError: the type is not supported, or values lie outside their range.
     """
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return np.where(array, np.uint8(255), np.uint8(0))
     if array.dtype == np.uint16:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        white, highest = (1 << (bits or 16)) - 1, int(array.max())
+        if highest > white:
+            raise ImageError(
+                f"pixels of {bits} bits must lie in 0..{white}, got {highest} in {name}: set bits (--bits) to the "
+                "depth of the camera, and fit again"
+            )
+        return ((array.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):
@@ -128,19 +151,15 @@ def read(source: Source, name: str, preprocess: Preprocess = ORIGINAL) -> UInt8[
     Args:
         source: the file, array or function.
         name: the name of the image in error messages.
-        preprocess: resize and crop; by default the image keeps its original size.
+        preprocess: resize, crop and depth; by default the image keeps its original size.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: the file cannot be decoded, or its pixel values are invalid.
         ValueError: the crop is larger than the image.
     """
-    with _open(source, name) as image:
-        if preprocess.resize and image.format == "JPEG":
-            height, width = preprocess.resize if not _is_sideways(image) else preprocess.resize[::-1]
-            image.draft(image.mode, (2 * width, 2 * height))  # decodes at 1/2, 1/4 or 1/8, at least this large
-        ImageOps.exif_transpose(image, in_place=True)
-        image = _to_gray_or_rgb(image, name)
+    with _decode(source, name, preprocess.bits) as image:
+        image = _to_gray_or_rgb(image, name, preprocess.bits)
         if preprocess.resize:
             image = image.resize((preprocess.resize[1], preprocess.resize[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
@@ -181,8 +200,8 @@ def mask_and_gray(
             )
         levels = masks.brightest(source)
     else:
-        with _open(source, name) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+        with _decode(source, name) as image:
+            assert isinstance(image, Image.Image)
             levels = masks.values(image)
     mask, gray = masks.anomalous(levels, threshold)
     height, width = mask.shape
@@ -198,8 +217,32 @@ def size_of(source: Source, name: str) -> Size:
     """The original (height, width), upright. Reads only the header of a file. Raises the errors of `read`."""
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    with _open(source, name) as image:
+    with contextlib.nullcontext(source) if isinstance(source, Image.Image) else _open(source, name) as image:
         return (image.width, image.height) if _is_sideways(image) else (image.height, image.width)
+
+
+def load(image: Image.Image, name: str) -> None:
+    """Decodes an image of Pillow while its file is open. Raises the errors of `read`."""
+    with _open(image, name):
+        pass
+
+
+def brightest(source: Source, name: str) -> int | None:
+    """The largest integer of an image in 16 bits; None of any other. Raises the errors of `read`."""
+    if isinstance(source, np.ndarray):
+        return int(source.max()) if source.dtype == np.uint16 else None
+    with _decode(source, name, 16) as image:
+        if isinstance(image, Image.Image) and (not deep.is_gray(image) or image.mode == "F" or deep.bits_of(image)):
+            return None
+        return int(np.asarray(image).max())
+
+
+def page_count(source: Source, name: str) -> int:
+    """The number of pages or frames of a file; 1 where it cannot be told."""
+    if isinstance(source, Path) and source.suffix.lower() in PAGED:
+        with contextlib.suppress(ValueError, OSError), _open(source, name) as image:
+            return getattr(image, "n_frames", 1)
+    return 1
 
 
 def in_threads(function: Callable[[Any], Any], items: Any) -> list[Any]:
@@ -240,15 +283,46 @@ def to_original(
 
 
 @contextlib.contextmanager
-def _open(source: Source, name: str) -> Iterator[Image.Image]:
+def _decode(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image | np.ndarray]:
+    """Opens an image, decodes it in memory that is there for it, and turns it upright.
+
+    With `bits`, colors of 16 bits are uint16 (h w 3|4).
+    """
+    with _open(source, name, bits) as image:
+        tiff.check(image)
+        with reserved(_decoding_bytes(image)):
+            if bits and deep.is_color(image):
+                with _open(source, name) as lower:
+                    deep.read_lower_bytes(lower)
+                    ImageOps.exif_transpose(lower, in_place=True)
+                    ImageOps.exif_transpose(image, in_place=True)
+                    yield deep.joined(image, lower)
+            else:
+                ImageOps.exif_transpose(image, in_place=True)
+                yield image
+
+
+@contextlib.contextmanager
+def _open(source: Source, name: str, bits: int | None = None) -> Iterator[Image.Image]:
     """Opens an image, and turns any decoder error inside the block into one line that names the file."""
     try:
         content = source() if callable(source) else source
         if isinstance(content, np.ndarray):
-            yield _from_array(content, name)
+            yield _from_array(content, name, bits)
+        elif isinstance(content, Image.Image):
+            tiff.check(content)
+            with reserved(_decoding_bytes(content)):
+                content.load()
+            image = content.copy()  # not the caller's
+            image.format = content.format
+            image.info[tiff.TAGS] = getattr(content, tiff.TAGS, {})
+            yield image
         else:
-            file = io.BytesIO(content) if isinstance(content, bytes) else content
+            file, page = content if isinstance(content, Page) else (content, 0)
+            file = io.BytesIO(file) if isinstance(file, bytes) else file
             with libtiff_errors() as complaints, Image.open(file) as image:
+                if page:
+                    image.seek(page)
                 yield image
             if complaints:
                 raise ImageError(f"{name} is damaged ({complaints[0]}): repair or remove it")
@@ -260,17 +334,27 @@ def _open(source: Source, name: str) -> Iterator[Image.Image]:
         raise PermissionError(f"no permission to read {name}: change its permissions or remove it") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is too large to decode ({error}): cut it into tiles") from error
-    except (OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, struct.error, zlib.error) as error:
+    except MemoryError as error:
+        reason = str(error) or "out of memory"
+        raise ImageError(
+            f"image {name} is too large for the memory at hand ({reason}): cut it into tiles or make it smaller"
+        ) from error
+    except Exception as error:  # decoders raise all kinds where a file is damaged
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a known image format" if is_unknown else str(error).partition("\n")[0]
         raise ImageError(f"cannot decode {name} ({reason or type(error).__name__}): repair or remove it") from error
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str, bits: int | None) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
         raise ImageError(f"an image must have shape (h, w) or (h, w, 1|3|4), got {array.shape} for {name}")
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name))
+    return Image.fromarray(array if array.dtype == np.bool_ else to_uint8(array, name, bits))
+
+
+def _decoding_bytes(image: Image.Image) -> int:
+    """What it takes to decode and convert an image, at most."""
+    return image.width * image.height * (24 if image.format == "JPEG2000" else 16)
 
 
 def _is_sideways(image: Image.Image) -> bool:
@@ -278,18 +362,21 @@ def _is_sideways(image: Image.Image) -> bool:
     return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 
 
-def _to_gray_or_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image | np.ndarray, name: str, bits: int | None = None) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name, bits)
     mode = image.mode
     if mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if mode == "F" or mode.startswith("I"):
+    if deep.is_gray(image):
         pixels = np.asarray(image)
         if mode != "F":
             low, high = int(pixels.min()), int(pixels.max())
             if low < 0 or high > 65535:
                 raise ImageError(f"integer pixels must lie in 0..65535, got {low} to {high} in {name}: rescale them")
             pixels = pixels.astype(np.uint16)
-        return Image.fromarray(to_uint8(pixels, name))
+        pixels = to_uint8(pixels, name, deep.bits_of(image) or bits)
+        return Image.fromarray(255 - pixels if deep.is_inverted(image) else pixels)
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")

@@ -15,6 +15,7 @@ import jax
 import jaxad
 from jaxad import artifact, files
 from jaxad.data import Dataset
+from jaxad.data.images import Page
 from jaxad.driver.memory import peak_bytes
 from jaxad.interruption import undoing
 from jaxad.learning import Model
@@ -234,7 +235,8 @@ def fingerprint(members: Sequence[Settings], datasets: Sequence[Dataset]) -> str
     """A hash of all that decides what a fit computes: settings, weights, images."""
     decisive: list[Any] = [jaxad.__version__]
     for settings, data in zip(members, datasets, strict=True):
-        paths = [record.image for record in data.records]
+        sources = (record.image for record in data.records)
+        paths = [source.path if isinstance(source, Page) else source for source in sources]
         stats = [os.stat(path) if isinstance(path, Path) else None for path in paths]
         marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
         weights = [(source["name"], source["sha256"]) for source in settings.sources()]
@@ -262,5 +264,6 @@ def recipe(settings: Settings, model: Model, data: Dataset) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "n_train": model.n_train,
         "n_heldout": model.n_heldout,
+        "left_out": list(data.left_out),
         "loss": list(model.loss),
     }

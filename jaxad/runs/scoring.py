@@ -4,9 +4,9 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,15 @@ from jaxad.runs.fitting import title
 from jaxad.text import to_cell
 
 
+class Scored(NamedTuple):
+    """What `score_run` has done."""
+
+    anomalous: int
+    """Images above the threshold; 0 without one."""
+    errors: Sequence[str]
+    """Of the images that cannot be read."""
+
+
 def score_run(
     detector: Detector,
     data: Dataset,
@@ -31,21 +40,18 @@ def score_run(
     labeled: bool,
     overlays: bool = False,
     maps: bool = False,
-) -> int:
+) -> Scored:
     """Scores images batch by batch; memory does not grow with their number.
 
     Args:
         detector: Fitted.
-        data: The images.
+        data: The images. Where it keeps errors, images that cannot be read are listed with theirs.
         output: A folder of `directory.scoring`. Receives scores.csv and scores.jsonl; overlays/ and maps/ where asked
             for, in the images' own folders.
         root: The folder that these folders are relative to; None where the images are no files.
         labeled: Whether the labels of `data` are real; else they are left empty.
         overlays: Write PNGs of the images with the heat map over them, in colors that mean the same in every image.
         maps: Write the raw heat maps at the original resolution as float32 TIFFs.
-
-    Returns:
-        The number of images above the threshold; 0 without one.
 
     Raises:
         ValueError: The method gives no heat maps, or there is nothing to take the colors from.
@@ -62,7 +68,7 @@ def score_run(
             image = hatch(data.original(i), data.original_ignored(i))
             save_png(output / "overlays" / f"{names[i]}.png", overlay(image, heat_map, *limits))
 
-    anomalous = 0
+    anomalous, errors = 0, {} if data.errors is None else data.errors
     with (
         score_files(output, detector.image_threshold) as write,
         Bars(title(detector.settings, [data])) as bars,
@@ -77,11 +83,12 @@ def score_run(
                     raise ValueError(
                         "overlays take their colors from held-out images, got a model without: fit with holdout > 0"
                     )
-                in_threads(draw, zip(rows.tolist(), scores.pixel, strict=True))
+                in_threads(draw, [job for job in zip(rows.tolist(), scores.pixel, strict=True) if job[0] not in errors])
             for i, value in zip(rows.tolist(), scores.image.tolist(), strict=True):
                 label, defect = (int(data.labels[i]), data.defects[i]) if labeled else (-1, "")
-                anomalous += bool(write(data.paths[i], label, defect, value))
-    return anomalous
+                outcome = (None, errors[i]) if i in errors else (value, None)
+                anomalous += bool(write(data.paths[i], label, defect, *outcome))
+    return Scored(anomalous, [errors[i] for i in sorted(errors)])
 
 
 def picture_names(data: Dataset, root: Path | None) -> list[str]:
@@ -100,13 +107,13 @@ def picture_names(data: Dataset, root: Path | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[[str, int, str, float], bool | None]]:
+def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[..., bool | None]]:
     """Writes scores.csv and scores.jsonl row by row; they appear when the block ends well.
 
     Yields:
-        write(path, label, defect, score) -> the prediction: whether the score is above the threshold, None without one.
-        An unknown label is -1, and empty (null) in the files. In the CSV an apostrophe keeps spreadsheets from running
-        a name as a formula.
+        write(path, label, defect, score, error=None) -> the prediction: whether the score is above the threshold, None
+        without one. An unknown label is -1, and empty (null) in the files; so is the score of an image with an error.
+        In the CSV an apostrophe keeps spreadsheets from running a name as a formula.
     """
     encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
     with (
@@ -115,14 +122,14 @@ def score_files(folder: Path, threshold: Threshold | None) -> Iterator[Callable[
         csv_path.open("w", newline="", **encoding) as csv_file,
         jsonl_path.open("w", **encoding) as jsonl_file,
     ):
-        fields = ("path", "label", "defect", "score", "prediction")
+        fields = ("path", "label", "defect", "score", "prediction", "error")
         table = csv.writer(csv_file)
         table.writerow(fields)
 
-        def write(path: str, label: int, defect: str, score: float) -> bool | None:
-            prediction = None if threshold is None else score > threshold.value
+        def write(path: str, label: int, defect: str, score: float | None, error: str | None = None) -> bool | None:
+            prediction = None if threshold is None or score is None else score > threshold.value
             flag = None if prediction is None else int(prediction)
-            row = (path, None if label < 0 else label, defect or None, score, flag)
+            row = (path, None if label < 0 else label, defect or None, score, flag, error)
             table.writerow([to_cell(cell) if isinstance(cell, str) else cell for cell in row])
             jsonl_file.write(json.dumps(dict(zip(fields, row, strict=True))) + "\n")
             return prediction
@@ -139,6 +146,7 @@ def open_split(
     mask_threshold: MaskThreshold = None,
     group_by: str | None = None,
     any_folder: bool = False,
+    **options: Any,
 ) -> Split:
     """One category of a source: the one asked for, or the only one, or the one that the run was fitted on.
 
@@ -150,12 +158,13 @@ def open_split(
         mask_threshold: As for `open_data`.
         group_by: As for `open_data`.
         any_folder: A folder in no known layout may hold normal and anomalous images.
+        options: `pages` and `broken` of `open_data`.
 
     Raises:
         ValueError: There are several and none of the two names is among them; and all of `open_data`.
     """
     preprocess, layout = detector.settings.preprocess, "any" if any_folder else "auto"
-    options: dict[str, Any] = {"mask_threshold": mask_threshold, "group_by": group_by, "layout": layout}
+    options |= {"mask_threshold": mask_threshold, "group_by": group_by, "layout": layout}
     opened = open_data(source, category=asked, preprocess=preprocess, **options)
     if len(opened) == 1:
         return next(iter(opened.values()))

@@ -104,6 +104,39 @@ def test_masks_of_what_to_ignore(flat_run: Path, mvtec: Path, tmp_path: Path, ca
     assert load_run(run).examples is not None and load_run(run).examples.ignored.any()
 
 
+@pytest.mark.parametrize("image_size", ["64", pytest.param("None", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("default")
+def test_broken_images_cost_nothing_but_themselves(
+    image_size: str, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for i in range(5):
+        save_image(tmp_path / "photos" / f"{i}.png", i)
+    (tmp_path / "photos" / "0.png").write_bytes(b"no image")
+    options = ("--method", "mahalanobis_ad", *backbone_options, "--image-size", image_size)
+    arguments = ["fit", str(tmp_path / "photos"), *options, "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert "0.png (not a known image format)" in refusal and "--skip-broken" in refusal
+    assert main([*arguments, "--skip-broken"]) == 0
+    assert "warning: 1 of 5 images cannot be read and are left out: cannot decode" in capsys.readouterr().err
+    run = tmp_path / "mahalanobis_ad" / "photos" / "photos"
+    assert files.read_json(run / "recipe.json")["left_out"] == [str(tmp_path / "photos" / "0.png")]
+    assert main(["score", str(run), str(tmp_path / "photos"), "--output", str(tmp_path / "out")]) == 1
+    assert "4 images scored" in (said := capsys.readouterr().err) and "1 of 5 images cannot be read" in said
+    rows = read_csv(tmp_path / "out" / "scores.csv")
+    assert [bool(row["score"]) for row in rows] == [not row["error"] for row in rows] == [False, *[True] * 4]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert [line["error"] or "" for line in lines] == [row["error"] for row in rows]
+    assert "0.png" in lines[0]["error"] and lines[0]["score"] is None is lines[0]["prediction"]
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for error in (MemoryError("std::bad_alloc"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")):
+        monkeypatch.setattr("jaxad.cli.commands.run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert main(["report"]) == 2
+        assert str(error) in (line := capsys.readouterr().err) and line.count("\n") == 1 and "--batch-size" in line
+
+
 def test_score_writes_beside_the_run_by_default_and_takes_any_folder(flat_run: Path, mvtec: Path):
     source = mvtec / "bolt" / "test"  # good beside scratch: no folder to learn from, but one to score
     assert main(["score", str(flat_run), str(source)]) == 0

@@ -1,17 +1,21 @@
 """Decoding, resizing, cropping and mapping back, compared with numpy formulas and plain PIL."""
 
 import io
+import struct
 import subprocess
 import sys
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 import jaxad
+from jaxad import host_memory
 from jaxad.data import PAPER, ImageError, Preprocess, to_original
 from jaxad.data.images import in_threads, mask_and_gray, read, read_mask, size_of
 
@@ -127,15 +131,104 @@ def test_resize_and_crop_equal_pil(tmp_path):
     assert np.array_equal(read(path, "a", Preprocess(None, (11, 13))), pixels[25:36, 35:48])
 
 
-def test_reduced_jpeg_decoding_hardly_changes_the_result(tmp_path):
-    y, x = np.mgrid[:900, :1200] / 100
-    pixels = (127 + 60 * np.stack([np.sin(x * y), np.cos(3 * x), np.sin(7 * y)], -1)).astype(np.uint8)
-    path = save(tmp_path / "big.jpg", pixels, quality=95)
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(150, 200), None])
+def test_a_large_jpeg_is_the_same_however_it_comes(tmp_path, size, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "big.jpg", pixels, exif=exif)
+    preprocess = Preprocess(size)
     with Image.open(path) as image:
-        expected = np.asarray(image.resize((200, 150), Image.Resampling.BILINEAR), float)
-    difference = np.abs(read(path, "big", Preprocess((150, 200))) - expected)
-    assert difference.mean() < 0.6 and difference.max() < 8
-    assert read(path, "big").shape == (900, 1200, 3)
+        decoded = np.asarray(image)
+        expected = read(UPRIGHT[orientation](decoded), "array", preprocess)
+        sources = [path, path.read_bytes(), path.read_bytes, image, decoded] if orientation == 1 else [path, image]
+        for source in sources:
+            assert np.array_equal(read(source, "big", preprocess), expected)
+            assert size is not None or size_of(source, "big") == expected.shape[:2]
+
+
+def encoded(pixels, kind="tiff", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def color_of_16_bits(pixels):
+    """A PNG, which Pillow does not write."""
+    h, w, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_bits_are_the_depth_of_integers_in_files_and_arrays():
+    pixels = np.random.default_rng(0).integers(0, 1024, (9, 7, 3)).astype(np.uint16)
+    gray_pixels = pixels[..., 0]
+    expected, ten = np.round(pixels / 1023 * 255), Preprocess(None, None, 10)
+    for source in (gray_pixels, encoded(gray_pixels), encoded(gray_pixels, "png"), Image.fromarray(gray_pixels)):
+        assert np.array_equal(read(source, "gray", ten), gray(expected[..., 0]))
+    for source in (pixels, color_of_16_bits(pixels)):
+        assert np.array_equal(read(source, "color", ten), expected)
+    eight = encoded(expected[..., 0].astype(np.uint8))
+    assert np.array_equal(read(eight, "8 bits", ten), gray(expected[..., 0]))
+    with pytest.raises(ImageError, match=r"pixels of 10 bits must lie in 0..1023, got 1024 in bright: set bits"):
+        read(np.full((2, 2), 1024, np.uint16), "bright", ten)
+    with pytest.raises(ValueError, match="bits must be an integer from 8 to 16, got 17"):
+        Preprocess(bits=17).check()
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_zero_may_be_white_in_a_tiff(dtype, compression):
+    values = np.linspace(0, 1, 35).reshape(5, 7) * {"uint16": 65535, "float32": 1}[dtype]
+    black_is_zero, white_is_zero = (
+        encoded(values.astype(dtype), tiffinfo={262: number}, compression=compression) for number in (1, 0)
+    )
+    assert np.array_equal(read(white_is_zero, "white"), 255 - read(black_is_zero, "black"))
+
+
+def test_a_tiff_of_12_bits_says_so():
+    packed = np.zeros((4, 6), np.uint8)
+    packed[:, :3] = (0xFF, 0xF8, 0x00)  # 4095 and 2048
+    file = bytearray(encoded(packed, tiffinfo={259: 1}))
+    for place, tag, *_ in tags_of(file):
+        if tag in (256, 258):
+            file[place : place + 12] = struct.pack("<HHIHH", tag, 3, 1, 4 if tag == 256 else 12, 0)
+    assert read(bytes(file), "12 bits")[0, :, 0].tolist() == [255, 128, 0, 0]
+
+
+def tags_of(file):
+    (first,) = struct.unpack_from("<I", file, 4)
+    (n,) = struct.unpack_from("<H", file, first)
+    return [(place, *struct.unpack_from("<HHII", file, place)) for place in range(first + 2, first + 2 + 12 * n, 12)]
+
+
+@pytest.mark.parametrize("compression", [None, "jpeg", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("fault", ["fewer strips", "lower strips", "no offset", "short strip", "signed"])
+def test_a_tiff_that_lacks_rows_or_has_signed_samples_is_refused(fault, compression, monkeypatch):
+    monkeypatch.setattr(TiffImagePlugin, "STRIP_SIZE", 1024)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    rows = {} if compression else {278: 16}
+    file = bytearray(encoded(pixels, tiffinfo={339: 1} | rows, compression=compression))
+    assert np.abs(read(bytes(file), "whole").astype(int)[..., 0] - pixels).max() <= (
+        255 if compression == "jpeg" else 0
+    )
+    for place, tag, kind, count, value in tags_of(file):
+        width = {3: 2, 4: 4}.get(kind, 1)
+        if fault == "fewer strips" and tag in (273, 279):
+            struct.pack_into("<I", file, place + 4, count - 1)
+        elif fault == "lower strips" and tag == 278:
+            struct.pack_into("<H" if kind == 3 else "<I", file, place + 8, 8)
+        elif fault == "no offset" and tag == 273:
+            file[value + width : value + 2 * width] = bytes(width)
+        elif fault == "short strip" and tag == 279:
+            file[value + width : value + 2 * width] = (100).to_bytes(width, "little")
+        elif fault == "signed" and tag == 339:
+            struct.pack_into("<H", file, place + 8, 2)
+    with pytest.raises(ImageError, match=r"cannot decode a.tif \(.*(strip|signed|decoder error).*\): repair or remove"):
+        read(bytes(file), "a.tif")
 
 
 @settings(max_examples=40, deadline=None)
@@ -323,3 +416,27 @@ def test_warnings_of_pillow_do_not_show(tmp_path):
     command = [sys.executable, "-W", "always", "-c", program, str(path)]
     done = subprocess.run(command, cwd=Path(jaxad.__file__).parents[1], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("(20, 20, 3)\n", "")
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "jpeg2000"])
+def test_an_image_that_takes_more_memory_than_there_is_is_not_decoded(kind, monkeypatch):
+    bomb = encoded(np.zeros((3000, 3000), np.uint8), kind)
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 200_000_000)
+    with pytest.raises(ImageError, match=r"bomb is too large for the memory .*half of the free 0.2 GB\): cut"):
+        read(bomb, "bomb")
+
+
+def test_threads_wait_for_memory_that_others_have_reserved(monkeypatch):
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 4 * host_memory.FREE)
+    needed, entered = host_memory.FREE + 1, threading.Event()
+
+    def reserve():
+        with host_memory.reserved(needed):
+            entered.set()
+
+    with host_memory.reserved(needed):
+        thread = threading.Thread(target=reserve)
+        thread.start()
+        assert not entered.wait(0.05)
+    assert entered.wait(10)
+    thread.join()

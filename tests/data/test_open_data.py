@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxad.data import Arrays, Preprocess, open_data
+from jaxad.data import Arrays, ImageError, Preprocess, open_data
 from jaxad.data.dataset import check_normals, unite
+from jaxad.data.depth import usual_bits
 
 RED = np.full((12, 16, 3), (200, 30, 30), np.uint8)
 SPOT = np.zeros((12, 16), np.uint8)
@@ -317,6 +319,7 @@ def test_masks_with_gray_levels_are_said_to_have_them(tmp_path):
     dtype=st.sampled_from(["uint8", "uint16", "float32", "float64"]),
 )
 def test_arrays_of_every_type(n, h, w, channels, dtype):
+    n = min(n, 2) if channels is None else n  # of (3, h, w) and (4, h, w) nobody knows what they are
     random = np.random.default_rng(0)
     bytes_ = random.integers(0, 256, (n, h, w) if channels is None else (n, h, w, channels), np.uint8)
     scale = {"uint8": 1, "uint16": 257, "float32": 1 / 255, "float64": 1 / 255}[dtype]
@@ -639,3 +642,88 @@ def test_real_folders(shared):
     assert np.array_equal(bottle.test.masks(indices).any((1, 2)), bottle.test.labels[indices] == 1)
     pills = open_data(shared / "data/pillqc")["pillqc"]
     assert (len(pills.train), len(pills.test), pills.test.has_masks) == (100, 230, False)
+
+
+def test_one_image_with_its_channels_first_is_no_batch():
+    for shape in ((3, 8, 8), (4, 8, 8), (2, 3, 8, 8)):
+        with pytest.raises(ValueError, match=r"channels first.*np\.moveaxis"):
+            open_data(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"train\[1\] must have shape .* 3 channels first"):
+        open_data([RED, RED.transpose(2, 0, 1)])
+
+
+def test_images_of_pillow_and_encoded_files_are_images(tmp_path):
+    path = save(tmp_path / "a.png")
+    with Image.open(path) as image:
+        sources = [path, path.read_bytes(), image, RED, jnp.asarray(RED)]
+        for source in (sources, *sources[1:3]):
+            train = open_data(source, preprocess=Preprocess(None))["arrays"].train
+            assert (train.images(range(len(train))) == RED).all() and train.original_size(0) == (12, 16)
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        save(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "c.png").write_bytes((tmp_path / "c.png").read_bytes()[:50])
+    return tmp_path
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess((8, 8)), Preprocess(None)])
+def test_broken_images_are_refused_left_out_or_kept_with_their_errors(broken_folder, preprocess):
+    with pytest.raises(ImageError, match=r"a\.png \(not a known image format\)"):
+        [split] = open_data(broken_folder, preprocess=preprocess).values()
+        split.train.images(range(4))
+    with pytest.warns(UserWarning, match=r"2 of 4 images cannot be read and are left out: .*a\.png .*; .*c\.png"):
+        [split] = open_data(broken_folder, preprocess=preprocess, broken="skip").values()
+    assert split.train.paths == (str(broken_folder / "b.png"), str(broken_folder / "d.png"))
+    assert split.train.left_out == (str(broken_folder / "a.png"), str(broken_folder / "c.png"))
+    [split] = open_data(broken_folder, preprocess=preprocess, broken="keep").values()
+    read = split.train.images(range(4))
+    assert not read[[0, 2]].any() and (read[[1, 3]] == RED[0, 0]).all()
+    assert {i: "cannot decode" in error for i, error in split.train.errors.items()} == {0: True, 2: True}
+
+
+def test_a_missing_file_is_kept_with_its_error(tmp_path):
+    paths = [save(tmp_path / "a.png"), tmp_path / "gone.png"]
+    train = open_data(paths, broken="keep")["files"].train
+    train.images(range(2))
+    assert train.errors == {1: f"image file not found: {paths[1]}"}
+
+
+@pytest.mark.parametrize("name", ["scan.tif", "film.gif", "film.png", "film.webp"])
+def test_pages_are_read_on_request_and_otherwise_mentioned(tmp_path, name):
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 120, 240)]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    save(tmp_path / "zero.png")
+    [split] = open_data(tmp_path, preprocess=Preprocess((8, 8)), pages=True).values()
+    assert split.train.paths == (*(f"{tmp_path / name}[{i}]" for i in range(3)), str(tmp_path / "zero.png"))
+    assert np.abs(split.train.images(range(3))[:, 4, 4, 0] - [0.0, 120, 240]).max() <= 4
+    with pytest.warns(UserWarning, match=rf"1 of 2 files have several pages .*{name} with 3: only the first is read"):
+        [split] = open_data(tmp_path, preprocess=Preprocess((8, 8))).values()
+    assert len(split.train) == 2 and split.train.images([0]).max() <= 4
+
+
+@pytest.mark.parametrize(("highest", "bits"), [(200, 8), (1000, 10), (1024, 12), (4095, 12), (4096, None)])
+def test_the_bits_that_16_bit_images_use(tmp_path, highest, bits):
+    pixels = np.full((2, 5, 5), highest, np.uint16)
+    for i, image in enumerate(pixels):
+        save(tmp_path / f"{i}.png", image)
+    for source in (pixels, tmp_path):
+        [split] = open_data(source).values()
+        found, warning = usual_bits([split.train])
+        assert found == bits and (f"up to {highest}, a sixteenth" in warning) == (bits is not None)
+
+
+def test_bits_that_are_stated_or_of_no_interest_are_not_looked_for():
+    eight, ten = np.zeros((2, 5, 5), np.uint8), np.full((2, 5, 5), 900, np.uint16)
+    [small], [stated] = (open_data(a, preprocess=Preprocess(bits=b)).values() for a, b in ((eight, None), (ten, 14)))
+    assert usual_bits([small.train]) == (None, "") and usual_bits([stated.train]) == (14, "")
+    [deep] = open_data({"x": ten, "y": ten * 60}, category="x").values()
+    [full] = open_data({"x": ten, "y": ten * 60}, category="y").values()
+    bits, warning = usual_bits([deep.train, full.train])
+    assert bits is None and "images of x use values up to 900" in warning and "bits=10" in warning
+    with pytest.raises(ValueError, match="bits of the model, 10, got 14"):
+        stated.train.with_bits(10)

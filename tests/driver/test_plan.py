@@ -1,6 +1,7 @@
 """Memory is known before a fit: the numbers are those of the programs that the fit then runs."""
 
 import json
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import pytest
 from PIL import Image
 
 import jaxad
+from jaxad import host_memory
 from jaxad.cli import main
 from jaxad.data import Preprocess, open_data
-from jaxad.driver import memory, plan
 from jaxad.driver import mesh as meshes
+from jaxad.driver import plan
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.fit import fit, fit_classes
 from jaxad.driver.memory import Memory, available
@@ -179,6 +181,13 @@ def test_memory_of_accelerators_is_that_of_the_fullest():
     assert available(devices[2:]) is None
 
 
+def test_a_limit_of_the_address_space_counts_as_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 62, 1 << 62))
+    unlimited = host_memory.free_bytes()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert unlimited and host_memory.free_bytes() == 0
+
+
 def test_memory_of_this_machine():
     free = available()
     assert free is not None and free.owner == "this machine" and 1e6 < free.free < 1e15
@@ -197,8 +206,8 @@ def test_memory_of_a_container_is_its_limit_less_what_it_uses(version, tmp_path)
         (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 200\n")
     membership = tmp_path / "cgroup"
     membership.write_text("5:cpu:/c\n4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
-    assert sorted(memory._free_in_cgroups(tmp_path, membership)) == [500, 4500]
-    assert list(memory._free_in_cgroups(tmp_path, tmp_path / "nothing")) == []
+    assert sorted(host_memory._free_in_cgroups(tmp_path, membership)) == [500, 4500]
+    assert list(host_memory._free_in_cgroups(tmp_path, tmp_path / "nothing")) == []
 
 
 def test_sizes_are_short():

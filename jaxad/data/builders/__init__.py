@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxad.data import folders, images
-from jaxad.data.dataset import check_mask_size
+from jaxad.data.checks import check_mask_size
 from jaxad.data.images import MaskThreshold
 from jaxad.data.records import GOOD, Record
 
