@@ -3,11 +3,12 @@
 import sys
 from typing import NoReturn
 
-from jaxad import interruption
+from jaxad import interruption, streams
 
 
 def main() -> NoReturn:
-    """Runs the command line; signals end it also while modules are imported."""
+    """Runs the command line; signals end it also while modules are imported, and all streams are open."""
+    streams.prepare()
     interruption.watch()
     from jaxad import cli
 

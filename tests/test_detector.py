@@ -163,7 +163,7 @@ def test_thresholds_come_from_held_out_normals(detector, folder):
 
 @pytest.mark.parametrize(("n", "holdout", "count"), [(14, 0.2, 3), (2, 0.9, 1), (101, 0.5, 50), (3, 0.01, 1)])
 def test_without_groups_single_images_are_held_out(n, holdout, count):
-    data = open_data(np.zeros((n, 5, 5), np.uint8))["arrays"].train
+    data = open_data(np.zeros((n, 5, 5, 1), np.uint8))["arrays"].train
     for seed in range(3):
         train, held_out = split(Settings.of("padim", holdout=holdout, seed=seed), data)
         order = np.random.default_rng(seed).permutation(n)
@@ -172,7 +172,7 @@ def test_without_groups_single_images_are_held_out(n, holdout, count):
 
 
 def grouped(groups):
-    return open_data(Arrays(np.zeros((len(groups), 5, 5), np.uint8), groups=groups))["arrays"].train
+    return open_data(Arrays(np.zeros((len(groups), 5, 5, 1), np.uint8), groups=groups))["arrays"].train
 
 
 def test_whole_groups_are_held_out():

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "data": {"host_memory"},
     "host_memory": set(),
     "interruption": set(),
+    "streams": set(),
     "schema": set(),
     "text": set(),
     "metrics": {"schema"},
@@ -51,8 +52,8 @@ MAY_IMPORT = {
     "detector": BELOW_DETECTOR,
     "report": {"artifact", "files", "data", "metrics", "schema", "text"},
     "runs": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "jaxad"},
-    "cli": BELOW_DETECTOR | {"detector", "interruption", "progress", "report", "runs", "jaxad"},
-    "__main__": {"cli", "interruption", "jaxad"},
+    "cli": BELOW_DETECTOR | {"detector", "interruption", "streams", "progress", "report", "runs", "jaxad"},
+    "__main__": {"cli", "interruption", "streams", "jaxad"},
     "__init__": {"detector", "driver", "data", "methods"},
 }
 """The parts of jaxad that each part may import besides itself; `jaxad` stands for the public names."""

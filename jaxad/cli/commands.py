@@ -2,28 +2,24 @@
 
 import dataclasses
 import functools
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
 from jaxad.backbones import available, fetch, import_file
+from jaxad.cli.estimating import estimate  # noqa: F401  (`run` finds it)
 from jaxad.cli.listing import print_table
 from jaxad.cli.main import one_line
 from jaxad.cli.options import (
     DATA,
     BenchmarkData,
     Data,
-    EstimateData,
     FitData,
     Runs,
     Source,
@@ -35,13 +31,11 @@ from jaxad.data import ImageError, Split, open_data
 from jaxad.data.dataset import check_normals
 from jaxad.data.depth import usual_bits
 from jaxad.data.ignore import regions
-from jaxad.driver import distributed, memory
+from jaxad.driver import distributed
 from jaxad.driver.embedding import EmbeddingCache
 from jaxad.driver.execution import Checkpoint, Execution
 from jaxad.driver.mesh import is_first
-from jaxad.driver.plan import Plan, size
-from jaxad.interruption import undoing
-from jaxad.learning import Sweep, abstract_frozen, load_frozen, shortage
+from jaxad.learning import Sweep, load_frozen
 from jaxad.metrics.guarantees import shortfall
 from jaxad.progress import Bars, be_silent, say
 from jaxad.report.html import write_report
@@ -50,13 +44,10 @@ from jaxad.report.tables import Row, decisions_table, metrics_table
 from jaxad.runs import directory
 from jaxad.runs.benchmarking import measure, unsuited
 from jaxad.runs.evaluating import evaluate_group, evaluate_runs, evaluate_unified
-from jaxad.runs.fitting import Assignment, FittedGroup, Run, assign, fit_all, plan_all, shared_caches
+from jaxad.runs.fitting import Assignment, FittedGroup, Run, assign, fit_all, shared_caches
 from jaxad.runs.scoring import open_split, score_run
 from jaxad.settings import Settings
 from jaxad.text import printable
-
-PLAN_COLUMNS = ("weights", "state", "images", "temporaries", "each device", "host")
-"""What `jaxad estimate` prints of every program."""
 
 
 def run(name: str, argv: list[str], arguments: dict[str, Any]) -> int:
@@ -129,28 +120,6 @@ def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> 
         finally:
             _report(list(rows), data.report)
     return int(bool(errors or (refusals and data.methods)))
-
-
-def estimate(argv: list[str], data: EstimateData, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
-    """Print how much memory a fit needs, without fitting."""
-    settings = settings_of(data.method, data.preset, options | hyperparameters)
-    opened = open_data(data.data, category=data.category, preprocess=settings.preprocess)
-    check_normals(*(split.train for split in opened.values()))
-    try:
-        frozen = load_frozen(settings)
-    except FileNotFoundError:
-        if any(settings.weights):
-            raise
-        frozen = abstract_frozen(settings)
-    if data.devices > jax.device_count():
-        say(f"{jax.device_count()} of {data.devices} devices are here: compiling for virtual ones on the CPU")
-        _on_virtual_devices(data.devices, ["estimate", *argv])
-        return
-    trains = {category: split.train for category, split in opened.items()}
-    execution = Execution(classes_per_step=data.classes_per_step)
-    options = dict(frozen=frozen, unified=data.unified, devices=data.devices, execution=execution)
-    for plan in plan_all(settings, trains, **options):
-        _print_plan(plan, settings)
 
 
 def score(
@@ -383,39 +352,6 @@ def _fit(
         sweep=sweep,
         overwrite=data.overwrite,
     )
-
-
-def _on_virtual_devices(devices: int, argv: Sequence[str]) -> None:
-    """Runs a command in another process, with that many virtual devices of the CPU."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-    command = [sys.executable, "-m", "jaxad", *argv]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    with undoing(process.kill):
-        print(process.communicate()[0], end="")
-    if process.returncode:
-        sys.exit(process.returncode)
-
-
-def _print_plan(plan: Plan, settings: Settings) -> None:
-    """The table of what is in memory while each program runs, and what follows from it."""
-    virtual = plan.shared and len(plan.devices) > 1
-    table = Table("while this runs", *(Column(name, justify="right") for name in PLAN_COLUMNS))
-    for need in plan.needs:
-        parts = (need.weights, need.state, need.batch, need.temporaries, need.device, need.host)
-        table.add_row(need.name, *map(size, parts), style="bold" if need is plan.peak else None)
-    table.add_section()
-    table.add_row("the model", "", size(plan.model), "", "", size(plan.model), "")
-    print_table(table)
-    peak, free = plan.peak, memory.available(plan.devices)
-    place = "device and host together" if plan.shared and not virtual else f"on each of {len(plan.devices)} devices"
-    print(f'most: {size(peak.device if virtual else plan.total(peak))} while "{peak.name}" runs, {place}')
-    print(f"host: up to {size(max(need.host for need in plan.needs))}, and {size(plan.checkpoint)} for a checkpoint")
-    if virtual:
-        print("virtual devices on the CPU: an accelerator may pad arrays and need other temporaries")
-    elif free is not None:
-        lacking = shortage(settings, plan)
-        print(lacking or f"it fits: {free.owner} has {size(free.free + plan.loaded)} for it")
 
 
 def _report(run_dirs: Sequence[Path], page: Path | None) -> None:

@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import jaxad
-from jaxad import interruption
-from jaxad.cli import streams
+from jaxad import interruption, streams
 from jaxad.driver import distributed
 from jaxad.progress import say, write_line
 
@@ -38,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is for tests."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # XLA calls it from all of its own threads at once
     if argv is None:
-        streams.prepare()
         interruption.watch()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -88,7 +86,7 @@ def one_line(error: Exception) -> str:
     return line if len(line) < LONGEST_LINE else f"{line[:200]} ... {line[-200:]}"
 
 
-def _too_large(error: MemoryError | RuntimeError) -> ValueError:
+def _too_large(error: Exception) -> ValueError:
     reason = str(error).partition("\n")[0] or "out of memory"
     line = f"not enough memory ({reason}): set a smaller --batch-size or --image-size, or use fewer images at once"
     return ValueError(line).with_traceback(error.__traceback__)

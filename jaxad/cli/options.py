@@ -110,6 +110,7 @@ class EstimateData:
         method: A name in `jaxad list`, before all options; its own are shown below.
         data: A folder of normal images or in a known layout (MVTec, VisA ...), a CSV file, tfds:NAME, or demo.
         category: One product class, or all of them: those of similar numbers of images, of one size, in one program.
+        group_by: As for `jaxad fit`.
         unified: One model for all classes.
         classes_per_step: Classes in memory at the same time; None: all.
         preset: "paper" resizes to 256 and crops to 224, whatever image-size and center-crop say.
@@ -119,6 +120,7 @@ class EstimateData:
     method: Annotated[Positional[str], arg(metavar="METHOD")]
     data: str
     category: str = "all"
+    group_by: str | None = None
     unified: bool = False
     classes_per_step: int | None = None
     preset: Literal["paper"] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxad import files
 from jaxad.base import Scores
 from jaxad.data import Dataset, Split
 from jaxad.detector import Detector

@@ -1,5 +1,6 @@
 """What a user does wrong is one line and exit code 2."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_a_mistake_is_one_line_and_code_2(
     (tmp_path / "corrupt" / "a.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXAD_OFFLINE", "1")
+    monkeypatch.setattr("jaxad.progress.LINE_SECONDS", math.inf)
     argv, words = MISTAKES[mistake]
     if argv[0] in ("fit", "benchmark") and "--backbone" not in argv:
         argv = [*argv, *backbone_options]

@@ -166,7 +166,7 @@ def color_of_16_bits(pixels):
 def test_bits_are_the_depth_of_integers_in_files_and_arrays():
     pixels = np.random.default_rng(0).integers(0, 1024, (9, 7, 3)).astype(np.uint16)
     gray_pixels = pixels[..., 0]
-    expected, ten = np.round(pixels / 1023 * 255), Preprocess(None, None, 10)
+    expected, ten = np.round(pixels / 1023 * 255), Preprocess(None, bits=10)
     for source in (gray_pixels, encoded(gray_pixels), encoded(gray_pixels, "png"), Image.fromarray(gray_pixels)):
         assert np.array_equal(read(source, "gray", ten), gray(expected[..., 0]))
     for source in (pixels, color_of_16_bits(pixels)):
