@@ -29,7 +29,7 @@ COMMANDS = {
     "weights": "Manage pretrained weights: list, fetch NAME, import FILE.",
 }
 
-LONGEST_LINE = 2000
+LONGEST_LINE = 5000
 """Characters of an error; of a longer one, which quotes damage, the beginning and the end are shown."""
 
 

@@ -19,21 +19,23 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def libtiff_errors() -> Iterator[list[str]]:
-    """Collects what libtiff finds wrong with the files that this thread decodes in the block."""
-    _local.messages = []
+    """Collects what libtiff finds wrong with the files that this thread decodes in the block; blocks may be nested."""
+    outer = getattr(_local, "messages", None)
+    _local.messages = messages = []
     try:
-        yield _local.messages
+        yield messages
     finally:
-        del _local.messages
+        _local.messages = outer
 
 
 @_Handler
 def _collect(module: bytes | None, pattern: bytes, arguments: int) -> None:
-    if hasattr(_local, "messages"):
+    messages = getattr(_local, "messages", None)
+    if messages is not None:
         text = ctypes.create_string_buffer(200)
         ctypes.pythonapi.PyOS_vsnprintf(text, len(text), pattern, ctypes.c_void_p(arguments))
         name = f"{module.decode(errors='replace')}: " if module else ""
-        _local.messages.append(name + text.value.decode(errors="replace").strip())
+        messages.append(name + text.value.decode(errors="replace").strip())
 
 
 with contextlib.suppress(AttributeError, OSError):  # where Pillow hides its libtiff or has none
