@@ -190,11 +190,11 @@ def beside_anomalib(record: dict[str, Any]) -> str:
         return fraction(fmean(values)) + (f" ± {fraction(pstdev(values))}" if len(values) > 1 else "")
 
     rows = [
-        [f"`{method}`", str(row["epochs"] or ABSENT)]
+        [f"`{method}`", str(row["images"]["size"]), str(row["epochs"] or ABSENT)]
         + [cell(row[library], name) for name in names for library in ("jaxad", "anomalib")]
         for method, row in record["methods"].items()
     ]
-    return markdown_table(["method", "epochs", *(head for name in names for head in (name, "anomalib"))], rows)
+    return markdown_table(["method", "px", "epochs", *(head for name in names for head in (name, "anomalib"))], rows)
 
 
 def new_parts(record: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
         --auxiliary TEXTURES_FOLDER --torch-python PYTHON
 
 100 training images and at most 100 test images, half of them normal where there are enough, of 224 px (CS-Flow and
-EfficientAD: 256). A method that draws anything takes three seeds, the three that train longest take one.
+EfficientAD, which need it: 256; DRAEM, which trains longest: 128). A method that draws anything takes three seeds;
+CS-Flow, EfficientAD and DRAEM take one.
 `PYTHON` is an interpreter with anomalib (`pip install anomalib==2.7.0 FrEIA==0.2 safetensors`). Writes
 results/anomalib_<name>.json after every method; those that are there already are kept, so that a run continues where
 it was stopped. `--smoke` is the small variant for the tests, without anomalib.
@@ -88,7 +89,7 @@ PEERS = (
         auxiliary="anomaly_source_path",
     ),
     Peer("efficientad", {}, {}, 1, 1, TEACHER, "imagenet_dir", size=256, seeds=(0,)),
-    Peer("draem", {}, {}, 1, 4, None, "dtd_dir", seeds=(0,)),
+    Peer("draem", {}, {}, 1, 4, None, "dtd_dir", size=128, seeds=(0,)),
 )
 
 
