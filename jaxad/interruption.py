@@ -8,13 +8,14 @@ that has something to undo first gets `GRACE_SECONDS` to notice by itself (`chec
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 GRACE_SECONDS = 3.0
+STDERR = 2
+"""Not `sys.stderr`, which may be a buffer while options are parsed."""
 LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 _received: list[int] = []
@@ -86,6 +87,6 @@ def _end(number: int) -> NoReturn:
             with contextlib.suppress(Exception):
                 undo()
         with contextlib.suppress(Exception):
-            cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-            os.write(sys.stderr.fileno(), f"{cursor}jaxad: {LINES[signal.Signals(number)]}\n".encode())
+            cursor = "\x1b[?25h\n" if os.isatty(STDERR) else ""
+            os.write(STDERR, f"{cursor}jaxad: {LINES[signal.Signals(number)]}\n".encode())
         os._exit(128 + number)

@@ -195,6 +195,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, url: str) -> None:
         self._url, self.sha256 = url, None
 
+    def http_error_302(self, req, fp, code, msg, headers):
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except (ValueError, OSError):
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.sha256 = self.sha256 or self.stated(req.full_url, headers)
         allowed = ("https",) if urlsplit(req.full_url).scheme == "https" else ("http", "https")
