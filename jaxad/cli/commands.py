@@ -12,6 +12,7 @@ from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
 import jaxad
+from jaxad.artifact import read_description
 from jaxad.backbones import available, fetch, import_file
 from jaxad.cli.estimating import estimate  # noqa: F401  (`run` finds it)
 from jaxad.cli.listing import print_table
@@ -113,7 +114,7 @@ def benchmark(argv: list[str], data: BenchmarkData, options: dict[str, Any]) -> 
         candidates[i].method: functools.partial(run, candidates[i], assigned[i], cache)
         for i, cache in zip(kept, caches, strict=True)
     }
-    rows, errors = measure(runs, lambda name, error: say(f"jaxad: error: {name}: {one_line(error)}"))
+    rows, errors = measure(runs, _say_error)
     if rows:  # only the first of several processes has them
         try:
             print_table(metrics_table(sorted(rows.values(), key=lambda row: row.method)))
@@ -183,8 +184,11 @@ def evaluate(
     oracle: bool = False,
     skip_broken: bool = False,
     report: Path | None = None,
-) -> None:
+) -> int:
     """Score the test images of fitted runs, print the metrics and keep them for the report.
+
+    Damaged runs are told before any work. What else keeps one of several from being evaluated does not cost the
+    others, and the exit code is 1.
 
     Args:
         run: Run directories, or folders of them.
@@ -197,8 +201,8 @@ def evaluate(
         skip_broken: Leave out images that cannot be read, and name them; also where fit did so.
         report: Also write an HTML report to this file.
     """
-    rows: dict[Path, Row] = {}
-    for run_dir in directory.find(run, "model.json"):
+
+    def one(run_dir: Path) -> dict[Path, Row]:
         version = directory.version(run_dir)
         detector, recipe = jaxad.load(run_dir, weights=weights or None), read_recipe(run_dir)
         tested = source or recipe.get("source")
@@ -210,22 +214,28 @@ def evaluate(
         options["broken"] = "skip" if skip_broken or recipe.get("skip_broken") else "refuse"
         fitted = recipe.get("category")
         single = Run(detector, fitted or "", run_dir, version=version)
-        if recipe.get("unified") and category is None:
-            opened = open_data(tested, preprocess=detector.settings.preprocess, **options)
+        if recipe.get("unified"):
+            opened = open_data(tested, category=category, preprocess=detector.settings.preprocess, **options)
             opened = {
-                category: split._replace(test=split.test.also_ignoring(regions(ignore)))
-                for category, split in opened.items()
+                name: split._replace(test=split.test.also_ignoring(regions(ignore)))
+                for name, split in opened.items()
                 if split.test is not None
             }
-            rows |= evaluate_unified(single, opened, source=tested, oracle=oracle)
-            continue
+            return evaluate_unified(single, opened, source=tested, whole=category is None, oracle=oracle)
         split = open_split(tested, detector, asked=category, fitted=fitted, **options)
         if split.test is None:
             raise ValueError(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
         test = split.test.also_ignoring(regions(ignore))
-        [rows[run_dir]] = evaluate_runs([single], [test], source=tested, oracle=oracle)
+        return {run_dir: row for row in evaluate_runs([single], [test], source=tested, oracle=oracle)}
+
+    run_dirs = directory.find(run, "model.json")
+    for run_dir in run_dirs[1:]:
+        read_description(run_dir)
+        read_recipe(run_dir)
+    evaluations = {str(run_dir): functools.partial(one, run_dir) for run_dir in run_dirs}
+    rows, errors = measure(evaluations, _say_error)
     lacking = {row.category: shortfall(row.threshold) for row in rows.values() if row.threshold}
     try:
         print_table(metrics_table(list(rows.values())))
@@ -236,6 +246,7 @@ def evaluate(
             if line:
                 say(f"{category}: {line}")
         _report(list(rows), report)
+    return int(bool(errors))
 
 
 def threshold(
@@ -292,6 +303,10 @@ def weights_import(file: Annotated[Positional[Path], arg(metavar="FILE")], name:
         name: The backbone that it is for; None takes it from the file's name.
     """
     say(f"imported as {import_file(file, name)}")
+
+
+def _say_error(name: str, error: Exception) -> None:
+    say(f"jaxad: error: {name}: {one_line(error)}")
 
 
 def _place(source: str) -> str:

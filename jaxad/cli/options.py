@@ -140,6 +140,8 @@ def arguments(command: str, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parsed = call(signature("jaxad.cli.commands", command), prog=f"jaxad {command}", args=argv)
         _check_runs(command, parsed["run"])
         _check_source(parsed.get("source"))
+        if command in ("evaluate", "report"):
+            _check_page(parsed["report" if command == "evaluate" else "output"])
         return command, parsed
     if command == "fit":
         name = option_before(argv, "method", FitData.method)
@@ -157,6 +159,7 @@ def arguments(command: str, argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
             methods.describe(method)
         if data.sweep:
             sweep_of(data.sweep)
+        _check_page(data.report)
     _check_source(data.data if command == "estimate" else data.source)
     return command, {"data": data, "options": options} | dict(zip(["hyperparameters"], hyperparameters, strict=False))
 
@@ -190,6 +193,22 @@ def _check_runs(command: str, runs: Path | Sequence[Path]) -> None:
 def _check_source(source: str | None) -> None:
     if source is not None and source != "demo" and not source.startswith("tfds:") and not Path(source).exists():
         raise FileNotFoundError(f"no such file or folder: {source}")
+
+
+def _check_page(page: Path | None) -> None:
+    """A report replaces an earlier report, and nothing else; what it cannot be written to is known before the work."""
+    if page is None:
+        return
+    folder = next(folder for folder in page.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"a report is a file in a folder, but {folder} is none: give another name than {page}")
+    if page.exists() and not page.is_file():
+        raise ValueError(f"the output must be a file, but {page} is something else: give another name")
+    if page.is_file():
+        with page.open("rb") as file:
+            start = file.read(15).lower()
+        if start not in (b"", b"<!doctype html>"):
+            raise ValueError(f"a report replaces no file that is not an HTML page, got {page}: give another name")
 
 
 DATA = {"fit": FitData, "benchmark": BenchmarkData, "estimate": EstimateData}

@@ -1,4 +1,4 @@
-"""Several methods on the same images: what one of them cannot do does not cost the others."""
+"""Several methods on the same images, or several runs: what one of them cannot do does not cost the others."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -45,7 +45,7 @@ def unsuited(
 def measure(
     methods: Mapping[str, Callable[[], Rows]], report: Callable[[str, Exception], None]
 ) -> tuple[dict[Path, Row], dict[str, Exception]]:
-    """Runs methods one by one; an error ends one of them, not the rest.
+    """Runs methods, or evaluations of runs, one by one; an error ends one of them, not the rest.
 
     Several processes end together, as the others would wait for the one with the error; so does a single method.
 

@@ -48,9 +48,15 @@ def segment(name: str) -> str:
     """A name as one part of a path: no two names have the same one, and none has a name in `RESERVED`.
 
     Characters that no path or not every file system has are percent-encoded: `M8/zinc` is `M8%2Fzinc`.
+
+    Raises:
+        ValueError: The name is too long for a folder.
     """
     unsafe = r'[%/\\:*?"<>|\x00-\x1f\x7f]|^[. ]|[. ]$' + ("|^." if name.casefold() in RESERVED else "")
-    return re.sub(unsafe, lambda match: f"%{ord(match[0]):02X}", name) or "%"
+    part = re.sub(unsafe, lambda match: f"%{ord(match[0]):02X}", name) or "%"
+    if len(os.fsencode(part)) > 255:
+        raise ValueError(f"a name must have 255 bytes at most to be that of a folder, got {name[:20]}...: rename it")
+    return part
 
 
 def find(paths: Sequence[Path], file: str) -> list[Path]:
@@ -191,10 +197,14 @@ def forget_results(run_dir: Path) -> None:
     files.remove_empty([run_dir / "scores"])
 
 
-def forget_parts(run_dir: Path, kept: Container[Path] = ()) -> None:
-    """Deletes the evaluations of a unified model on single categories, but for some folders."""
+def forget_parts(run_dir: Path, kept: Container[Path] = (), source: str | None = None) -> None:
+    """Deletes the evaluations of a unified model on single categories, but for some folders and those of a source."""
     for path in run_dir.glob("*/recipe.json"):
         if path.parent not in kept and version(path.parent) is None:
+            with contextlib.suppress(ValueError, OSError):
+                evaluated = files.read_json(path.with_name("metrics.json")).get("source")
+                if source and os.path.realpath(str(evaluated)) == os.path.realpath(source):
+                    continue
             _forget(path.parent, (*RESULTS, "recipe.json"))
 
 

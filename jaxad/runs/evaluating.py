@@ -43,20 +43,23 @@ def evaluate_group(
     return dict(zip((run.directory for run in group.runs), rows, strict=False))  # no rows but in the first process
 
 
-def evaluate_unified(run: Run, opened: Mapping[str, Split], **options: Any) -> dict[Path, Row]:
+def evaluate_unified(
+    run: Run, opened: Mapping[str, Split], *, source: str, whole: bool = True, **options: Any
+) -> dict[Path, Row]:
     """Evaluates one model for all categories on each of them, in a folder of its own; options of `evaluate_runs`.
 
-    Earlier evaluations on other categories are deleted: the report would show them side by side.
+    Earlier evaluations on other categories are deleted: the report would show them side by side. Those of the same
+    source stay unless these are the `whole` of it.
     """
     rows = {}
     for category, splits in opened.items():
         assert splits.test is not None
         folder = run.directory / directory.segment(category)
         part = run._replace(category=category, directory=folder, model=run.directory)
-        for row in evaluate_runs([part], [splits.test], **options):
+        for row in evaluate_runs([part], [splits.test], source=source, **options):
             rows[folder] = row
     if is_first():
-        directory.forget_parts(run.directory, rows)
+        directory.forget_parts(run.directory, rows, None if whole else source)
     return rows
 
 

@@ -198,6 +198,25 @@ def test_evaluate_all_categories_and_report(parts_runs: Path, tmp_path: Path, ca
         assert files.read_json(folder / category / "recipe.json")["seconds"]["score_per_image"] > 0
 
 
+def test_a_run_that_cannot_be_evaluated_does_not_cost_the_others(
+    parts_runs: Path, mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    unevaluated = shutil.ignore_patterns("metrics.json")
+    runs = shutil.copytree(parts_runs / "padim" / "parts", tmp_path / "runs", ignore=unevaluated)
+    assert main(["evaluate", str(runs), "--source", str(mvtec / "nut"), "--category", "none"]) == 2
+    lost = shutil.copytree(mvtec, tmp_path / "parts")
+    (lost / "bolt" / "test" / "good" / "0.png").write_bytes(b"broken")
+    capsys.readouterr()
+    assert main(["evaluate", str(runs), "--source", str(lost)]) == 1
+    table, messages = capsys.readouterr()
+    assert "nut" in table and f"jaxad: error: {runs / 'bolt'}: cannot decode" in messages
+    evaluated = (runs / "nut" / "metrics.json").read_bytes()
+    (runs / "nut" / "threshold.json").write_text("{}")
+    assert main(["evaluate", str(runs)]) == 2  # before any work
+    assert "nut/threshold.json is not what model.json names" in capsys.readouterr().err
+    assert (runs / "nut" / "metrics.json").read_bytes() == evaluated and not (runs / "bolt" / "metrics.json").exists()
+
+
 def test_a_cross_holdout_fits_all_images(
     mvtec: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -415,6 +434,10 @@ def test_one_model_for_all_categories(
     assert files.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
     assert rundir.find([tmp_path], "recipe.json") == [run_dir / "bolt", run_dir / "nut"]
     assert rundir.find([tmp_path], "model.json") == [run_dir]
+    (run_dir / "bolt" / "metrics.json").unlink()
+    assert main(["evaluate", str(run_dir), "--category", "bolt"]) == 0
+    assert files.read_json(run_dir / "bolt" / "metrics.json") == before | {"source": recipe["source"]}
+    assert (run_dir / "nut" / "metrics.json").exists() and not (run_dir / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -478,3 +501,9 @@ def test_outputs_are_files_and_links_stay_links(flat_run: Path, tmp_path: Path, 
     assert main(["report", str(flat_run), "--output", str(tmp_path / "pipe")]) == 2
     assert f"the output must be a file, but {tmp_path / 'pipe'} is something else" in capsys.readouterr().err
     assert (tmp_path / "pipe").is_fifo()
+    model = flat_run / "model.json"
+    before = model.read_bytes()
+    for command in (["report", str(flat_run), "--output"], ["evaluate", str(flat_run), "--report"]):
+        assert main([*command, str(model)]) == 2 and model.read_bytes() == before
+        assert "replaces no file that is not an HTML page" in capsys.readouterr().err
+        assert main([*command, str(model / "page.html")]) == 2 and f"{model} is none" in capsys.readouterr().err
