@@ -20,6 +20,8 @@ FORMAT = 4
 """Version of the files; 2 renamed the arrays of the states, 3 has the networks and scores of the published code, 4 has
 the hashes of the other files in model.json, and the regions to ignore."""
 HASHED = ("model.safetensors", "threshold.json")
+DERIVED = ("recipe.json", "metrics.json", "scores.csv", "scores.jsonl", "examples.npz")
+"""What came of a model, in its directory; another one does not keep it."""
 SIZE = items(number(1, 65535, whole=True), 2, 2)
 DESCRIPTION = record(
     {
@@ -51,13 +53,14 @@ def save_state(directory: str | Path, state: State) -> None:
     """Writes a fitted state. `save_description` completes the model, so a killed run leaves no half-written model.
 
     Args:
-        directory: Created if it is missing; a model in it is replaced.
+        directory: Created if it is missing; another model in it is replaced, with its recipe and evaluation.
         state: Any pytree of arrays.
 
     Raises:
         OSError: The disk is full, or the directory cannot be written.
     """
     path = Path(directory) / "model.safetensors"
+    before = files.digests(path.parent, [path.name])
     with files.replacing(path) as temporary:
         temporary.touch()
         permissions = temporary.stat().st_mode  # follow the umask; safetensors writes private files
@@ -67,6 +70,9 @@ def save_state(directory: str | Path, state: State) -> None:
             raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(permissions)
         path.with_name("model.json").unlink(missing_ok=True)
+    if before and before != files.digests(path.parent, [path.name]):
+        for name in DERIVED:
+            files.remove(path.with_name(name))
 
 
 def save_description(directory: str | Path, description: Mapping[str, Any]) -> None:

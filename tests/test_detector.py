@@ -330,6 +330,12 @@ def test_saved_and_loaded(detector, tmp_path):
     loaded.save(tmp_path / "again")
     for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    for name in ("recipe.json", "metrics.json", "mine.txt"):
+        (tmp_path / "again" / name).touch()
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / "recipe.json").exists() and (tmp_path / "again" / "metrics.json").exists()
+    loaded.save(tmp_path / "again", jax.tree.map(lambda leaf: 0 * leaf, loaded.state))  # whose recipe that is not
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["mine.txt", *files]
 
 
 def test_warm_nothing_compiles_for_any_number_of_images(detector):

@@ -1,5 +1,6 @@
 """The registered weights: name, sha256 of the official file, and how images are normalized for them."""
 
+import contextlib
 import difflib
 import os
 from typing import NamedTuple
@@ -41,10 +42,12 @@ class Entry(NamedTuple):
         base, paths = os.environ.get("JAXAD_WEIGHTS_URL"), (f"timm/{self.name}/resolve/main/model.safetensors",)
         if not base:
             return (f"{HUB}/{paths[0]}",) if self.official else ()
-        scheme = urlsplit(base).scheme if "://" in base else ""
-        if scheme == "file":
-            base = unquote(urlsplit(base).path)
-        elif scheme not in ("", "http", "https"):
+        parts = None
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(base if "://" in base else "")
+        if parts and parts.scheme == "file":
+            base = unquote(parts.path)
+        elif not parts or (parts.scheme and (parts.scheme not in ("http", "https") or not parts.netloc)):
             raise ValueError(f"JAXAD_WEIGHTS_URL must be an address with http(s) or a folder, got {base}")
         return tuple(f"{os.path.expanduser(base).rstrip('/')}/{path}" for path in (*paths, f"{self.name}.safetensors"))
 

@@ -61,13 +61,7 @@ def source(name: str, weights: str | Path | None = None) -> dict[str, str]:
         ValueError: The file in the cache is not the one that was fetched or imported.
     """
     path = _locate(name, weights)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if weights is None and _pinned(path) not in (None, digest):
-        raise ValueError(
-            f"{path} has changed since it was fetched or imported: delete it, and fetch or import it again"
-        )
-    return {"path": str(path), "sha256": digest}
+    return {"path": str(path), "sha256": _digest(path, None if weights else _pinned(path))}
 
 
 def import_file(path: str | Path, name: str | None = None) -> Path:
@@ -113,14 +107,15 @@ def fetch(name: str, progress: Progress | None = None, trust: bool = False) -> P
 
     Raises:
         FileNotFoundError: The server does not have the file.
-        ValueError: There are no official weights of that name, the sha256 of the file is wrong, or not known without
-            `trust`, or it belongs to another architecture.
+        ValueError: There are no official weights of that name, the sha256 of the file (also of one that is there) is
+            wrong, or not known without `trust`, or it belongs to another architecture.
         OSError: `JAXAD_OFFLINE` is set, the server cannot be reached, closes the connection, is too slow or sends too
             much, or the disk is full.
     """
     entry = registry.lookup(name)
     local = next((path for path in places(entry) if path.is_file()), None)
     if local is not None:
+        _digest(local, _pinned(local))
         return local
     urls, target = entry.urls, cache_dir() / f"{entry.name}.safetensors"
     if not urls:
@@ -164,6 +159,17 @@ def _pinned(target: Path) -> str | None:
     record = target.with_suffix(".sha256")
     match = re.match("[0-9a-f]{64}(?= )", record.read_text(errors="replace")) if record.is_file() else None
     return match and match[0]
+
+
+def _digest(path: Path, pinned: str | None) -> str:
+    """The sha256 of a file. Raises ValueError if another one was kept beside it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != (pinned or digest):
+        raise ValueError(
+            f"{path} has changed since it was fetched or imported: delete it, and fetch or import it again"
+        )
+    return digest
 
 
 def _publish(entry: registry.Entry, part: io.FileIO, target: Path, origin: str) -> None:

@@ -228,14 +228,17 @@ def evaluate(
                 f"{tested} has no test images to evaluate on: score images with `jaxad score {run_dir} IMAGES`"
             )
         test = split.test.also_ignoring(regions(ignore))
-        return {run_dir: row for row in evaluate_runs([single], [test], source=tested, oracle=oracle)}
+        [row] = evaluate_runs([single], [test], source=tested, oracle=oracle)
+        return {run_dir: row}
 
     run_dirs = directory.find(run, "model.json")
     for run_dir in run_dirs[1:]:
         read_description(run_dir)
         read_recipe(run_dir)
     evaluations = {str(run_dir): functools.partial(one, run_dir) for run_dir in run_dirs}
-    rows, errors = measure(evaluations, _say_error)
+    rows, errors = measure(evaluations, lambda *_: None)
+    for name, error in errors.items():
+        _say_error(name, error)
     lacking = {row.category: shortfall(row.threshold) for row in rows.values() if row.threshold}
     try:
         print_table(metrics_table(list(rows.values())))

@@ -34,4 +34,7 @@ def list_methods(argv: Sequence[str]) -> None:
 
 def print_table(table: Table) -> None:
     """Prints a table to stdout, as wide as the terminal."""
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as captured:  # of a pipe that is closed rich makes an exit code of its own
+        console.print(table)
+    print(captured.get(), end="")

@@ -29,6 +29,8 @@ PREDICTION_COLOR = (255, 31, 143)
 ORACLE_BADGE = '<span class="badge">ORACLE: chosen on the test set</span>'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """The browser may load only what the page itself contains."""
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+"""Characters that no page has; in names they become escapes."""
 OPEN_RUNS = 4
 """A report on more runs than this starts with all of them collapsed."""
 
@@ -66,7 +68,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         page += _run(number, run, len(runs) <= OPEN_RUNS, len(_distinct_values(runs, "seed")) > 1)
     page.append("</body></html>\n")
     with replacing(out) as temporary:
-        temporary.write_text("".join(page), encoding="utf-8", errors="backslashreplace")
+        text = re.sub(CONTROL, lambda match: f"\\x{ord(match[0]):02x}", "".join(page))
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return out
 
 

@@ -426,9 +426,10 @@ def test_weights_come_from_a_local_folder_even_offline(cache, tmp_path, monkeypa
 
 
 def test_an_address_that_is_neither_is_refused(cache, monkeypatch):
-    monkeypatch.setenv("JAXAD_WEIGHTS_URL", "ftp://127.0.0.1")
-    with pytest.raises(ValueError, match=r"must be an address with http\(s\) or a folder, got ftp:"):
-        fetch(NAME)
+    for address in ("ftp://127.0.0.1", "http://", "http://[::1"):
+        monkeypatch.setenv("JAXAD_WEIGHTS_URL", address)
+        with pytest.raises(ValueError, match=r"must be an address with http\(s\) or a folder, got (ftp|http):"):
+            fetch(NAME)
 
 
 def test_offline_never_asks_the_server(hub, cache, monkeypatch):

@@ -48,6 +48,8 @@ def test_import_checks_and_copies_and_load_finds_it(cache, tmp_path, dtype):
     with pytest.raises(ValueError, match=r"resnet18.tv_in1k.safetensors has changed since it was fetched or imported"):
         (cache / "resnet18.tv_in1k.sha256").write_text(f"{'0' * 64}  resnet18.tv_in1k.safetensors\n")
         backbones.source("resnet18")
+    with pytest.raises(ValueError, match="has changed since"):
+        backbones.fetch("resnet18")
     frozen = backbones.load("resnet18")
     assert {module.split(".")[0] for module in frozen["params"]} == {"conv1", "layer1"}
     gain, shift, mean, variance = (

@@ -204,9 +204,9 @@ def test_a_run_that_cannot_be_evaluated_does_not_cost_the_others(
     unevaluated = shutil.ignore_patterns("metrics.json")
     runs = shutil.copytree(parts_runs / "padim" / "parts", tmp_path / "runs", ignore=unevaluated)
     assert main(["evaluate", str(runs), "--source", str(mvtec / "nut"), "--category", "none"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     lost = shutil.copytree(mvtec, tmp_path / "parts")
     (lost / "bolt" / "test" / "good" / "0.png").write_bytes(b"broken")
-    capsys.readouterr()
     assert main(["evaluate", str(runs), "--source", str(lost)]) == 1
     table, messages = capsys.readouterr()
     assert "nut" in table and f"jaxad: error: {runs / 'bolt'}: cannot decode" in messages

@@ -60,6 +60,7 @@ def test_mistakes_are_told_without_jax():
     [
         ("jaxad list >&- 2>&-", 0, ""),
         ("jaxad list >/dev/full", 2, "jaxad: error: No space left on device: stdout\n"),
+        ("jaxad list | true; exit ${PIPESTATUS[0]}", 141, ""),
         ("jaxad fit nowhere 2>/dev/full", 2, ""),
         ("jaxad fit --help <&- >/dev/full", 2, "jaxad: error: No space left on device: stdout\n"),
     ],

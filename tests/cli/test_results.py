@@ -36,7 +36,7 @@ def test_every_name_has_a_folder_of_its_own():
         assert segment.casefold() not in directory.RESERVED and len(Path("a", segment).parts) == 2, name
         assert not segment.startswith(".") and segment == segment.strip(" .") and segment.isprintable(), name
     assert all(segments[name] == name for name in ("M8_zinc", "M8 zinc", "2024.05.01", "Größe"))
-    with pytest.raises(ValueError, match="255 bytes at most .* got xxx"):
+    with pytest.raises(ValueError, match=r"255 bytes at most .* got xxx"):
         directory.segment(256 * "x")
 
 

@@ -170,10 +170,10 @@ def test_the_page_is_complete_and_self_contained(tmp_path):
 
 
 def test_file_names_are_escaped(tmp_path):
-    page = report(tmp_path, make_run(tmp_path, category="<img src=x onerror=alert(1)>"))
+    page = report(tmp_path, make_run(tmp_path, category="\x1b[31m<img src=x onerror=alert(1)>"))
     assert not page.all("script") and not page.all("img", src="x")
     assert HOSTILE.replace("/", "/ ") in page.text  # as text that may wrap after each slash
-    assert "<img src=x onerror=alert(1)>" in page.text
+    assert "\\x1b[31m<img src=x onerror=alert(1)>" in page.text
 
 
 def test_confusion_counts_follow_the_threshold(tmp_path):
