@@ -57,6 +57,9 @@ def run(name: str, argv: list[str], arguments: dict[str, Any]) -> int:
     try:
         return globals()[name](**recorded, **arguments) or 0
     except ImageError as error:
+        options = vars(arguments["data"]) if "data" in arguments else arguments
+        if options.get("skip_broken", True):
+            raise
         raise ImageError(f"{error}, or add --skip-broken to go on without such images") from error
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxad.data import images
-from jaxad.data.images import MaskThreshold
+from jaxad.data.images import MaskThreshold, Source
 from jaxad.data.records import GOOD, Record
 
 CHANNELS = (1, 3, 4)
@@ -23,9 +23,10 @@ class Arrays(NamedTuple):
     labels: Any = None
     """(n,) of the test images: 0 normal, 1 anomalous. None: derived from the masks, or unknown without masks."""
     masks: Any = None
-    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`."""
+    """(n, h, w) of the test images: bool, or numbers that are compared with `mask_threshold`; or a list of arrays,
+    files, encoded files, images of Pillow, or None for a normal image."""
     groups: Any = None
-    """(n,) of the training images: the part that each one shows, as `Record.group`."""
+    """(n,) of the training images: the part that each one shows, as `Record.group`; None if unknown."""
 
 
 def with_batch_axis(source: Any) -> Any:
@@ -85,6 +86,12 @@ def _image(item: Any, name: str) -> np.ndarray | Image.Image | bytes | Path:
     return array
 
 
+def _mask(mask: Any) -> Source | None:
+    if mask is None or isinstance(mask, bytes | Image.Image):
+        return mask
+    return Path(mask) if isinstance(mask, str | Path) else np.asarray(mask)
+
+
 def _is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNELS)
 
@@ -98,7 +105,11 @@ def array_records(category: str, value: Any, mask_threshold: MaskThreshold) -> I
     """The records of arrays, or of an `Arrays`."""
     arrays = value if isinstance(value, Arrays) else Arrays(value)
     train = [] if arrays.train is None and arrays.test is not None else image_list(arrays.train, "train")
-    groups = [""] * len(train) if arrays.groups is None else [str(group) for group in arrays.groups]
+    groups = (
+        [""] * len(train)
+        if arrays.groups is None
+        else ["" if group is None or group != group else str(group) for group in arrays.groups]
+    )
     if len(groups) != len(train):
         raise ValueError(f"groups must have one entry per training image ({len(train)}), got {len(groups)}")
     for i, (image, group) in enumerate(zip(train, groups, strict=True)):
@@ -108,13 +119,15 @@ def array_records(category: str, value: Any, mask_threshold: MaskThreshold) -> I
             raise ValueError("labels and masks belong to test images, but test is None: pass Arrays(train, test, ...)")
         return
     test = image_list(arrays.test, "test")
-    masks = None if arrays.masks is None else [np.asarray(mask) for mask in arrays.masks]
+    masks = None if arrays.masks is None else [_mask(mask) for mask in arrays.masks]
+    marking = [
+        mask is not None and bool(images.read_mask(mask, f"mask {i}", threshold=mask_threshold).any())
+        for i, mask in enumerate(masks or ())
+    ]
     if arrays.labels is not None:
-        labels = np.asarray(arrays.labels).tolist()
-    elif masks is not None:
-        labels = [int(images.read_mask(m, f"mask {i}", threshold=mask_threshold).any()) for i, m in enumerate(masks)]
+        labels = np.asarray(arrays.labels).ravel().tolist()
     else:
-        labels = [-1] * len(test)
+        labels = [-1] * len(test) if masks is None else list(map(int, marking))
     for kind, values in (("labels", labels), ("masks", masks)):
         if values is not None and len(values) != len(test):
             raise ValueError(f"{kind} must have one entry per test image ({len(test)}), got {len(values)}")
@@ -122,5 +135,7 @@ def array_records(category: str, value: Any, mask_threshold: MaskThreshold) -> I
     for i, (image, label) in enumerate(zip(test, labels, strict=True)):
         if label not in defects:
             raise ValueError(f"labels must be 0 (normal) or 1 (anomalous), got {label!r} at position {i}")
+        if label == 0 and masks is not None and marking[i]:
+            raise ValueError(f"an image with the label 0 must have an empty mask, but that at position {i} is not")
         mask = masks[i] if masks is not None and label else None
         yield Record(f"array[{i}]", image, category, "test", defects[label], mask)

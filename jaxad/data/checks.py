@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxad.data import images
+from jaxad.data import ignore, images
 from jaxad.data.images import Preprocess, Size
 from jaxad.data.records import Record
 
@@ -17,6 +17,8 @@ def skip_broken(records: Sequence[Record], preprocess: Preprocess) -> tuple[list
             images.read(record.image, record.path, preprocess)
             for mask in record.masks:
                 images.read_mask(mask, f"the mask of {record.path}")
+            check_mask_size(record)
+            ignore.ignored(preprocess, images.size_of(record.image, record.path), record.ignore, record.path)
         except (ValueError, OSError) as error:
             return str(error)
         return ""

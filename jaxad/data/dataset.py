@@ -192,6 +192,13 @@ class Dataset:
             return gray
 
         gray = np.array(images.in_threads(load, range(len(records))))
+        empty = [record.path for record, mask in zip(records, batch, strict=True) if record.masks and not mask.any()]
+        if empty and self.split == "test":
+            warnings.warn(
+                f"{len(empty)} of {len(records)} test images of {self.name} are anomalous, but their masks mark no "
+                f"pixel at {self.image_size[0]} x {self.image_size[1]}, the first is that of {empty[0]}",
+                stacklevel=2,
+            )
         if gray.any() and self.split == "test":  # those of a training set are read batch by batch
             warnings.warn(
                 f"{np.count_nonzero(gray)} of {len(gray)} masks of {self.name} have gray levels, most that of "
@@ -294,6 +301,10 @@ def open_data(
         raise ValueError(f"mask_threshold must be 0 or more, or None, got {mask_threshold}")
     name, read = _read(source, layout, mask_threshold)
     records = list(read)
+
+    def is_used(record: Record) -> bool:
+        return train_anomalies or record.split != "train" or record.label == 0
+
     categories: dict[str, list[Record]] = {}
     for record in records:
         members = categories.setdefault(record.category, [])
@@ -306,7 +317,7 @@ def open_data(
         raise ValueError(f"no category {category!r} in {name}: choose one of {', '.join(sorted(categories))}")
     splits = {}
     for key in sorted(key for key, members in categories.items() if members):
-        members = [r for r in categories[key] if train_anomalies or r.split != "train" or r.label == 0]
+        members = [record for record in categories[key] if is_used(record)]
         members = members if group_by is None else list(_grouped(members, group_by, source))
         if pages:
             members = list(multipage.split(members))
@@ -327,7 +338,7 @@ def open_data(
         if broken == "keep":
             train, test = (dataclasses.replace(data, errors={}) for data in (train, test))
         splits[key] = Split(train, test if len(test) else None)
-    if isinstance(source, str | Path) and (note := folders.unread(Path(source), layout, records)):
+    if isinstance(source, str | Path) and (note := folders.unread(Path(source), layout, filter(is_used, records))):
         warnings.warn(note, stacklevel=2)
     return splits
 

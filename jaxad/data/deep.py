@@ -9,6 +9,8 @@ from PIL import Image, ImageFile
 
 from jaxad.data.tiff import BITS, PHOTOMETRIC, tag
 
+SCALED, UPPER = "scaled to 16 bits", "upper bytes of 16 bits"
+"""What is kept of a file among the `info` of its image once it is decoded."""
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 
@@ -28,9 +30,16 @@ def is_inverted(image: Image.Image) -> bool:
 
 
 def bits_of(image: Image.Image) -> int | None:
-    """The depth that the file states, where Pillow does not scale its samples to 16 bits."""
+    """The depth of the samples, where the file states one and Pillow may have scaled them to 16 bits."""
+    if image.info.get(SCALED):
+        return 16
     bits = tag(image, BITS)
     return bits if is_gray(image) and bits is not None and 8 < bits < 16 else None
+
+
+def is_scaled(image: Image.Image) -> bool:
+    """Whether it is a file whose samples Pillow scales from the maximum that the file states to 16 bits."""
+    return any(tile[0].startswith("ppm") for tile in getattr(image, "tile", ()))
 
 
 def read_lower_bytes(image: Image.Image) -> None:
@@ -39,6 +48,8 @@ def read_lower_bytes(image: Image.Image) -> None:
     tiles = []
     for tile in image.tile:
         mode = _raw_mode(tile)
+        if not mode.startswith("RGB"):
+            raise ValueError("of 16-bit gray with alpha only the upper 8 bits are read: remove the alpha")
         mode = mode[:-1] + _OTHER_BYTE[mode[-1]]
         tiles.append(tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode))
     image.tile = tiles

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxad.data import ground_truth, listing, real_iad
 from jaxad.data.images import MaskThreshold, read_mask
@@ -21,7 +21,8 @@ SPLITS = {
 }
 """What folders of a split are called, as regular expressions; case does not count."""
 DEFECTIVE = re.compile(
-    r"(defect|anomal|abnormal|reject|fault|damage|un-?good|not?[-_ ]?(good|ok)).*|bad|ng|nok|ko|broken"
+    r"(defect|anomal|abnormal|reject|fault|damage|un-?good|not?[-_ ]?(good|ok)|(bad|ng|nok|broken)[-_ ]).*|bad|ng|nok"
+    r"|ko|broken|scratch(es|ed)?|crack(s|ed)?|dent(s|ed)?|stain(s|ed)?|holes?|contaminat(ion|ions|ed)"
     r"|test(s|ing|set|[-_ ]?(data|images|public))?",
     re.IGNORECASE,
 )
@@ -58,7 +59,9 @@ def read(source: Path, layout: str = "auto", mask_threshold: MaskThreshold = Non
     if not source.exists():
         raise FileNotFoundError(f"no such file or folder: {source}")
     if source.is_file():
-        return source.stem, table(source) if source.suffix.lower() == ".csv" else files([source])
+        return source.stem, table(source, mask_threshold) if source.suffix.lower() in (".csv", ".tsv") else files(
+            [source]
+        )
     recognized = recognize(source, layout)
     if recognized == "flat" != layout:
         _check_flat(source, mixed=layout == "any")
@@ -109,7 +112,7 @@ def _category(folder: Path) -> list[Record]:
     train, test = _split(folder, "train"), _split(folder, "test") or _split(folder, "validation")
     name, records, mask_roots, pairs = _name(folder), [], [], {}
     for path in folders(folder):
-        mask_roots += [path] if ground_truth.is_mask_folder(path.name) else []
+        mask_roots += [path] if ground_truth.is_mask_folder(path.name) or _holds_labels(path) else []
     for split, part in (("train", train), ("test", test)):
         places = [(part, images(part), GOOD if split == "train" else "")] if part else []
         for defect_folder in folders(part) if part else ():
@@ -122,7 +125,9 @@ def _category(folder: Path) -> list[Record]:
                     f"masks must lie in ground_truth/<defect>, got {mask} among the images of {defect_folder.name}: "
                     "move or remove its folder"
                 )
-            places.append((defect_folder, paths, defect_of(defect_folder.name)))
+            is_container = re.fullmatch(r"images?|imgs?", defect_folder.name, re.IGNORECASE)
+            defect = (GOOD if split == "train" else "") if is_container else defect_of(defect_folder.name)
+            places.append((defect_folder, paths, defect))
         for place, paths, defect in places:
             masks = ground_truth.beside(paths)
             pairs |= masks
@@ -145,7 +150,7 @@ def visa(root: Path) -> Iterator[Record]:
     return _rows(root / "split_csv" / "1cls.csv", root, columns)
 
 
-def table(path: Path) -> Iterator[Record]:
+def table(path: Path, mask_threshold: MaskThreshold = None) -> Iterator[Record]:
     """A CSV file with the column image_path, and optionally label, split, mask_path, ignore_path, category and group.
 
     Paths are relative to the file. The separator is a comma, a semicolon or a tab. The label is good, ok, normal or 0
@@ -153,7 +158,7 @@ def table(path: Path) -> Iterator[Record]:
     all are test images. Images of one group show one part. ignore_path is a mask of what to ignore in the image.
     """
     columns = {key: key for key in ("category", "split", "label", "image_path", "mask_path", "group", "ignore_path")}
-    return _rows(path, path.parent, columns)
+    return _rows(path, path.parent, columns, mask_threshold)
 
 
 def ksdd2(root: Path, mask_threshold: MaskThreshold = None) -> Iterator[Record]:
@@ -225,6 +230,12 @@ def _split(folder: Path, split: str) -> Path | None:
     if len(found) > 1:
         raise ValueError(f"one folder of {split} images is expected, got {found[0]} and {found[1]}: merge them")
     return found[0] if found else None
+
+
+def _holds_labels(folder: Path) -> bool:
+    """Whether a folder beside train and test holds masks under another name; labels may also be boxes, in text."""
+    is_named_so = re.fullmatch(r"labels?|annotations?|seg(ment(ation)?s?)?", folder.name, re.IGNORECASE)
+    return bool(is_named_so and images_below(folder))
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -305,14 +316,14 @@ def _in_no_layout(root: Path, subfolder: Path, below: Iterable[Path]) -> ValueEr
     )
 
 
-def _rows(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
+def _rows(path: Path, root: Path, *options: Any) -> Iterator[Record]:
     try:
-        yield from _records(path, root, columns)
+        yield from _records(path, root, *options)
     except csv.Error as error:
         raise ValueError(f"{path} is no valid CSV ({error}): save it again") from None
 
 
-def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record]:
+def _records(path: Path, root: Path, columns: dict[str, str], mask_threshold: MaskThreshold = None) -> Iterator[Record]:
     """Reads the records of a CSV file; `columns` maps each field to the name of its column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -327,7 +338,9 @@ def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record
         if columns["image_path"] not in header:
             raise ValueError(f"{path} lacks the column {columns['image_path']}: its first line is {','.join(header)!r}")
         for column in columns.values():
-            alike = difflib.get_close_matches(column, set(header) - set(columns.values()), 1, 0.8)
+            others = sorted(set(header) - set(columns.values()))
+            alike = difflib.get_close_matches(column, others, 1, 0.8)
+            alike += [name for name in others if re.split(r"[-_ ]", name)[0].rstrip("s") == column.partition("_")[0]]
             if column not in header and alike:
                 raise ValueError(f"{path} has the column {alike[0]} but not {column}: is it meant? Rename or remove it")
         for row in reader:
@@ -345,6 +358,16 @@ def _records(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Record
                 raise ValueError(f"split must be train or test, got {split!r} in {line}: correct it")
             if split == "train" and not defect:
                 raise ValueError(f"a training image needs a label, got none in {line}: write good or the defect")
-            mask_path = root / mask if mask and defect != GOOD else None
+            if re.fullmatch(r"none|null|nan|n/?a|unknown|\?|-1", label, re.IGNORECASE):
+                raise ValueError(
+                    f"label must be good, a defect, or empty if unknown, got {label!r} in {line}: correct it"
+                )
+            mask_path = root / mask if mask else None
+            if mask_path and defect == GOOD:
+                if mask_path.is_file() and read_mask(mask_path, str(mask_path), threshold=mask_threshold).any():
+                    raise ValueError(
+                        f"a normal image must have an empty mask, got {mask_path} in {line}: correct either"
+                    )
+                mask_path = None
             record = Record(str(root / image), root / image, category or path.stem, split, defect, mask_path, group)
             yield record._replace(ignore=(root / ignore,) if ignore else ())

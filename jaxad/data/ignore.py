@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from jaxad.data.images import Preprocess, Size, Source, read_mask
+from jaxad.data.images import ImageError, Preprocess, Size, Source, read_mask
 
 
 def regions(masks: Any) -> tuple[bytes, ...]:
@@ -34,9 +34,12 @@ def regions(masks: Any) -> tuple[bytes, ...]:
 def _region(mask: Any) -> bytes:
     if isinstance(mask, bytes):
         return mask
-    source = Path(mask) if isinstance(mask, str | Path) else np.asarray(mask)
+    source = Path(mask) if isinstance(mask, str | Path) else mask if isinstance(mask, Image.Image) else np.asarray(mask)
     name = f"the ignore mask {mask}" if isinstance(source, Path) else "the ignore mask"
-    pixels = read_mask(source, name)
+    try:
+        pixels = read_mask(source, name)
+    except ImageError as error:  # no image of the data set
+        raise ValueError(str(error)) from error
     if pixels.all() or not pixels.any():
         share = "all" if pixels.all() else "none"
         raise ValueError(f"{name} must mark what to ignore and leave the rest, but it marks {share} of its pixels")

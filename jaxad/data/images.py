@@ -28,7 +28,7 @@ Size = tuple[int, int]
 class Page(NamedTuple):
     """One page or frame of a file."""
 
-    path: Path
+    file: Path | bytes
     number: int
     """Counted from 0."""
 
@@ -193,17 +193,21 @@ def mask_and_gray(
     Raises the errors of `read`.
     """
     if isinstance(source, np.ndarray):
-        if source.ndim not in (2, 3) or source.size == 0 or source.dtype.kind not in "biuf":
+        is_mask = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (1, 3, 4))
+        if not is_mask or source.size == 0 or source.dtype.kind not in "biuf":
             raise ImageError(
-                f"a mask must have shape (h, w) and hold numbers or bool, got {source.shape} of {source.dtype} for "
-                f"{name}"
+                f"a mask must have shape (h, w) or (h, w, 1|3|4) and hold numbers or bool, got {source.shape} of "
+                f"{source.dtype} for {name}"
             )
         levels = masks.brightest(source)
     else:
         with _decode(source, name) as image:
             assert isinstance(image, Image.Image)
             levels = masks.values(image)
-    mask, gray = masks.anomalous(levels, threshold)
+    try:
+        mask, gray = masks.anomalous(levels, threshold)
+    except ValueError as error:
+        raise ImageError(f"{error}, in {name}: correct it") from None
     height, width = mask.shape
     resized = preprocess.resize or (height, width)
     rows, columns = (
@@ -239,7 +243,7 @@ def brightest(source: Source, name: str) -> int | None:
 
 def page_count(source: Source, name: str) -> int:
     """The number of pages or frames of a file; 1 where it cannot be told."""
-    if isinstance(source, Path) and source.suffix.lower() in PAGED:
+    if isinstance(source, bytes) or (isinstance(source, Path) and source.suffix.lower() in PAGED):
         with contextlib.suppress(ValueError, OSError), _open(source, name) as image:
             return getattr(image, "n_frames", 1)
     return 1
@@ -298,6 +302,7 @@ def _decode(source: Source, name: str, bits: int | None = None) -> Iterator[Imag
                     ImageOps.exif_transpose(image, in_place=True)
                     yield deep.joined(image, lower)
             else:
+                image.info[deep.SCALED] = deep.is_scaled(image)
                 ImageOps.exif_transpose(image, in_place=True)
                 yield image
 
@@ -311,6 +316,12 @@ def _open(source: Source, name: str, bits: int | None = None) -> Iterator[Image.
             yield _from_array(content, name, bits)
         elif isinstance(content, Image.Image):
             tiff.check(content)
+            if deep.is_color(content):
+                content.info[deep.UPPER] = True
+            if bits and content.info.get(deep.UPPER):
+                raise ImageError(
+                    f"Pillow has decoded the upper 8 bits of {name} only: give the file itself, or its bytes"
+                )
             with reserved(_decoding_bytes(content)):
                 content.load()
             image = content.copy()  # not the caller's
@@ -354,7 +365,8 @@ def _from_array(array: np.ndarray, name: str, bits: int | None) -> Image.Image:
 
 def _decoding_bytes(image: Image.Image) -> int:
     """What it takes to decode and convert an image, at most."""
-    return image.width * image.height * (24 if image.format == "JPEG2000" else 16)
+    tile = tiff.tag(image, tiff.TILE_WIDTH, 0) * tiff.tag(image, tiff.TILE_HEIGHT, 0)  # may be larger than the image
+    return max(image.width * image.height, tile) * (24 if image.format == "JPEG2000" else 16)
 
 
 def _is_sideways(image: Image.Image) -> bool:

@@ -27,7 +27,9 @@ def values(image: Image.Image) -> Shaped[np.ndarray, "h w"]:
 
 
 def brightest(pixels: Shaped[np.ndarray, "h w *channels"]) -> Shaped[np.ndarray, "h w"]:
-    """The largest channel."""
+    """The largest channel; of four uint8 channels as of an image with alpha."""
+    if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels.dtype == np.uint8:
+        return _drawn(pixels)
     return pixels.max(axis=2) if pixels.ndim == 3 else pixels
 
 
@@ -43,11 +45,11 @@ def anomalous(levels: Shaped[np.ndarray, "h w"], threshold: float | None) -> tup
     """
     if levels.dtype == np.bool_:
         return levels, 0
+    if not (np.isfinite(levels).all() and levels.min() >= 0):
+        raise ValueError(f"values of a mask must be 0 or more and finite, got {levels.min()} to {levels.max()}")
     if threshold is not None:
         return levels > threshold, 0
     peak = levels.max()
-    if np.isnan(peak):
-        raise ValueError("a mask must not hold NaN")
     is_classes = np.issubdtype(levels.dtype, np.integer) and peak < CLASSES
     mask = levels > (0 if is_classes else peak / 2)
     return mask, int(np.count_nonzero((levels > 0) & ~mask))

@@ -34,4 +34,4 @@ def _counts(records: Sequence[Record]) -> list[int]:
 
 
 def _page(source: Source, number: int) -> Source:
-    return Page(source, number) if isinstance(source, Path) and images.page_count(source, "") > 1 else source
+    return Page(source, number) if isinstance(source, Path | bytes) and images.page_count(source, "") > 1 else source

@@ -7,6 +7,11 @@ from jaxad.data.images import Source
 
 GOOD = "good"
 """The `defect` of a normal image."""
+_NORMAL = re.compile(
+    r"goods?|ok|normals?|0(\.0*)?|false|no[-_ ]?(defects?|anomal(y|ies))|non[-_ ]?defective"
+    r"|(defect|fault|anomaly)[-_ ]?free|undamaged|flawless|pass(ed)?",
+    re.IGNORECASE,
+)
 
 
 class Record(NamedTuple):
@@ -39,6 +44,6 @@ class Record(NamedTuple):
 
 
 def defect_of(label: str) -> str:
-    """The defect that a label or folder name denotes: "good" for good, ok, normal, defect-free and 0."""
+    """The defect that a label or folder name denotes: "good" for good, ok, normal, defect-free, 0 ..."""
     label = label.strip()
-    return GOOD if re.fullmatch(r"good|ok|normal|0|no[-_ ]?defects?|defect[-_ ]?free", label.lower()) else label
+    return GOOD if _NORMAL.fullmatch(label) else label

@@ -18,7 +18,6 @@ from jaxad.data.records import GOOD, Record, defect_of
 lazy_imports_utils.print = lambda *words: None  # type: ignore[attr-defined]  # a banner: TensorFlow is not needed
 logging.getLogger("absl").addFilter(lambda record: "datasets" not in record.pathname or record.levelno >= logging.ERROR)
 
-_SOURCE = re.compile(r"tfds:(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
 _SOURCE = re.compile(r"tfds:(?P<name>\w[\w.+-]*(/\w[\w.+-]*)?(:\d[\d.*]*)?)(:(?P<data_dir>.+))?")
 FEATURES = ("BBoxFeature", "ClassLabel", "FeaturesDict", "Image", "Scalar", "Sequence", "Tensor", "Text")
 """The feature classes of TFDS that a data set on disk may name; TFDS would import any module for others."""

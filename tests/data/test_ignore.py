@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxad.data import Preprocess, open_data
+from jaxad.data import ImageError, Preprocess, open_data
 from jaxad.data.ignore import origins, regions
 
 CORNER = np.zeros((40, 60), bool)
@@ -79,3 +79,10 @@ def test_a_mask_must_leave_pixels_of_what_is_kept():
     data = open_data(IMAGES, preprocess=Preprocess((40, 60), (20, 30), regions(border)))["arrays"].train
     with pytest.raises(ValueError, match=r"leave none of array\[0\]"):
         data.images([0])
+
+
+def test_a_mask_that_is_no_image_is_no_broken_image(tmp_path):
+    (tmp_path / "mask.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot decode the ignore mask .*mask\.png") as error:
+        regions(tmp_path / "mask.png")
+    assert not isinstance(error.value, ImageError)

@@ -28,6 +28,11 @@ def save(path, pixels, **options):
     return path
 
 
+def save_bytes(path, content):
+    path.write_bytes(content)
+    return path
+
+
 def gray(pixels):
     return np.repeat(pixels[..., None], 3, 2)
 
@@ -163,16 +168,21 @@ def color_of_16_bits(pixels):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_bits_are_the_depth_of_integers_in_files_and_arrays():
+def test_bits_are_the_depth_of_integers_in_files_and_arrays(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 1024, (9, 7, 3)).astype(np.uint16)
     gray_pixels = pixels[..., 0]
     expected, ten = np.round(pixels / 1023 * 255), Preprocess(None, bits=10)
     for source in (gray_pixels, encoded(gray_pixels), encoded(gray_pixels, "png"), Image.fromarray(gray_pixels)):
         assert np.array_equal(read(source, "gray", ten), gray(expected[..., 0]))
-    for source in (pixels, color_of_16_bits(pixels)):
+    for source in (pixels, color_of_16_bits(pixels), save_bytes(tmp_path / "color.png", color_of_16_bits(pixels))):
         assert np.array_equal(read(source, "color", ten), expected)
     eight = encoded(expected[..., 0].astype(np.uint8))
     assert np.array_equal(read(eight, "8 bits", ten), gray(expected[..., 0]))
+    graymap = b"P5 7 9 1023\n" + gray_pixels.astype(">u2").tobytes()  # states its depth itself
+    assert np.abs(read(graymap, "pgm", Preprocess(None, bits=12)) - gray(expected[..., 0])).max() <= 1
+    decoded = Image.open(io.BytesIO(color_of_16_bits(pixels)))
+    with pytest.raises(ImageError, match="Pillow has decoded the upper 8 bits of color only"):
+        read(decoded, "color", ten)
     with pytest.raises(ImageError, match=r"pixels of 10 bits must lie in 0..1023, got 1024 in bright: set bits"):
         read(np.full((2, 2), 1024, np.uint16), "bright", ten)
     with pytest.raises(ValueError, match="bits must be an integer from 8 to 16, got 17"):
@@ -300,8 +310,14 @@ def test_masks_in_memory_may_have_any_type_of_numbers():
     disk = drawn("two levels")[1]
     for array in (disk, disk * 1, disk * 255.0, disk.astype(np.float32), np.repeat(disk[..., None] * 255, 3, 2)):
         assert np.array_equal(read_mask(array, "m"), disk)
-    with pytest.raises(ImageError, match=r"a mask must have shape \(h, w\) .*, got \(64,\)"):
-        read_mask(disk[0], "m")
+    opaque = np.dstack([np.repeat(disk[..., None] * np.uint8(255), 3, 2), np.full(disk.shape, 255, np.uint8)])
+    assert np.array_equal(read_mask(opaque, "m"), disk)
+    for array, got in ((disk[0], r"got \(64,\)"), (disk[None], r"got \(1, 64, 64\)")):
+        with pytest.raises(ImageError, match=rf"a mask must have shape \(h, w\) .*, {got}"):
+            read_mask(array, "m")
+    for array in (-1 * disk, np.where(disk, np.inf, 0)):
+        with pytest.raises(ImageError, match="values of a mask must be 0 or more and finite"):
+            read_mask(array, "m")
 
 
 def test_black_beside_colors_on_transparent_is_no_mask():
@@ -424,6 +440,15 @@ def test_an_image_that_takes_more_memory_than_there_is_is_not_decoded(kind, monk
     monkeypatch.setattr(host_memory, "free_bytes", lambda: 200_000_000)
     with pytest.raises(ImageError, match=r"bomb is too large for the memory .*half of the free 0.2 GB\): cut"):
         read(bomb, "bomb")
+
+
+def test_tiles_larger_than_their_image_count_as_memory(monkeypatch):
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30000, 323: 30000, 324: 128, 325: 9}
+    entries = b"".join(struct.pack("<HHII", key, 4, 1, value) for key, value in tags.items())
+    tiled = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + zlib.compress(bytes(999))
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 200_000_000)
+    with pytest.raises(ImageError, match="bomb is too large for the memory at hand"):
+        read(tiled, "bomb")
 
 
 def test_threads_wait_for_memory_that_others_have_reserved(monkeypatch):

@@ -79,7 +79,8 @@ def test_training_anomalies_are_dropped_by_default(tmp_path):
     category(tmp_path)
     save(tmp_path / "train/crack/9.png")
     save(tmp_path / "ground_truth/crack/9_mask.png", SPOT)
-    assert len(open_data(tmp_path)[tmp_path.name].train) == 3
+    with pytest.warns(UserWarning, match=r"2 not used by the layout \(ground_truth/crack/9_mask.png"):
+        assert len(open_data(tmp_path)[tmp_path.name].train) == 3
     train = open_data(tmp_path, train_anomalies=True)[tmp_path.name].train
     assert train.labels.tolist().count(1) == 1 and train.masks(range(4)).any((1, 2)).tolist().count(True) == 1
 
@@ -149,6 +150,7 @@ def test_csv_files(tmp_path):
     for separator in ",;\t":
         table.write_text(rows.replace(",", separator))
         assert list(open_data(table)) == ["x", "y"]
+    assert list(open_data(table.rename(tmp_path / "parts.tsv"))) == ["x", "y"]
 
 
 def test_kolektor_layout(tmp_path):
@@ -207,6 +209,7 @@ def test_magnetic_tile_layout(tmp_path):
         ("training/good", "testing", "ground_truth/crack/000.png"),
         ("Train/Good", "Test", "Ground Truth/CRACK/000_Mask.PNG"),
         ("train/ok", "val", "masks/crack/mask_000.png"),
+        ("train/images", "test", "labels/crack/000.png"),
         ("train/good", "test", "gt/crack/000_GT.bmp"),
         ("train", "test", "ground_truth/000_gt.png"),
         ("train", "test", "mask/crack_000.png"),
@@ -341,6 +344,22 @@ def test_arrays_with_labels_masks_and_categories():
     assert mixed.images([1, 0]).shape == (2, 224, 224, 3) and mixed.original_size(1) == (5, 6)
 
 
+def test_masks_in_memory_may_be_what_images_may_be(tmp_path):
+    path = save(tmp_path / "m.png", SPOT)
+    palette = Image.fromarray(np.uint8(SPOT == 0))
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # the first color is the defect
+    masks = [path, str(path), path.read_bytes(), palette, SPOT, None]
+    test = open_data(Arrays([RED], [RED] * 6, masks=masks), preprocess=Preprocess(None))["arrays"].test
+    assert np.array_equal(test.masks(range(6)), np.stack([SPOT > 0] * 5 + [SPOT > 255]))
+    assert test.labels.tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_defects_without_a_marked_pixel_are_said_to_be_so():
+    test = open_data(Arrays([RED], [RED] * 2, [1, 1], [SPOT, SPOT * 0]))["arrays"].test
+    with pytest.warns(UserWarning, match=r"1 of 2 test images .* mark no pixel at 224 x 224, .* that of array\[1\]"):
+        test.masks([0, 1])
+
+
 def test_subsets(tmp_path):
     test = open_data(category(tmp_path / "a"))["a"].test
     assert test.subset(test.labels == 0).defects == ("good", "good")
@@ -426,6 +445,17 @@ def csv_file(tmp_path, text):
     save(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text(text)
     return tmp_path / "t.csv"
+
+
+def normal_with_a_mask(tmp_path):
+    save(tmp_path / "m.png", SPOT)
+    return csv_file(tmp_path, "image_path,label,mask_path\na.png,0.0,m.png\n")
+
+
+def defects_only(tmp_path):
+    for name in ("scratches/0.png", "dents/0.png"):
+        save(tmp_path / name)
+    return tmp_path
 
 
 def latin1_csv(tmp_path):
@@ -609,6 +639,19 @@ FAULTS = {
     "no group": (mixed_sizes, {"group_by": "(1)"}, r"group_by '\(1\)' finds no group in 2.png: it must match every"),
     "group without parentheses": (mixed_sizes, {"group_by": "[12]"}, r"must have parentheses .*, got '\[12\]'"),
     "bad expression": (mixed_sizes, {"group_by": "("}, r"must be a regular expression, got '\(' \(missing \)"),
+    "normal with a mask": (lambda t: Arrays([RED], [RED], [0], [SPOT]), {}, "must have an empty mask, but that at pos"),
+    "column of masks": (
+        lambda t: csv_file(t, "image_path,label,mask\na.png,bad,m.png\n"),
+        {},
+        "has the column mask but not mask_path: is it meant",
+    ),
+    "label nan": (
+        lambda t: csv_file(t, "image_path,label\na.png,nan\n"),
+        {},
+        "or empty if unknown, got 'nan' in line 2",
+    ),
+    "normal row with a mask": (normal_with_a_mask, {}, "a normal image must have an empty mask, got .*m.png in line 2"),
+    "defects only": (defects_only, {}, "is in no known layout, but has the subfolder dents"),
     "label count": (lambda t: Arrays([RED], [RED], [0, 1]), {}, r"one entry per test image \(1\), got 2"),
     "label value": (lambda t: Arrays([RED], [RED], [7]), {}, "must be 0 .* or 1 .*, got 7 at position 0"),
     "labels without images": (lambda t: Arrays([RED], None, [0]), {}, "labels and masks belong to test images"),
@@ -685,6 +728,14 @@ def test_broken_images_are_refused_left_out_or_kept_with_their_errors(broken_fol
     assert {i: "cannot decode" in error for i, error in split.train.errors.items()} == {0: True, 2: True}
 
 
+def test_images_whose_ignore_masks_cannot_be_used_are_broken(broken_folder):
+    save(broken_folder / "all.png", SPOT * 0 + 255)
+    csv_file(broken_folder, "image_path,ignore_path\nb.png,c.png\nd.png,all.png\nb.png,\n")
+    with pytest.warns(UserWarning, match=r"2 of 3 images .*the ignore mask of .*b\.png .*must leave pixels that count"):
+        [split] = open_data(broken_folder / "t.csv", broken="skip").values()
+    assert len(split.test) == 1
+
+
 def test_a_missing_file_is_kept_with_its_error(tmp_path):
     paths = [save(tmp_path / "a.png"), tmp_path / "gone.png"]
     train = open_data(paths, broken="keep")["files"].train
@@ -704,6 +755,8 @@ def test_pages_are_read_on_request_and_otherwise_mentioned(tmp_path, name):
     with pytest.warns(UserWarning, match=rf"1 of 2 files have several pages .*{name} with 3: only the first is read"):
         [split] = open_data(tmp_path, preprocess=Preprocess((8, 8))).values()
     assert len(split.train) == 2 and split.train.images([0]).max() <= 4
+    encoded = [(tmp_path / name).read_bytes()]
+    assert len(open_data(encoded, pages=True)["arrays"].train) == 3
 
 
 @pytest.mark.parametrize(("highest", "bits"), [(200, 8), (1000, 10), (1024, 12), (4095, 12), (4096, None)])
