@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 import jaxad
-from jaxad.data import open_data
+from jaxad.data import Preprocess, open_data
+from jaxad.data.images import read
 from jaxad.detector import Detector
 from jaxad.driver.programs import abstract_state, embedded_spec
 from jaxad.files import seal
@@ -172,6 +173,17 @@ def make_table(folder: Path) -> Path:
     return folder
 
 
+def make_photographs(folder: Path) -> Path:
+    """An image in each of the usual formats."""
+    folder.mkdir()
+    smooth = Image.fromarray(IMAGES[0]).resize((48, 40), Image.Resampling.BICUBIC)
+    for name in PHOTOGRAPHS:
+        options = {"compression": "tiff_lzw"} if name.endswith(".tif") else {}
+        smooth.save(folder / name, **options)
+    Image.fromarray(np.arange(1920, dtype=np.uint16).reshape(40, 48) * 30).save(folder / "deep.png")
+    return folder
+
+
 def load(folder: Path) -> Any:
     """What a model is."""
     detector = jaxad.load(folder)
@@ -195,6 +207,12 @@ def read_table(folder: Path) -> None:
     open_data(folder / "data.csv")
 
 
+def reader(name: str) -> Callable[[Path], Any]:
+    """Decodes a photograph."""
+    return lambda folder: read(folder / name, str(folder / name), Preprocess(SIZE)).tobytes()
+
+
+PHOTOGRAPHS = ("photo.png", "photo.jpg", "photo.tif", "photo.webp", "photo.bmp", "photo.gif")
 MODEL = {"model.json": json_damaged, "threshold.json": json_damaged, "model.safetensors": bytes_damaged}
 RUN = {"model.json": json_damaged, "threshold.json": json_damaged, "recipe.json": json_damaged}
 RUN |= {"metrics.json": json_damaged, "scores.csv": table_damaged, "examples.npz": bytes_damaged}
@@ -208,23 +226,26 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, tuple[Damage, ...]]] = {
     "report, scores.csv alone": (report, "scores.csv", (bytes_damaged, table_damaged)),
     "report, examples.npz alone": (report, "examples.npz", (bytes_damaged,)),
     "open, data.csv": (read_table, "data.csv", (bytes_damaged, table_damaged)),
+    **{f"read, {name}": (reader(name), name, (bytes_damaged,)) for name in (*PHOTOGRAPHS, "deep.png")},
 }
 """What reads a file, the file, and how it is damaged."""
-FREE = ("resealed", "alone", "data.csv")
+FREE = ("resealed", "alone", "data.csv", *PHOTOGRAPHS, "deep.png")
 """Kinds whose results may be others: nothing in the folder says what the file was."""
 
 
 class Fuzz:
-    """Two runs and a table, of which one file at a time is damaged and restored."""
+    """Two runs, a table and photographs, of which one file at a time is damaged and restored."""
 
     def __init__(self, folder: Path) -> None:
         self.run, self.other = (make_run(folder / f"run{seed}", seed) for seed in range(2))
         self.bare = folder / "bare"  # nothing has hashes of its results
         shutil.copytree(self.run, self.bare, ignore=shutil.ignore_patterns("metrics.json"))
-        self.table = make_table(folder / "table")
+        self.table, self.photographs = make_table(folder / "table"), make_photographs(folder / "photographs")
 
     def folder(self, kind: str) -> Path:
         """Where the file of that kind lies."""
+        if kind.startswith("read"):
+            return self.photographs
         return self.table if kind.endswith("data.csv") else self.bare if kind.endswith("alone") else self.run
 
     def damage(self, kind: str, count: int) -> Figures:
@@ -262,7 +283,7 @@ class Fuzz:
             outcome, detail = "the same" if read(path.parent) == expected else "another", ""
         except (ValueError, OSError) as error:
             outcome, detail = "refused", str(error)
-            if not free and path.parent.name not in detail:
+            if not (free and path.suffix in (".json", ".csv", ".npz")) and path.parent.name not in detail:
                 outcome = "refused, but no file named"
         except Exception as error:
             outcome, detail = "traceback", repr(error)

