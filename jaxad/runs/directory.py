@@ -246,7 +246,7 @@ def fingerprint(members: Sequence[Settings], datasets: Sequence[Dataset]) -> str
     decisive: list[Any] = [jaxad.__version__]
     for settings, data in zip(members, datasets, strict=True):
         sources = (record.image for record in data.records)
-        paths = [source.path if isinstance(source, Page) else source for source in sources]
+        paths = [source.file if isinstance(source, Page) else source for source in sources]
         stats = [os.stat(path) if isinstance(path, Path) else None for path in paths]
         marks = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
         weights = [(source["name"], source["sha256"]) for source in settings.sources()]

@@ -292,6 +292,17 @@ def test_groups_are_part_of_the_fingerprint():
     assert len(marks) == 3
 
 
+def test_files_of_pages_are_part_of_the_fingerprint(tmp_path: Path):
+    marks = set()
+    for value in (0, 100):
+        frames = [Image.new("L", (8, 8 + value), i + value) for i in range(2)]
+        frames[0].save(tmp_path / "scan.tif", save_all=True, append_images=frames[1:])
+        train = open_data(tmp_path, pages=True)[tmp_path.name].train
+        assert len(train) == 2
+        marks.add(rundir.fingerprint([Settings.of("padim")], [train]))
+    assert len(marks) == 2
+
+
 def test_benchmark_gives_what_fit_and_evaluate_give(
     mvtec: Path, flat_run: Path, backbone_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
