@@ -111,6 +111,6 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests never touch the user's cache of weights."""
-    monkeypatch.setenv("JAXAD_CACHE", str(tmp_path / "cache"))
+def _no_user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never touch the user's cache of weights and programs, nor does theirs lie among their results."""
+    monkeypatch.setenv("JAXAD_CACHE", str(tmp_path_factory.mktemp("cache")))
