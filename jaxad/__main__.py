@@ -12,7 +12,10 @@ def main() -> NoReturn:
     interruption.watch()
     from jaxad import cli
 
-    sys.exit(cli.main())
+    try:
+        sys.exit(cli.main())
+    finally:
+        interruption.ignore()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ def watch() -> None:
         signal.signal(number, _nothing)
 
 
+def ignore() -> None:
+    """Ends the wait: the work is done, and signals change its exit code no more."""
+    for number in LINES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if a signal has come."""
     if _received:

@@ -204,14 +204,17 @@ def test_a_killed_fit_leaves_nothing_half_written(
     assert files_below(run_dir) == MODEL
 
 
-AFTER = [("import", 0.2), ("import", 1), ("import", 3), *(("fit", seconds) for seconds in (0, 0.5, 1, 2, 4, 8))]
+AFTER = [("import", 0.2), ("import", 1), ("import", 3), *(("fit", seconds) for seconds in (0, 0.25, 0.5, 1, 2))]
 
 
 @pytest.mark.parametrize(("begins", "seconds"), slow_after(1, AFTER))
 def test_ctrl_c_is_one_line_whatever_runs(
     begins: str, seconds: float, photos: Path, backbone_options: tuple[str, ...], tmp_path: Path
 ):
-    """While modules are imported, and while programs are compiled and run, which would swallow an exception."""
+    """While modules are imported, and while programs are compiled and run, which would swallow an exception.
+
+    A fit that was done when the signal came leaves its whole model.
+    """
     start = "import jaxad.__main__; print('ready', flush=True); jaxad.__main__.main()"
     command = ["fit", str(photos), *backbone_options, "--output", str(tmp_path / "runs")]
     options = dict(env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -222,6 +225,9 @@ def test_ctrl_c_is_one_line_whatever_runs(
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and errors.splitlines()[-1] == "jaxad: interrupted", errors
-    assert errors.count("interrupted") == 1 and "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    run_dir = tmp_path / "runs" / "patchcore" / "photos" / "photos"
+    finished = begins == "fit" and run_dir.exists() and files_below(run_dir) == MODEL
+    if not (finished and process.returncode == 0):
+        assert process.returncode == 130 and errors.splitlines()[-1] == "jaxad: interrupted", errors
+        assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    assert finished or list(tmp_path.iterdir()) == []
